@@ -1,0 +1,7 @@
+"""Converting a model and back: who feeds whom, the change of classes, the report."""
+
+from .convert import convert, norm_layers, revert, warm_up
+from .report import ConversionReport, ReportRow
+from .trace import NormCall, trace_norms
+
+__all__ = ["ConversionReport", "NormCall", "ReportRow", "convert", "norm_layers", "revert", "trace_norms", "warm_up"]

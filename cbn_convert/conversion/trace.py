@@ -1,0 +1,147 @@
+"""Who feeds whom: runs a model once and follows tensors from producing modules to norm layers.
+
+Matching is by tensor object, never by name or registration order. Every tensor met is kept alive until the trace ends,
+so that no id can belong to two tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ConversionError
+from ..norm.moments import is_producer
+
+
+@dataclass
+class NormCall:
+    """How a norm layer was reached: its input's origin, and what a decision about it depends on."""
+
+    calls: int = 0
+    producer: str | None = None  # module whose output object is the input
+    origin: str = "the model's input"  # function or module that made the input
+    consumers: int = 0  # how many operations read the producer's output
+    producer_calls: int = 0
+
+
+@dataclass
+class _Origin:
+    tensor: Tensor
+    label: str
+    producer: str | None = None
+    consumers: int = 0
+
+
+class _Provenance(TorchFunctionMode):
+    """Labels every tensor with the function that made it, or last wrote to it, and counts its readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.origins: dict[int, _Origin] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if made:
+            for t in {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}.values():
+                if (origin := self.origins.get(id(t))) is not None:
+                    origin.consumers += 1
+            for t in made:
+                self.origins[id(t)] = _Origin(t, getattr(func, "__name__", str(func)).strip("_"))
+        return out
+
+
+def default_example_input(model: nn.Module) -> Tensor:
+    """Random images [1, C, H, W] of the size in the model's pretrained_cfg, 3x224x224 without one, on its device."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    size = cfg.get("input_size") or (3, 224, 224)
+    reference = next(model.parameters(), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, *size, generator=generator).to(reference.device, reference.dtype)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: Any | None) -> dict[str, NormCall]:
+    """Runs the model once in eval mode without gradients; returns a NormCall per name in `norms`.
+
+    `example_input` is a tensor, a tuple of positional or a dict of keyword arguments, by default
+    `default_example_input`. Parameters, buffers, modes and random state are left as they were. Raises ConversionError
+    if the model cannot run on it.
+    """
+    if example_input is None:
+        example_input = default_example_input(model)
+    args = (
+        example_input
+        if isinstance(example_input, tuple)
+        else ()
+        if isinstance(example_input, dict)
+        else (example_input,)
+    )
+    kwargs = example_input if isinstance(example_input, dict) else {}
+
+    provenance = _Provenance()
+    calls = {name: NormCall() for name in norms}
+    inputs: dict[str, Tensor] = {}
+    runs: dict[str, int] = {}
+    handles = []
+
+    def after_producer(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            runs[name] = runs.get(name, 0) + 1
+            if isinstance(output, Tensor):
+                provenance.origins[id(output)] = _Origin(output, type(module).__name__, producer=name)
+
+        return hook
+
+    def before_norm(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call, x = calls[name], args[0] if args else next(iter(kwargs.values()))
+            call.calls += 1
+            inputs[name] = x
+            if (origin := provenance.origins.get(id(x))) is not None:
+                call.producer, call.origin = origin.producer, origin.label
+
+        return hook
+
+    try:
+        for name, module in model.named_modules():
+            if is_producer(module):
+                handles.append(module.register_forward_hook(after_producer(name)))
+        for name, module in norms.items():
+            handles.append(module.register_forward_pre_hook(before_norm(name), with_kwargs=True))
+        with _evaluating(model), provenance:
+            output = model(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        raise ConversionError(
+            f"the model cannot run on the example input of shape {shapes} ({error}); pass an example_input that it accepts"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    returned = {id(t) for t in tree_leaves(output)}
+    for name, call in calls.items():
+        if call.producer is not None:
+            call.producer_calls = runs[call.producer]
+            origin = provenance.origins[id(inputs[name])]
+            call.consumers = origin.consumers + (id(inputs[name]) in returned)
+    return calls

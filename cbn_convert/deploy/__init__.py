@@ -1,0 +1,6 @@
+"""From a trained model to one that needs nothing of this package: fold and export."""
+
+from .exporting import export
+from .folding import FOLD_TARGETS, ChannelAffine, FoldTarget, fold
+
+__all__ = ["FOLD_TARGETS", "ChannelAffine", "FoldTarget", "export", "fold"]

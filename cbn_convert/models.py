@@ -1,0 +1,225 @@
+"""Creating timm models with weights from the hub, a file or a folder, and errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+_SOURCES = ("hf-hub:", "local-dir:")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and where its weights come from.
+
+    model: a timm name, "hf-hub:OWNER/NAME", "local-dir:DIR" or DIR (what `export` writes), or a .safetensors file.
+    arch: the timm name for a .safetensors file; by default the "architecture" in the file's metadata.
+    checkpoint: a .safetensors file, or a .pth file that loads with weights_only=True.
+    model_kwargs: passed to timm.create_model. mean, std, img_size: override the model's data config.
+    """
+
+    model: str
+    arch: str | None = None
+    checkpoint: str | None = None
+    pretrained: bool = True
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    img_size: int | None = None
+
+
+def create_model(spec: ModelSpec, num_classes: int | None = None) -> nn.Module:
+    """Builds the model with its weights, for `num_classes` classes (None: as many as the weights have).
+
+    Raises ModelError for an unknown name, missing or damaged weights, weights of another architecture, arguments that
+    the architecture does not take, or a hub that cannot be reached.
+    """
+    name, checkpoint = _resolve(spec)
+    kwargs = dict(spec.model_kwargs)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    from_source = name.startswith(_SOURCES)
+    if checkpoint is None and (spec.pretrained or from_source):
+        model = _create(name, {**kwargs, "pretrained": True}, spec)
+    else:
+        model = _create(name, {**kwargs, "pretrained": False}, spec)
+        if checkpoint is not None:
+            load_weights(model, checkpoint)
+    cfg = dict(model.pretrained_cfg)
+    if spec.img_size is not None:
+        cfg["input_size"] = (cfg.get("input_size", (3,))[0], spec.img_size, spec.img_size)
+    for key, value in (("mean", spec.mean), ("std", spec.std)):
+        if value is not None:
+            cfg[key] = value
+    model.pretrained_cfg = cfg
+    return model
+
+
+def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
+    """Loads a file into the model; a classifier of another number of classes is left out, all else must fit.
+
+    Raises ModelError if the file is missing, damaged, would need unpickling, or is of another architecture.
+    """
+    state = read_weights(checkpoint)
+    own = model.state_dict()
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+    for key in [k for k in state if heads and k.startswith(heads)]:
+        if key not in own or own[key].shape != state[key].shape:
+            del state[key]
+    missing = [
+        k for k in own if k not in state and not k.startswith(heads or ("\0",)) and "num_batches_tracked" not in k
+    ]
+    unexpected = [k for k in state if k not in own]
+    shapes = [k for k in state if k in own and own[k].shape != state[k].shape]
+    if missing or unexpected or shapes:
+        problems = [
+            f"{len(keys)} {what} (such as {keys[0]})"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if keys
+        ]
+        raise ModelError(
+            f"{checkpoint} does not hold the weights of this architecture: {', '.join(problems)}; "
+            "check the model name and --model-kwargs"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
+    """The state_dict in a .safetensors or .pth file, without unpickling. Raises ModelError."""
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise ModelError(f"checkpoint {path} does not exist; check the path")
+    try:
+        with _quiet():
+            state = load_state_dict(str(path), device="cpu", weights_only=True)
+        if not state or not all(isinstance(t, Tensor) for t in state.values()):
+            raise ValueError("it holds no state_dict of tensors")
+    except Exception as error:  # the parsers raise a dozen types, all of them about this file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if path.suffix != ".safetensors" and "weights_only" in str(error).lower():
+            reason = "it holds more than tensors, and nothing is unpickled here"
+        elif " " not in reason:
+            reason = "the file is damaged or no checkpoint"
+        raise ModelError(
+            f"cannot load weights from {path}: {reason[:200].rstrip('.')}; give a .safetensors file or a state_dict saved with torch.save"
+        ) from error
+    return state
+
+
+def reset_head(model: nn.Module) -> None:
+    """Sets the classifier to zero: all classes equally likely, and no gradient noise from random logits at the start."""
+    classifier: Any = model.get_classifier()  # type: ignore[operator]
+    heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    for head in heads:
+        for parameter in head.parameters() if isinstance(head, nn.Module) else ():
+            nn.init.zeros_(parameter)
+
+
+def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
+    """The name for timm.create_model, and the checkpoint file."""
+    name, checkpoint = spec.model, spec.checkpoint
+    if name.endswith(".safetensors"):
+        if checkpoint is not None:
+            raise ModelError(f"give either the file {name} as model or --checkpoint {checkpoint}, not both")
+        checkpoint, name = name, spec.arch or _architecture_in(Path(name))
+    elif not name.startswith(_SOURCES) and (os.sep in name or Path(name, "config.json").is_file()):
+        name = f"local-dir:{name}"
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{folder} is not an exported model: it has no config.json; give a timm name or such a folder"
+            )
+    elif not name.startswith("hf-hub:") and not timm.is_model(name):
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names all"
+        raise ModelError(f"timm knows no model {name!r}; {hint}")
+    return name, checkpoint
+
+
+def _architecture_in(path: Path) -> str:
+    if not path.is_file():
+        raise ModelError(f"checkpoint {path} does not exist; check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot load weights from {path}: {error}; give a .safetensors file") from error
+    about = json.loads(metadata["cbn_convert"]) if "cbn_convert" in metadata else metadata
+    if not about.get("architecture"):
+        raise ModelError(f"{path} does not say its architecture; pass the timm name with --arch")
+    return str(about["architecture"])
+
+
+def _create(name: str, kwargs: dict[str, Any], spec: ModelSpec) -> nn.Module:
+    try:
+        with _quiet(), _offline_if_unreachable():
+            return timm.create_model(name, **kwargs)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        if name.startswith("local-dir:"):
+            raise ModelError(f"cannot load {name}: {first}; the folder is damaged or not a timm export") from error
+        if isinstance(error, (TypeError, AssertionError)) and not isinstance(error, OSError):
+            raise ModelError(
+                f"{name} cannot be created with {spec.model_kwargs}: {first}; check --model-kwargs"
+            ) from error
+        if kwargs["pretrained"]:
+            if isinstance(error, LocalEntryNotFoundError):
+                first = f"{hub_constants.ENDPOINT} cannot be reached and they are not in the local cache"
+            raise ModelError(
+                f"the pretrained weights of {name} cannot be had ({first}); "
+                "pass a local file with --checkpoint FILE, or start from random weights with --no-pretrained"
+            ) from error
+        raise ModelError(f"{name} cannot be created with {spec.model_kwargs}: {first}; check --model-kwargs") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the loaders' own log lines; what matters of them is in the error."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Keeps the hub client from retrying for a minute where there is no network; cached files still load."""
+    before = hub_constants.HF_HUB_OFFLINE
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if not before and not proxied:
+        endpoint = urlparse(hub_constants.ENDPOINT)
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        try:
+            socket.create_connection((endpoint.hostname or "", port), timeout=5).close()
+        except OSError:
+            hub_constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub_constants.HF_HUB_OFFLINE = before

@@ -1,0 +1,107 @@
+"""The window: what a layer remembers of past iterations, as a ring of k - 1 entries or as one exponential average."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .functional import Moments
+
+HistoryKind = Literal["ring", "ema"]
+HISTORIES: tuple[str, ...] = ("ring", "ema")
+
+
+class History:
+    """Moments of past iterations; never part of a state_dict.
+
+    "ring" keeps the last window - 1 iterations. "ema" keeps one pooled iteration in which the newest counts 1/window;
+    its memory does not grow with the window. Both start with what there is: the n-th iteration counts 1/n until the
+    window is full.
+    """
+
+    def __init__(self, window: int, kind: HistoryKind) -> None:
+        self.window = window
+        self.kind = kind
+        self.capacity = min(1, window - 1) if kind == "ema" else window - 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all iterations."""
+        self.seen = 0
+        self._slots: Moments | None = None
+
+    def __len__(self) -> int:
+        return min(self.seen, self.capacity)
+
+    @property
+    def newest_weight(self) -> float:
+        """The share of the current iteration in the window, 1/k once the window is full."""
+        return 1.0 / (min(self.seen, self.window - 1) + 1)
+
+    def past(self, device: torch.device, dtype: torch.dtype, compensated: bool) -> Moments | None:
+        """The stored moments [C, n, ...] on `device`, or None where there are none that fit.
+
+        Moments of another dtype, or without what compensation needs, are of no use to the caller and are dropped.
+        """
+        if self._slots is None:
+            return None
+        if self._slots.mean.dtype != dtype or (self._slots.covariance is not None) != compensated:
+            self.clear()
+            return None
+        if self._slots.mean.device != device:
+            self._slots = _map(lambda t: t.to(device), self._slots)
+        return _map(lambda t: t[:, : len(self)], self._slots)
+
+    def push(self, new: Moments) -> None:
+        """Records the current iteration. Tensors handed out by `past` must not be used afterwards."""
+        if self.capacity == 0:
+            return
+        if self._slots is None:
+            self._slots = _map(lambda t: t.new_empty(t.shape[0], self.capacity, *t.shape[1:]), new)
+        if self.kind == "ema" and self.seen:
+            new = _pool(_map(lambda t: t[:, 0], self._slots), new, self.newest_weight)
+        slot = self.seen % self.capacity
+        for stored, value in zip(self._slots, new, strict=True):
+            if stored is not None and value is not None:
+                stored[:, slot] = value
+        self.seen += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit-identically, as tensors and numbers; for training checkpoints."""
+        tensors = {} if self._slots is None else {k: v for k, v in self._slots._asdict().items() if v is not None}
+        return {"window": self.window, "kind": self.kind, "seen": self.seen, "slots": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned. Raises ValueError if it was taken with another window or kind."""
+        if (state["window"], state["kind"]) != (self.window, self.kind):
+            raise ValueError(
+                f"history was saved with window {state['window']} ({state['kind']}), "
+                f"but the layer has window {self.window} ({self.kind}); use the same settings to resume"
+            )
+        self.seen = int(state["seen"])
+        self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
+
+
+def _map(fn: Any, moments: Moments) -> Moments:
+    return Moments(*(None if t is None else fn(t) for t in moments))
+
+
+def _pool(old: Moments, new: Moments, share: float) -> Moments:
+    """Moments of the mixture of two populations, the new one with weight `share` (parallel variance formula)."""
+
+    def blend(a: Tensor | None, b: Tensor | None) -> Any:
+        return None if a is None or b is None else torch.lerp(a, b, share)
+
+    between = share * (1 - share)
+    step = new.mean - old.mean
+    var = blend(old.var, new.var) + between * step * step
+    covariance = blend(old.covariance, new.covariance)
+    if covariance is not None and old.patch_mean is not None and new.patch_mean is not None:
+        patch_step = new.patch_mean - old.patch_mean
+        by_group = (between * step).view(patch_step.shape[0], -1, 1)
+        covariance = covariance + (by_group * patch_step[:, None]).flatten(0, 1)
+    return Moments(
+        blend(old.mean, new.mean), var, blend(old.anchor, new.anchor), blend(old.patch_mean, new.patch_mean), covariance
+    )

@@ -1,0 +1,248 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from .. import __version__
+from ..conversion import warm_up
+from ..deploy import export
+from ..errors import RunError
+from ..files import check_output, write_json
+from ..models import create_model, reset_head
+from .checkpoint import load_last, save_last
+from .config import FinetuneConfig, FinetuneResult, read_run
+from .data import Split, batches, make_loader, read_splits
+from .evaluate import accuracy, resolve_device
+from .metrics import MetricsLog, draw_curves
+from .norms import apply_norm
+from .progress import Progress
+
+LOG_EVERY = 20  # steps between records of the training loss, the only moments at which the device is waited for
+
+
+@dataclass
+class _Totals:
+    """Sums since the last record, kept on the device so that no step waits for it."""
+
+    sums: Tensor
+    images: int = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        hits = (logits.detach().argmax(1) == labels).sum()
+        self.sums += torch.stack([loss.detach().float() * len(labels), hits.float()])
+        self.images += len(labels)
+
+    def take(self) -> tuple[float, float]:
+        """Mean loss and top-1 in percent; starts again from zero."""
+        loss, hits = (self.sums / max(self.images, 1)).tolist()
+        self.sums.zero_()
+        self.images = 0
+        return loss, 100 * hits
+
+
+def finetune(
+    config: FinetuneConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+) -> FinetuneResult:
+    """Fine-tunes a model on an image folder; writes and returns the outcome.
+
+    The run folder holds config.json, metrics.jsonl, curves.png, checkpoints/last (for `resume`) and best/ (the weights
+    with the highest validation top-1, a folder that plain timm loads). With `resume`, `config` must be that of the run.
+
+    Raises RunError, DataError, ModelError or ConversionError, each naming the argument or the file; RunError also if
+    the loss is no longer finite.
+    """
+    config.check()
+    run = Path(config.output)
+    if not resume:
+        check_output(run, overwrite)
+    device = resolve_device(config.device)
+    training, validation = read_splits(config.data, config.val_fraction, config.seed)
+    if resume and read_run(run)["classes"] != training.classes:
+        raise RunError(
+            f"{config.data} has other classes than the run in {run}; resume with the data it was started with"
+        )
+
+    set_seed(config.seed)
+    model = create_model(config.model_spec(), len(training.classes))
+    reset_head(model)
+    data_config = resolve_model_data_config(model)
+    example = torch.zeros(1, *data_config["input_size"])
+    window: dict[str, Any] = {
+        "window": config.window,
+        "compensation": config.compensation,
+        "gradient": config.gradient,
+        "history": config.history,
+        "burn_in": config.burn_in,
+        "example_input": example,
+    }
+    apply_norm(model, config.norm, **window)
+    _prepare_folder(run, config, training, data_config, resume)
+    return _Trainer(config, run, model, device, training, validation, data_config).train(resume, quiet)
+
+
+def _prepare_folder(
+    run: Path, config: FinetuneConfig, training: Split, data_config: dict[str, Any], resume: bool
+) -> None:
+    if resume:
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        # what an overwritten run left must not be taken for this one's
+        for name in ("metrics.jsonl", "curves.png", "best/model.safetensors", "checkpoints/last/training.pt"):
+            (run / name).unlink(missing_ok=True)
+        versions = {"cbn_convert": __version__, "torch": torch.__version__, "timm": timm.__version__}
+        write_json(
+            run / "config.json",
+            {"config": config.to_dict(), "classes": training.classes, "data_config": data_config, "versions": versions},
+        )
+    except OSError as error:
+        raise RunError(
+            f"cannot write {run}: {error.strerror}; choose an output folder that you may write to"
+        ) from error
+
+
+class _Trainer:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        run: Path,
+        model: nn.Module,
+        device: torch.device,
+        training: Split,
+        validation: Split,
+        data_config: dict[str, Any],
+    ) -> None:
+        self.config, self.run, self.classes = config, run, training.classes
+        self.data_config = data_config
+        self.order = torch.Generator()
+        self.loader = make_loader(
+            training, data_config, config.batch_size, config.workers,
+            training=True, augment=not config.no_aug, generator=self.order,
+        )  # fmt: skip
+        self.val_loader = make_loader(validation, data_config, max(config.batch_size, 32), config.workers)
+        steps_per_epoch = len(self.loader)
+        self.steps = config.epochs * steps_per_epoch
+        if config.max_steps is not None:
+            self.steps = min(self.steps, config.max_steps)
+        self.epochs = math.ceil(self.steps / steps_per_epoch)
+
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        optimizer = create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        warmup = round(config.warmup_ratio * self.steps)
+        self.scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=self.steps,
+            warmup_t=warmup,
+            warmup_lr_init=config.lr / max(warmup, 1),
+            t_in_epochs=False,
+        )
+        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.device = self.accelerator.device
+        self.totals = _Totals(torch.zeros(2, device=self.device))
+        self.step = self.epoch = 0
+        self.best_top1, self.best_epoch, self.last_top1 = -1.0, 0, 0.0
+        self.train_seconds = 0.0
+        self.step_seconds: list[float] = []
+
+    def train(self, resume: bool, quiet: bool) -> FinetuneResult:
+        if resume:
+            progress = load_last(self.run, self.model, self.optimizer)
+            for name, value in progress.items():
+                setattr(self, name, value)
+        self.log = MetricsLog(self.run, keep_steps=self.step)
+        with Progress(self.steps, self.step, quiet) as progress_bar:
+            while self.epoch < self.epochs:
+                self._train_epoch(progress_bar)
+                self._end_epoch(progress_bar)
+        return self._result()
+
+    def _train_epoch(self, progress_bar: Progress) -> None:
+        # An epoch depends on its number and the state at its start alone, so a resumed run repeats it exactly.
+        seed = self.config.seed + 1000 * (self.epoch + 1)
+        set_seed(seed)
+        if self.step == 0 and self.config.norm == "cbn":
+            self.order.manual_seed(seed)
+            warm_up(self.model, islice(batches(self.loader), self.config.window))
+        self.order.manual_seed(seed)
+        self.model.train()
+        started = time.perf_counter()
+        for x, y in islice(batches(self.loader), self.steps - self.step):
+            self.scheduler.step_update(self.step)
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            logits = self.model(x)
+            loss = self.loss(logits, y)
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self.totals.add(loss, logits, y)
+            now = time.perf_counter()
+            self.step_seconds.append(now - started)
+            self.train_seconds += now - started
+            started = now
+            if self.step % LOG_EVERY == 0 or self.step == self.steps:
+                self._record(progress_bar)
+            progress_bar.advance(len(y))
+
+    def _record(self, progress_bar: Progress) -> None:
+        loss, top1 = self.totals.take()
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is no longer finite at step {self.step} with lr {lr:.2g}; lower --lr (now {self.config.lr:g})"
+            )
+        self.log.write(event="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=loss, top1=top1)
+        progress_bar.show(loss, top1)
+
+    def _end_epoch(self, progress_bar: Progress) -> None:
+        self.epoch += 1
+        result = accuracy(self.model, batches(self.val_loader), self.device)
+        self.last_top1 = result.top1
+        self.log.write(
+            event="eval", step=self.step, epoch=self.epoch, loss=result.loss, top1=result.top1, top5=result.top5,
+            train_seconds=self.train_seconds, images_per_second=self.step * self.config.batch_size / self.train_seconds,
+        )  # fmt: skip
+        progress_bar.line(
+            f"epoch {self.epoch}/{self.epochs}: validation top-1 {result.top1:.2f} %, loss {result.loss:.4f}"
+        )
+        if result.top1 > self.best_top1:
+            self.best_top1, self.best_epoch = result.top1, self.epoch
+            export(
+                self.accelerator.unwrap_model(self.model), self.run / "best", class_names=self.classes,
+                model_args=self.config.model_kwargs, data_config=self.data_config,
+                metadata={"norm": self.config.norm, "top1": result.top1, "epoch": self.epoch}, overwrite=True,
+            )  # fmt: skip
+        names = ("step", "epoch", "best_top1", "best_epoch", "last_top1", "train_seconds")
+        save_last(self.run, self.model, self.optimizer, {name: getattr(self, name) for name in names})
+        draw_curves({self.config.norm: self.run}, self.run / "curves.png")
+
+    def _result(self) -> FinetuneResult:
+        return FinetuneResult(
+            output=str(self.run),
+            norm=self.config.norm,
+            steps=self.step,
+            best_top1=self.best_top1,
+            best_epoch=self.best_epoch,
+            last_top1=self.last_top1,
+            train_seconds=self.train_seconds,
+            median_step_seconds=statistics.median(self.step_seconds) if self.step_seconds else 0.0,
+        )

@@ -1,0 +1,67 @@
+"""metrics.jsonl: one JSON object per line, written as training goes; and curves.png, drawn from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError
+
+
+class MetricsLog:
+    """Appends records to run/metrics.jsonl. A resumed run first drops what came after its checkpoint."""
+
+    def __init__(self, run: Path, keep_steps: int = 0) -> None:
+        self.path = run / "metrics.jsonl"
+        kept = [r for r in read_metrics(run) if r["step"] <= keep_steps] if keep_steps else []
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        """Appends one record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All records of a run; a last line cut off by a crash is left out. Raises RunError for other damage."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise RunError(f"{path} is damaged in line {number}; remove the line to go on") from error
+    return records
+
+
+def draw_curves(runs: dict[str, Path], output: Path) -> None:
+    """Draws training loss and validation top-1 over steps, one line per run, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (loss_axis, accuracy_axis) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for label, run in runs.items():
+        records = read_metrics(run)
+        train = [r for r in records if r["event"] == "train"]
+        val = [r for r in records if r["event"] == "eval"]
+        loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], label=label, linewidth=1.4)
+        accuracy_axis.plot([r["step"] for r in val], [r["top1"] for r in val], label=label, marker="o", markersize=3.5)
+    loss_axis.set(xlabel="training step", ylabel="training loss")
+    accuracy_axis.set(xlabel="training step", ylabel="validation top-1 [%]")
+    for axis in (loss_axis, accuracy_axis):
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    temporary = output.with_name(f".{output.name}.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    temporary.replace(output)

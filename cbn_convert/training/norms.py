@@ -1,0 +1,107 @@
+"""The alternatives that CBN is compared with, put into a model in place of its BatchNorm layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..conversion import convert, norm_layers
+from ..conversion.convert import CONVERTED
+from ..errors import ConversionError
+from ..norm.functional import batch_statistics, statistics_dtype
+
+NORMS = ("cbn", "bn", "frozen", "gn", "brn")
+
+R_MAX, D_MAX = 3.0, 5.0  # Ioffe 2017, section 4.1: the values that training ends with
+
+
+class _Alternative(_BatchNorm):
+    def normalize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (
+            self.normalize(x)
+            if self.training
+            else F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        )
+        if isinstance(self, BatchNormAct2d):
+            y = self.act(self.drop(y))
+        return y
+
+
+class _Frozen(_Alternative):
+    """Normalises by the running statistics in training too; γ and β go on learning."""
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class _BatchRenorm(_Alternative):
+    """Batch Renormalization (Ioffe 2017, algorithm 1), with the limits that training ends with from the start.
+
+    The running statistics are pretrained here, so there is nothing to wait for.
+    """
+
+    def normalize(self, x: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        with torch.no_grad():
+            mean, var = batch_statistics(x.to(statistics_dtype(x)))
+            running_std = torch.sqrt(self.running_var + self.eps)
+            r = (torch.sqrt(var + self.eps) / running_std).clamp(1 / R_MAX, R_MAX)
+            d = ((mean - self.running_mean) / running_std).clamp(-D_MAX, D_MAX)
+            self.num_batches_tracked.add_(1)
+        gamma = torch.ones_like(r) if self.weight is None else self.weight
+        beta = torch.zeros_like(d) if self.bias is None else self.bias
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, gamma * r, beta + gamma * d, True, momentum, self.eps
+        )
+
+
+def _subclasses(mixin: type[_Alternative]) -> dict[type[Any], type[Any]]:
+    return {plain: type(f"{mixin.__name__[1:]}{plain.__name__}", (mixin, plain), {}) for plain in CONVERTED}
+
+
+_CLASSES = {"frozen": _subclasses(_Frozen), "brn": _subclasses(_BatchRenorm)}
+
+
+def apply_norm(model: nn.Module, norm: str, **window: Any) -> None:
+    """Puts `norm`, one of NORMS, in the place of the model's BatchNorm layers; "bn" leaves them as they are.
+
+    `window` goes to `convert` for "cbn". The state_dict keys stay, except with "gn". Raises ConversionError for a model
+    without BatchNorm.
+    """
+    layers = norm_layers(model)
+    if not layers:
+        raise ConversionError(
+            f"{type(model).__name__} has no BatchNorm layer, so --norm has nothing to act on; choose a model with BatchNorm"
+        )
+    if norm == "cbn":
+        convert(model, **window)
+    elif norm == "gn":
+        for name, layer in layers.items():
+            if type(layer) in CONVERTED:
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, _group_norm(layer))
+    elif norm in _CLASSES:
+        for layer in layers.values():
+            if type(layer) in CONVERTED:
+                layer.__class__ = _CLASSES[norm][type(layer)]
+
+
+def _group_norm(norm: Any) -> nn.Module:
+    """GroupNorm of 32 groups, or as many as divide the channels, with the BatchNorm's γ, β, drop and act."""
+    groups = math.gcd(32, norm.num_features)
+    group_norm = nn.GroupNorm(groups, norm.num_features, eps=norm.eps, affine=norm.affine)
+    group_norm.load_state_dict({k: v for k, v in norm.state_dict().items() if k in ("weight", "bias")})
+    if isinstance(norm, BatchNormAct2d):
+        return nn.Sequential(group_norm, norm.drop, norm.act)
+    return group_norm

@@ -1,0 +1,126 @@
+"""Cross-Iteration Batch Normalization written out literally, in float64, as an oracle for the layer.
+
+Equations as in arXiv 2002.05712, section 3: ν is the second moment, compensated statistics are first-order Taylor steps
+whose derivatives come from torch.autograd.grad on the producing layer itself, and past weights are stored. The
+projection form stands beside it. Nothing here is shared with the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Apply = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (y, weight, bias) -> x
+
+
+class ReferenceCBN:
+    """State of one layer: running statistics and a list of past iterations.
+
+    `apply(y, weight, bias)` is the producing conv or linear. Call with tensors that require grad as wanted; autograd
+    does the backward pass.
+    """
+
+    def __init__(
+        self,
+        apply: Apply,
+        channels: int,
+        window: int,
+        compensation: str = "projection",
+        gradient: str = "full",
+        history: str = "ring",
+        burn_in: int = 0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        self.apply, self.window, self.compensation, self.gradient = apply, window, compensation, gradient
+        self.history, self.burn_in, self.eps, self.momentum = history, burn_in, eps, momentum
+        self.past: list[dict[str, Tensor]] = []
+        self.iteration = 0
+        self.running_mean = torch.zeros(channels, dtype=torch.float64)
+        self.running_var = torch.ones(channels, dtype=torch.float64)
+
+    def __call__(self, y: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor) -> Tensor:
+        x = self.apply(y, weight, bias)
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        mu, nu = x.mean(dims), (x * x).mean(dims)
+
+        past = self.past if self.iteration >= self.burn_in else []
+        mus, nus, weights = [mu], [nu], [1.0]
+        for entry in past:
+            mu_past, nu_past = self._compensated(entry, weight, bias)
+            if self.gradient == "current":
+                mu_past, nu_past = mu_past.detach(), nu_past.detach()
+            mus.append(mu_past)
+            nus.append(nu_past)
+        if past and self.history == "ema":
+            k = min(self.iteration + 1, self.window)
+            weights = [1 / k, 1 - 1 / k]
+        else:
+            weights = [1 / len(mus)] * len(mus)
+        M = sum(w * m for w, m in zip(weights, mus, strict=True))
+        N = sum(w * n for w, n in zip(weights, nus, strict=True))
+        sigma2 = N - M * M
+        x_hat = (x - M.view(shape)) / torch.sqrt(sigma2.view(shape) + self.eps)
+
+        count = x.numel() / x.shape[1] / weights[0]
+        self.running_mean += self.momentum * (M.detach() - self.running_mean)
+        self.running_var += self.momentum * (sigma2.detach() * count / (count - 1) - self.running_var)
+        self._record(y, weight, bias)
+        self.iteration += 1
+        return x_hat * gamma.view(shape) + beta.view(shape)
+
+    def _compensated(self, entry: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        mu, nu = entry["mu"], entry["nu"]
+        if self.compensation == "none":
+            return mu, nu
+        delta = weight - entry["weight"]
+        delta_b = torch.zeros_like(mu) if bias is None else bias - entry["bias"]
+        # `shift_mu` and `shift_nu` are zero for one stored iteration; a pool has its own anchors (see _record)
+        mu_t = mu + (entry["dmu"] * delta).flatten(1).sum(1) + delta_b + entry.get("shift_mu", 0)
+        if self.compensation == "taylor":
+            nu_t = nu + (entry["dnu"] * delta).flatten(1).sum(1) + 2 * mu * delta_b + entry.get("shift_nu", 0)
+            return mu_t, torch.maximum(nu_t, mu_t**2)
+        b = torch.zeros_like(mu) if bias is None else bias
+        cov = (weight * entry["dnu"]).flatten(1).sum(1) / 2 + b * mu - mu_t * mu
+        return mu_t, cov**2 / (nu - mu**2) + mu_t**2
+
+    def _record(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        with torch.enable_grad():
+            w = weight.detach().clone().requires_grad_()
+            b = None if bias is None else bias.detach().clone()
+            x = self.apply(y.detach(), w, b)
+            dims = [d for d in range(x.dim()) if d != 1]
+            mu, nu = x.mean(dims), (x * x).mean(dims)
+            # each channel's statistic depends on its own filter only, so the gradient of the sum holds every row
+            (dmu,) = torch.autograd.grad(mu.sum(), w, retain_graph=True)
+            (dnu,) = torch.autograd.grad(nu.sum(), w)
+        entry = {"mu": mu.detach(), "nu": nu.detach(), "dmu": dmu, "dnu": dnu, "weight": w.detach()}
+        if b is not None:
+            entry["bias"] = b
+        if self.history == "ring":
+            self.past = [*self.past, entry][-(self.window - 1) :] if self.window > 1 else []
+        elif self.window > 1:
+            self.past = [self._pool(self.past[0], entry)] if self.past else [entry]
+
+    def _pool(self, old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An EMA of (p̄, μ, D, ν); what was anchored at other weights is re-anchored at the newest weights."""
+        share = 1 / min(self.iteration + 1, self.window)
+        pooled = {}
+        for key in ("mu", "nu", "dmu", "dnu"):
+            pooled[key] = (1 - share) * old[key] + share * new[key]
+        pooled["weight"] = new["weight"]
+        move = new["weight"] - old["weight"]
+        shift_mu = (1 - share) * ((old["dmu"] * move).flatten(1).sum(1) + old.get("shift_mu", 0))
+        shift_nu = (1 - share) * ((old["dnu"] * move).flatten(1).sum(1) + old.get("shift_nu", 0))
+        if "bias" in new:
+            pooled["bias"] = new["bias"]
+            move_b = new["bias"] - old["bias"]
+            shift_mu = shift_mu + (1 - share) * move_b
+            # ν is quadratic in b; keep the pool's 2 μ Δb linear in the pooled μ
+            old_mu_term = 2 * old["mu"] * (1 - share) * move_b
+            shift_nu = shift_nu + old_mu_term
+        pooled["shift_mu"], pooled["shift_nu"] = shift_mu, shift_nu
+        return pooled
