@@ -1,0 +1,1 @@
+"""The command line `cbn`: parse, call the library, print. Installed as cbn_convert.cli."""

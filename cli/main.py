@@ -1,0 +1,48 @@
+"""The `cbn` application. torch is imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cbn_convert import __version__
+
+from . import demo, models, training
+
+app = typer.Typer(
+    name="cbn",
+    help="Fine-tune any pretrained timm backbone with 1 to 8 images per step: Cross-Iteration Batch Normalization.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(epilog="Example: cbn inspect densenet121")(models.inspect)
+app.command(epilog="Example: cbn convert resnet50 -o converted")(models.convert)
+app.command(epilog="Example: cbn finetune photos --model resnet50 --batch-size 2 --epochs 5 -o run")(training.finetune)
+app.command(epilog="Example: cbn evaluate run photos --split test")(training.evaluate)
+app.command(epilog="Example: cbn export run -o deploy --fold conv")(training.export)
+app.command(epilog="Example: cbn demo -o demo")(demo.demo)
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    app(prog_name="cbn")

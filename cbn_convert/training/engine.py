@@ -25,6 +25,7 @@ from ..deploy import export
 from ..errors import RunError
 from ..files import check_output, write_json
 from ..models import create_model, reset_head
+from ..norm import CrossIterationMixin
 from .checkpoint import load_last, save_last
 from .config import FinetuneConfig, FinetuneResult, read_run
 from .data import Split, batches, make_loader, read_splits
@@ -67,40 +68,54 @@ def finetune(
     Raises RunError, DataError, ModelError or ConversionError, each naming the argument or the file; RunError also if
     the loss is no longer finite.
     """
-    config.check()
     run = Path(config.output)
+    config.check()
     if not resume:
         check_output(run, overwrite)
     device = resolve_device(config.device)
-    training, validation = read_splits(config.data, config.val_fraction, config.seed)
+    model, training, validation, data_config = _build(config)
     if resume and read_run(run)["classes"] != training.classes:
         raise RunError(
             f"{config.data} has other classes than the run in {run}; resume with the data it was started with"
         )
+    if not resume:
+        _prepare_folder(run, config, training, data_config)
+    return _Trainer(config, run, model, device, training, validation, data_config).train(resume, quiet)
 
+
+def plan(config: FinetuneConfig) -> dict[str, Any]:
+    """What `finetune` would do, found out by building everything and writing nothing. Raises what it raises."""
+    config.check()
+    model, training, validation, data_config = _build(config)
+    layers = [m for m in model.modules() if isinstance(m, CrossIterationMixin)]
+    return {
+        "model": str(model.pretrained_cfg["architecture"]),  # type: ignore[index]
+        "norm": config.norm,
+        "cross_iteration_layers": len(layers),
+        "classes": len(training.classes),
+        "training_images": len(training.samples),
+        "validation_images": len(validation.samples),
+        "input_size": list(data_config["input_size"]),
+        "steps_per_epoch": max(1, len(training.samples) // config.batch_size),
+    }
+
+
+def _build(config: FinetuneConfig) -> tuple[nn.Module, Split, Split, dict[str, Any]]:
+    """The model with its norm layers and a new head, both splits, and timm's data config."""
+    training, validation = read_splits(config.data, config.val_fraction, config.seed)
     set_seed(config.seed)
     model = create_model(config.model_spec(), len(training.classes))
     reset_head(model)
     data_config = resolve_model_data_config(model)
-    example = torch.zeros(1, *data_config["input_size"])
-    window: dict[str, Any] = {
-        "window": config.window,
-        "compensation": config.compensation,
-        "gradient": config.gradient,
-        "history": config.history,
-        "burn_in": config.burn_in,
-        "example_input": example,
-    }
-    apply_norm(model, config.norm, **window)
-    _prepare_folder(run, config, training, data_config, resume)
-    return _Trainer(config, run, model, device, training, validation, data_config).train(resume, quiet)
+    apply_norm(
+        model, config.norm,
+        window=config.window, compensation=config.compensation, gradient=config.gradient, history=config.history,
+        burn_in=config.burn_in, example_input=torch.zeros(1, *data_config["input_size"]),
+    )  # fmt: skip
+    return model, training, validation, data_config
 
 
-def _prepare_folder(
-    run: Path, config: FinetuneConfig, training: Split, data_config: dict[str, Any], resume: bool
-) -> None:
-    if resume:
-        return
+def _prepare_folder(run: Path, config: FinetuneConfig, training: Split, data_config: dict[str, Any]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         # what an overwritten run left must not be taken for this one's

@@ -1,0 +1,97 @@
+"""cbn inspect, cbn convert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import options as o
+from .session import Session
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cbn_convert import ConversionReport
+
+
+def inspect(
+    model: o.Model,
+    arch: o.Arch = None,
+    checkpoint: o.Checkpoint = None,
+    model_kwargs: o.ModelKwargs = None,
+    img_size: o.ImgSize = None,
+    window: o.Window = 8,
+    compensation: o.Compensation = "projection",
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Shows every norm layer of a model: what feeds it, what convert will do with it, and why.
+
+    A timm name is looked at with random weights, so nothing is downloaded.
+    """
+    spec = o.parse_model(model, arch, checkpoint, False, model_kwargs, img_size=img_size)
+    with Session(as_json, debug, quiet) as session:
+        import cbn_convert as cbn
+        from cbn_convert.models import ModelSpec, create_model
+
+        report = cbn.convert(create_model(ModelSpec(**spec)), window=window, compensation=compensation)  # type: ignore[arg-type]
+        session.print(_table(report))
+        session.print(str(report))
+        session.result({"model": model, "window": window, **report.to_dict()})
+
+
+def convert(
+    model: o.Model,
+    output: o.Output,
+    arch: o.Arch = None,
+    checkpoint: o.Checkpoint = None,
+    pretrained: o.Pretrained = True,
+    model_kwargs: o.ModelKwargs = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    img_size: o.ImgSize = None,
+    window: o.Window = 8,
+    compensation: o.Compensation = "projection",
+    gradient: o.Gradient = "full",
+    history: o.History = "ring",
+    overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Converts a model and writes it, with a report of every norm layer.
+
+    The folder holds model.safetensors and config.json as timm loads them, since a converted model has the same weights
+    and the same outputs, and conversion.json, the report. `cbn finetune --model local-dir:DIR` goes on from there.
+    """
+    spec = o.parse_model(model, arch, checkpoint, pretrained, model_kwargs, mean, std, img_size)
+    window_options: dict[str, Any] = {
+        "window": window, "compensation": compensation, "gradient": gradient, "history": history,
+    }  # fmt: skip
+    with Session(as_json, debug, quiet) as session:
+        import cbn_convert as cbn
+        from cbn_convert.files import check_output, write_json
+        from cbn_convert.models import ModelSpec, create_model
+
+        check_output(output, overwrite)
+        converted = create_model(ModelSpec(**spec))
+        report = cbn.convert(converted, **window_options)
+        summary = {"model": model, **window_options, **report.to_dict()}
+        if dry_run:
+            session.print(_table(report))
+            session.print(f"{report}; nothing written (--dry-run)")
+        else:
+            cbn.export(converted, output, model_args=spec["model_kwargs"], metadata=window_options, overwrite=overwrite)
+            write_json(output / "conversion.json", summary)
+            session.print(f"{report}; written to {output}")
+        session.result({**summary, "output": None if dry_run else str(output)})
+
+
+def _table(report: ConversionReport) -> Table:
+    from rich.table import Table
+
+    table = Table("layer", "norm", "channels", "fed by", "convert", "why")
+    for row in report:
+        table.add_row(row.name, row.norm, str(row.channels), row.fed_by or "-", row.status, row.reason)
+    return table
