@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cbn_convert.errors import CbnError
 
 from . import options as o
 from .session import Session
@@ -33,6 +34,8 @@ def demo(
     CBN, and the CBN model is exported and loaded by plain timm.
     """
     with Session(as_json, debug, quiet) as session:
+        import shlex
+
         from cbn_convert.files import check_output
         from cbn_convert.training.metrics import draw_curves
 
@@ -51,7 +54,7 @@ def demo(
         backbone = f"local-dir:{output}/pretrained/best"
         results["pretrained"] = cbn(
             "finetune", f"{output}/data/digits-0-4", "--model", ARCH, "--no-pretrained", "--norm", "bn",
-            "--batch-size", "32", "--epochs", "10", "--lr", "0.1", *small, "-o", f"{output}/pretrained",
+            "--batch-size", "32", "--epochs", "5", "--lr", "0.1", *small, "-o", f"{output}/pretrained",
         )  # fmt: skip
         results["convert"] = cbn("convert", backbone, "-o", f"{output}/converted")
         for norm in ("bn", "cbn"):
@@ -91,16 +94,16 @@ def write_digits(folder: Path) -> None:
 
 
 def _run(arguments: list[str], session: Session) -> dict[str, Any]:
-    """Runs the real command in a process of its own, as a user would; its outcome is the last line of its output."""
-    import typer
+    """Runs the command; its outcome is the last line of its output. Same process: importing torch takes seconds."""
+    from .main import app
 
-    command = [sys.executable, "-m", "cbn_convert.cli", *arguments, "--json"]
-    if session.quiet:
-        command.append("--quiet")
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    captured = io.StringIO()
+    options = ["--json", *(["--quiet"] if session.quiet else []), *(["--debug"] if session.debug else [])]
+    with contextlib.redirect_stdout(captured):
+        code = app([*arguments, *options], prog_name="cbn", standalone_mode=False)
+    if code:
+        raise CbnError(f"the command above ended with exit code {code}; its message says why")
+    return dict(json.loads(captured.getvalue().splitlines()[-1]))
 
 
 def _remove_earlier(output: Path) -> None:

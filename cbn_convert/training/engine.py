@@ -162,12 +162,13 @@ class _Trainer:
             model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        warmup = round(config.warmup_ratio * self.steps)
+        warmup = min(round(config.warmup_ratio * self.steps), self.steps - 1)
         self.scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=self.steps,
+            t_initial=self.steps - warmup,
             warmup_t=warmup,
             warmup_lr_init=config.lr / max(warmup, 1),
+            warmup_prefix=True,
             t_in_epochs=False,
         )
         self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
@@ -214,9 +215,11 @@ class _Trainer:
             self.step_seconds.append(now - started)
             self.train_seconds += now - started
             started = now
-            if self.step % LOG_EVERY == 0 or self.step == self.steps:
+            if self.step % LOG_EVERY == 0:
                 self._record(progress_bar)
             progress_bar.advance(len(y))
+        if self.totals.images:
+            self._record(progress_bar)
 
     def _record(self, progress_bar: Progress) -> None:
         loss, top1 = self.totals.take()

@@ -1,0 +1,189 @@
+"""The command line as a user meets it: the whole way, and every wrong turn in one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import write_image
+from timm.data import resolve_model_data_config
+from typer.testing import CliRunner
+
+from cbn_convert.cli.main import app
+from cbn_convert.training import load_run
+
+SMALL = ["--no-pretrained", "--img-size", "32", "--no-aug", "--workers", "0", "--device", "cpu", "--window", "4"]
+
+
+def cbn(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_whole_way(colors: Path, tmp_path: Path) -> None:
+    code, out, _ = cbn(
+        "finetune", colors, "-m", "test_resnet", "-o", tmp_path / "run", "--epochs", 1, "--lr", 0.01, *SMALL, "--json"
+    )
+    assert code == 0
+    trained = json.loads(out.splitlines()[-1])
+    assert trained["steps"] == 16
+    for fold in ("bn", "affine", "conv"):
+        code, out, _ = cbn("export", tmp_path / "run", "-o", tmp_path / fold, "--fold", fold, "--json")
+        assert code == 0
+        assert json.loads(out.splitlines()[-1])["relative_difference"] < 1e-5
+        code, out, _ = cbn("evaluate", tmp_path / fold, colors, "--device", "cpu", "--workers", 0, "--json")
+        assert code == 0
+        evaluated = json.loads(out)
+        assert evaluated["images"] == 12
+        assert evaluated["top1"] == pytest.approx(trained["best_top1"])
+        code, out, _ = cbn("evaluate", tmp_path / "run", colors, "--split", "train", "--device", "cpu", "--workers", 0)
+        assert code == 0
+        assert out.startswith("32 images: top-1")
+    tuned, classes = load_run(tmp_path / "run")
+    assert classes == ["blue", "red"]
+    plain = timm.create_model(f"local-dir:{tmp_path}/bn", pretrained=True).eval()
+    assert resolve_model_data_config(plain)["input_size"] == (3, 32, 32)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(tuned(x), plain(x))
+
+
+def test_inspect_and_convert(tmp_path: Path) -> None:
+    code, out, _ = cbn("inspect", "test_resnet", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["counts"]["compensated"] == len(report["layers"])
+    assert {"name", "norm", "channels", "fed_by", "status", "reason"} == set(report["layers"][0])
+    code, out, _ = cbn("inspect", "test_resnet")
+    assert "compensated" in out
+
+    code, out, _ = cbn("convert", "test_resnet", "--no-pretrained", "-o", tmp_path / "out", "--dry-run")
+    assert code == 0
+    assert "nothing written" in out
+    assert not (tmp_path / "out").exists()
+    code, _, _ = cbn("convert", "test_resnet", "--no-pretrained", "-o", tmp_path / "out", "--window", 16)
+    assert code == 0
+    assert json.loads((tmp_path / "out/conversion.json").read_text())["window"] == 16
+    timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
+    code, out, _ = cbn("inspect", f"local-dir:{tmp_path}/out", "--json")
+    assert code == 0
+
+
+def test_finetune_dry_run_resume_and_one_folder(colors: Path, tmp_path: Path) -> None:
+    arguments = ["finetune", colors / "train", "-m", "test_resnet", "-o", tmp_path / "run", "--epochs", 1, *SMALL]
+    code, out, _ = cbn(*arguments, "--val-fraction", 0.25, "--dry-run", "--json")
+    assert code == 0
+    planned = json.loads(out.splitlines()[-1])
+    assert planned["training_images"] == 24
+    assert planned["validation_images"] == 8
+    assert not (tmp_path / "run").exists()
+    assert cbn(*arguments, "--val-fraction", 0.25, "--quiet")[:2] == (0, "")
+    code, out, _ = cbn("finetune", colors / "train", "--resume", tmp_path / "run", "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["steps"] == 12
+
+
+def test_errors_are_one_sentence_and_leave_nothing(colors: Path, tmp_path: Path) -> None:
+    (tmp_path / "junk.pth").write_bytes(b"junk" * 99)
+    (tmp_path / "bad/train/a").mkdir(parents=True)
+    write_image(tmp_path / "bad/val/a/0.png", (9, 9, 9), 0)
+    run = ["-m", "test_resnet", "-o", tmp_path / "run", *SMALL]
+    cases = [
+        (1, "does not exist", ["finetune", tmp_path / "nowhere", *run]),
+        (1, "holds no images", ["finetune", tmp_path / "bad", *run]),
+        (1, "cannot load weights", ["finetune", colors, *run, "--checkpoint", tmp_path / "junk.pth"]),
+        (1, "did you mean", ["finetune", colors, *run, "-m", "test_resnt"]),
+        (1, "no BatchNorm", ["finetune", colors, *run, "-m", "test_vit", "--img-size", "160"]),
+        (1, "no BatchNorm", ["convert", "test_vit", "--no-pretrained", "-o", tmp_path / "run"]),
+        (1, "no BatchNorm", ["inspect", "test_vit"]),
+        (1, "norm must be one of", ["finetune", colors, *run, "--norm", "ln"]),
+        (1, "--val-fraction", ["finetune", colors / "train", *run]),
+        (1, "does not exist", ["evaluate", tmp_path / "nowhere", colors]),
+        (1, "not an exported model", ["evaluate", colors, colors]),
+        (1, "bn, affine, conv", ["export", colors, "-o", tmp_path / "run", "--fold", "all"]),
+        (1, "is not a run folder", ["finetune", colors, "--resume", tmp_path / "nowhere"]),
+        (2, "window", ["finetune", colors, *run, "--window", "0"]),
+        (2, "batch-size", ["finetune", colors, *run, "--batch-size", "0"]),
+        (2, "model-kwargs", ["finetune", colors, *run, "--model-kwargs", "oops"]),
+        (2, "mean", ["finetune", colors, *run, "--mean", "0.1,0.2"]),
+        (2, "--model", ["finetune", colors, "-o", tmp_path / "run"]),
+        (2, "--output", ["finetune", colors, "-m", "test_resnet"]),
+        (2, "No such command", ["finetun"]),
+    ]
+    for code, message, arguments in cases:
+        got, out, err = cbn(*arguments)
+        assert (got, out) == (code, ""), arguments
+        assert message in err.replace("\n", " "), (arguments, err)
+        assert "Traceback" not in err
+        if code == 1:
+            assert err.startswith("error: ")
+            assert err.count("\n") == 1
+        assert not (tmp_path / "run").exists(), arguments
+
+
+def test_json_errors_and_debug(tmp_path: Path) -> None:
+    code, out, _ = cbn("inspect", "no_such_model", "--json")
+    assert code == 1
+    assert "timm knows no model" in json.loads(out)["error"]
+    code, _, err = cbn("inspect", "no_such_model", "--debug")
+    assert "Traceback" in err
+
+
+def test_export_of_a_group_norm_run_is_refused(colors: Path, tmp_path: Path) -> None:
+    assert (
+        cbn("finetune", colors, "-m", "test_resnet", "-o", tmp_path / "run", "--norm", "gn", "--epochs", 1, *SMALL)[0]
+        == 0
+    )
+    code, _, err = cbn("export", tmp_path / "run", "-o", tmp_path / "out")
+    assert code == 1
+    assert "GroupNorm" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_torch() -> None:
+    program = "import sys; from cbn_convert.cli.main import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "finetune" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "finetune", "evaluate", "export", "demo"])
+def test_every_help_has_an_example(command: str) -> None:
+    code, out, _ = cbn(command, "--help")
+    assert code == 0
+    assert f"Example: cbn {command}" in " ".join(out.split())
+
+
+def test_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cbn_convert.cli", "demo", "-o", "demo", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["largest_difference"] == 0
+    assert result["cbn"]["best_top1"] > 90
+    assert "$ cbn finetune demo/data/digits-5-9 --model local-dir:demo/pretrained/best --norm cbn" in done.stderr
+    plain = timm.create_model(f"local-dir:{tmp_path}/demo/export", pretrained=True)
+    assert plain.num_classes == 5
+    assert (tmp_path / "demo/curves.png").is_file()
+
+
+def test_real_photos_and_weights(shared_data: Path, tmp_path: Path) -> None:
+    """The issue's own command, cut to a few steps: genuine ImageNet weights on clothing photos."""
+    code, out, err = cbn(
+        "finetune", shared_data / "clothing", "--model", "mobilenetv2_035",
+        "--checkpoint", shared_data / "weights/mobilenetv2_035_keras.timm.safetensors",
+        "--model-kwargs", "pad_type=same", "--mean", "0.5", "--std", "0.5", "--batch-size", "2", "--norm", "cbn",
+        "--epochs", "1", "--max-steps", "60", "--img-size", "96", "-o", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["best_top1"] > 15
+    for fold in ("bn", "conv"):
+        code, out, _ = cbn("export", tmp_path / "run", "-o", tmp_path / fold, "--fold", fold, "--json")
+        assert code == 0
+        difference = json.loads(out.splitlines()[-1])["relative_difference"]
+        assert difference == 0 if fold == "bn" else difference < 1e-5

@@ -1,0 +1,243 @@
+"""convert, revert and warm_up on timm backbones and on modules of other origin."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from conftest import randomize_norms
+from timm.layers import BatchNormAct2d, SplitBatchNorm2d
+from torch import nn
+
+import cbn_convert as cbn
+from cbn_convert.errors import ConversionError
+from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationMixin
+
+BACKBONES = {
+    "resnet18": {},
+    "resnext50_32x4d": {"layers": [1, 1, 1, 1]},
+    "mobilenetv2_035": {"pad_type": "same"},
+    "mobilenetv3_small_050": {},
+    "efficientnet_b0": {},
+    "regnety_002": {},
+    "regnetx_002": {},
+}
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def backbone(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize_norms(timm.create_model(name, num_classes=5, **BACKBONES[name])).eval()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_conversion_keeps_outputs_and_keys_and_revert_restores_bytes(name: str) -> None:
+    model = backbone(name)
+    classes = {n: type(m) for n, m in model.named_modules()}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(X)
+    report = cbn.convert(model, example_input=X)
+    assert report.counts == {"compensated": len(report), "window": 0, "kept": 0}
+    assert all(isinstance(model.get_submodule(row.name), CrossIterationMixin) for row in report)
+    with torch.no_grad():
+        assert torch.equal(model(X), expected)
+    assert list(model.state_dict()) == list(before)
+    assert [n for n, _ in model.named_modules()] == list(classes)
+
+    cbn.revert(model)
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) and after[k].dtype == v.dtype for k, v in before.items())
+    with torch.no_grad():
+        assert torch.equal(model(X), expected)
+    assert not any(m._forward_hooks for m in model.modules())
+    assert not any("window" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035", "regnety_002"])
+def test_pairs_are_those_of_the_autograd_graph(name: str) -> None:
+    """Each layer is bound to the conv whose weight the gradient graph shows directly above it."""
+    model = backbone(name)
+    report = cbn.convert(model, example_input=X)
+    owners = {id(p): n.removesuffix(".weight") for n, p in model.named_parameters()}
+    found: dict[str, str] = {}
+
+    def hook(layer_name):
+        def look(module, args):
+            inputs = [node for node, _ in args[0].grad_fn.next_functions if node is not None]
+            weight = next(n.variable for n in inputs if hasattr(n, "variable"))
+            found[layer_name] = owners[id(weight)]
+
+        return look
+
+    for row in report:
+        model.get_submodule(row.name).register_forward_pre_hook(hook(row.name))
+    model(X)
+    assert found == {row.name: row.fed_by for row in report}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_converted_model_trains_and_survives_copies(name: str) -> None:
+    model = backbone(name).train()
+    cbn.convert(model, window=4, example_input=X)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    for _ in range(3):
+        loss = model(torch.randn(2, 3, 64, 64)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert torch.isfinite(loss)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        producers = {id(m.producer) for m in twin.modules() if isinstance(m, CrossIterationMixin)}
+        assert producers <= {id(m) for m in twin.modules()}
+        torch.manual_seed(3)
+        expected = copy.deepcopy(model)(X)
+        torch.manual_seed(3)
+        assert torch.equal(twin(X), expected)
+
+
+def test_layers_without_their_own_weight_are_averaged_and_say_so() -> None:
+    report = cbn.convert(timm.create_model("densenet121", num_classes=5), example_input=X)
+    rows = {row.name: row for row in report}
+    assert rows["features.denseblock1.denselayer1.norm2"].fed_by == "features.denseblock1.denselayer1.conv1"
+    concat = rows["features.denseblock1.denselayer2.norm1"]
+    assert (concat.status, concat.fed_by) == ("window", None)
+    assert "cat" in concat.reason
+
+
+class Tricky(nn.Module):
+    """Names and registration order are wrong on purpose; outputs are changed in place, shared and reused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn_a, self.bn_b, self.bn_c, self.bn_d, self.bn_e = (nn.BatchNorm2d(4) for _ in range(5))
+        self.never = nn.BatchNorm2d(4)
+        self.conv_b, self.conv_a = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.twice, self.changed = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.bn_a(self.conv_b(x))
+        x = self.bn_b(self.conv_a(x))
+        x = self.bn_c(self.twice(x)) + self.twice(x)
+        changed = self.changed(x)
+        changed += 1
+        x = self.bn_d(changed)
+        return self.bn_e(self.bn_e(x))
+
+
+def test_pairing_follows_tensors() -> None:
+    model = Tricky()
+    rows = {r.name: r for r in cbn.convert(model, example_input=torch.randn(1, 3, 8, 8))}
+    assert {n: (r.status, r.fed_by) for n, r in rows.items()} == {
+        "bn_a": ("compensated", "conv_b"),
+        "bn_b": ("compensated", "conv_a"),
+        "bn_c": ("window", None),
+        "bn_d": ("window", None),
+        "bn_e": ("kept", None),
+        "never": ("kept", None),
+    }
+    assert "2 times" in rows["bn_e"].reason
+    assert "2 times" in rows["bn_c"].reason
+    assert "not reached" in rows["never"].reason
+    assert type(model.bn_e) is nn.BatchNorm2d
+    out = model.train()(torch.randn(2, 3, 8, 8))
+    out.sum().backward()
+
+
+def test_convert_twice_changes_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    first = cbn.convert(model, window=4, example_input=torch.randn(1, 3, 8, 8))
+    history = model[1]._history
+    second = cbn.convert(model, window=16, example_input=torch.randn(1, 3, 8, 8))
+    assert model[1].window == 4
+    assert model[1]._history is history
+    assert [r.status for r in second] == [r.status for r in first] == ["compensated"]
+    assert "already" in second.rows[0].reason
+
+
+def test_include_and_exclude() -> None:
+    def statuses(**selection) -> list[str]:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        return [r.status for r in cbn.convert(model, example_input=torch.randn(1, 3, 8, 8), **selection)]
+
+    assert statuses(include="3") == ["kept", "compensated"]
+    assert statuses(exclude=["3", "7"]) == ["compensated", "kept"]
+    assert statuses(include=lambda name, module: name == "1") == ["compensated", "kept"]
+    assert statuses(include="9") == ["kept", "kept"]
+
+
+def test_refusals_leave_the_model_alone() -> None:
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(ConversionError, match="Linear has no BatchNorm"):
+        cbn.convert(nn.Linear(3, 4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), SplitBatchNorm2d(4, num_splits=2))
+    with pytest.raises(ConversionError, match="'2' is a SplitBatchNorm2d"):
+        cbn.convert(model, example_input=x)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert [r.status for r in cbn.convert(model, exclude="2*", example_input=x)] == ["compensated", "kept", "kept"]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ConversionError, match=r"cannot run on the example input of shape \(1, 7, 8, 8\)"):
+        cbn.convert(model, example_input=torch.randn(1, 7, 8, 8))
+    with pytest.raises(ConversionError, match="window must be"):
+        cbn.convert(model, window=0, example_input=x)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert model.training
+
+
+def test_example_input_may_be_a_tuple_or_a_dict() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), BatchNormAct2d(4)
+
+        def forward(self, a, scale):
+            return self.bn(self.conv(a) if scale is None else self.conv(a * scale))
+
+    a, scale = torch.randn(1, 3, 8, 8), torch.ones(1)
+    for example in ((a, scale), {"a": a, "scale": scale}):
+        assert cbn.convert(Two(), example_input=example).counts["compensated"] == 1
+
+
+def test_tracing_leaves_buffers_modes_and_random_state() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
+    model[1].eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    cbn.convert(model)
+    assert [m.training for m in model] == [True, False, True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def test_warm_up_fills_the_history_and_nothing_else() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    cbn.convert(model, window=4, exclude="3", example_input=torch.randn(1, 3, 8, 8))
+    before = copy.deepcopy(model.state_dict())
+    cbn.warm_up(model, [(torch.randn(2, 3, 8, 8), torch.zeros(2)), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)])
+    assert isinstance(model[1], CrossIterationBatchNorm2d)
+    assert len(model[1]._history) == 3
+    assert not any(m.training for m in model.modules())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+def test_warm_up_makes_the_first_step_that_of_the_joined_batch() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    cbn.convert(model, window=4, example_input=torch.randn(1, 3, 8, 8))
+    images = [torch.randn(2, 3, 8, 8) for _ in range(4)]
+    cbn.warm_up(model, images[:3])
+    expected = nn.functional.batch_norm(model[0](torch.cat(images)), None, None, training=True)[-2:]
+    torch.testing.assert_close(model(images[3]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_torchvision_models_convert_too() -> None:
+    from torchvision.models import mobilenet_v3_small
+
+    model = mobilenet_v3_small(num_classes=4)
+    report = cbn.convert(model, example_input=X)
+    assert report.counts["compensated"] == len(report) == 34
+    assert "34 compensated" in str(report)
+    assert report.to_dict()["layers"][0]["fed_by"] == "features.0.0"

@@ -1,0 +1,95 @@
+"""export: a folder that plain timm loads, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import randomize_norms
+from safetensors import safe_open
+from torch import nn
+
+import cbn_convert as cbn
+from cbn_convert import files
+from cbn_convert.errors import ExportError, RunError
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+BACKBONES = {
+    "resnet18": {},
+    "mobilenetv2_035": {"pad_type": "same"},
+    "efficientnet_b0": {},
+    "regnety_002": {"drop_rate": 0.1},
+}
+
+
+@pytest.mark.parametrize("fold", ["bn", "affine", "conv"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_plain_timm_loads_it(name: str, fold: str, tmp_path: Path) -> None:
+    kwargs = BACKBONES[name]
+    model = randomize_norms(timm.create_model(name, num_classes=3, **kwargs)).eval()
+    model = model.to(memory_format=torch.channels_last)
+    cbn.convert(model, example_input=X)
+    config = {"input_size": (3, 64, 64), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    out = cbn.export(
+        model, tmp_path / "out", fold=fold, class_names=["a", "b", "c"], model_args=kwargs, data_config=config
+    )
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        expected, got = model(X), loaded(X)
+    if fold == "bn":
+        assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert (got - expected).norm() / expected.norm() < 1e-5
+    cfg = timm.data.resolve_model_data_config(loaded)
+    assert cfg["input_size"] == (3, 64, 64)
+    assert tuple(cfg["mean"]) == (0.1, 0.2, 0.3)
+    about = json.loads((out / "config.json").read_text())
+    assert about["label_names"] == ["a", "b", "c"]
+    metadata = safe_open(out / "model.safetensors", "pt").metadata()
+    assert json.loads(metadata["cbn_convert"]) == {"version": cbn.__version__, "architecture": name, "fold": fold}
+
+
+def test_files_have_the_modes_that_the_umask_grants(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        out = cbn.export(timm.create_model("test_resnet", num_classes=2), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(f.stat().st_mode) for f in out.iterdir()} == {0o640}
+
+
+def test_never_half_written(tmp_path: Path, monkeypatch) -> None:
+    model = timm.create_model("test_resnet", num_classes=2)
+    cbn.export(model, tmp_path / "out")
+    old = (tmp_path / "out/model.safetensors").read_bytes()
+    with pytest.raises(RunError, match="is not empty"):
+        cbn.export(model, tmp_path / "out")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_fsync", full)
+    with pytest.raises(RunError, match="No space left"):
+        cbn.export(timm.create_model("test_resnet", num_classes=2), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="Sequential is not an architecture that timm registers"):
+        cbn.export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), tmp_path / "out")
+    model = timm.create_model("test_resnet", num_classes=2)
+    with torch.no_grad():
+        model.fc.weight[0, 0] = float("inf")
+    with pytest.raises(ExportError, match=r"fc.weight holds values that are not finite"):
+        cbn.export(model, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        cbn.export(timm.create_model("test_resnet", num_classes=2), tmp_path / "file")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,134 @@
+"""fold: same outputs, nothing of the original changed, refusals."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+from conftest import randomize_norms
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import cbn_convert as cbn
+from cbn_convert.errors import FoldError
+
+BACKBONES = {
+    "resnet18": {},
+    "mobilenetv2_035": {"pad_type": "same"},
+    "mobilenetv3_small_050": {},
+    "efficientnet_b0": {},
+    "regnety_002": {},
+    "densenet121": {},
+    "repvgg_a0": {},
+}
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("keep_bn", [False, True])
+@pytest.mark.parametrize("into", ["bn", "affine", "conv"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_folded_outputs(name: str, into: str, keep_bn: bool) -> None:
+    model = randomize_norms(timm.create_model(name, num_classes=5, **BACKBONES[name])).eval()
+    cbn.convert(model, example_input=X)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = model(X)
+        folded = cbn.fold(model, into, keep_bn=keep_bn, example_input=X)
+        got = folded(X)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert torch.equal(model(X), expected)
+    assert not folded.training
+    if into == "bn":
+        assert torch.equal(got, expected)
+    else:
+        assert (got - expected).norm() / expected.norm() < 1e-5
+        assert not torch.equal(got, expected)
+        changed = [k for k, v in folded.state_dict().items() if k not in before or not torch.equal(v, before[k])]
+        assert changed
+    left = [m for m in folded.modules() if isinstance(m, _BatchNorm)]
+    if into == "bn" or keep_bn:
+        assert list(folded.state_dict()) == list(before)
+    elif into == "affine" or name not in ("densenet121", "repvgg_a0"):
+        assert not left
+
+
+@pytest.mark.parametrize("keep_bn", [False, True])
+def test_conv_fold_in_float64_is_exact_to_rounding(keep_bn: bool) -> None:
+    model = randomize_norms(timm.create_model("efficientnet_b0", num_classes=5)).double().eval()
+    x = X.double()
+    with torch.no_grad():
+        expected = model(x)
+        got = cbn.fold(model, "conv", keep_bn=keep_bn, example_input=x)(x)
+    assert (got - expected).norm() / expected.norm() < 1e-12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("keep_bn", [True, False])
+@pytest.mark.parametrize("into", ["conv", "affine"])
+def test_bias_and_affine_combinations(into: str, bias: bool, affine: bool, keep_bn: bool) -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4, affine=affine))
+    linear = nn.Sequential(nn.Linear(5, 4, bias=bias), nn.BatchNorm1d(4, affine=affine))
+    for model, x in ((conv, torch.randn(2, 3, 8, 8)), (linear, torch.randn(6, 5))):
+        model = randomize_norms(model).eval()
+        folded = cbn.fold(model, into, keep_bn=keep_bn, example_input=x)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+        assert isinstance(folded[1], _BatchNorm) == keep_bn
+
+
+def test_identity_batchnorm_is_as_documented() -> None:
+    model = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    norm = cbn.fold(model, "conv", keep_bn=True, example_input=torch.randn(1, 3, 8, 8))[1]
+    assert torch.equal(norm.running_mean, torch.zeros(4))
+    assert torch.equal(norm.running_var, torch.full((4,), 1 - norm.eps))
+    assert torch.equal(norm.weight, torch.ones(4))
+    assert torch.equal(norm.bias, torch.zeros(4))
+
+
+class Shared(nn.Module):
+    """The conv's output is read by the norm and by a second branch, or returned."""
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.returned = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), returned
+
+    def forward(self, x):
+        x = self.conv(x)
+        return (self.bn(x), x) if self.returned else (self.bn(x) + x.relu(),)
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_a_conv_with_other_readers_is_not_folded(returned: bool, caplog) -> None:
+    model = randomize_norms(Shared(returned)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with caplog.at_level(logging.WARNING):
+        folded = cbn.fold(model, "conv", example_input=x)
+    assert "1 of 1 norm layers stay BatchNorm" in caplog.text
+    assert isinstance(folded.bn, nn.BatchNorm2d)
+    for got, want in zip(folded(x), model(x), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_act_and_drop_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=nn.Dropout))
+    model = randomize_norms(model).eval()
+    x = torch.randn(2, 3, 8, 8)
+    for into in ("conv", "affine"):
+        folded = cbn.fold(model, into, example_input=x)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+        assert {"SiLU", "Dropout"} <= {type(m).__name__ for m in folded.modules()}
+
+
+def test_refuses_damaged_statistics_and_unknown_targets() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(FoldError, match="bn, affine, conv"):
+        cbn.fold(model, "linear", example_input=x)
+    model[1].running_var[2] = float("nan")
+    for into in ("conv", "affine"):
+        with pytest.raises(FoldError, match="'1'"):
+            cbn.fold(model, into, example_input=x)

@@ -1,0 +1,117 @@
+"""Weights from files and folders; every way it can go wrong is one sentence."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cbn_convert.errors import ModelError
+from cbn_convert.models import ModelSpec, create_model, reset_head
+
+
+@pytest.fixture(scope="module")
+def source() -> torch.nn.Module:
+    torch.manual_seed(5)
+    return timm.create_model("test_resnet", num_classes=7)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", "-nested.pth"])
+def test_checkpoint_is_loaded_except_another_head(source, suffix: str, tmp_path: Path) -> None:
+    path, state = tmp_path / f"weights{suffix}", source.state_dict()
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state} if "nested" in suffix else state, path)
+    model = create_model(ModelSpec("test_resnet", checkpoint=str(path)), 3)
+    for key, value in model.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(value, state[key])
+    assert model.num_classes == 3
+    same = create_model(ModelSpec("test_resnet", checkpoint=str(path)), 7)
+    assert torch.equal(same.fc.weight, source.fc.weight)
+    if suffix == ".safetensors":
+        model = create_model(ModelSpec(str(path), arch="test_resnet"), 3)
+        assert torch.equal(model.conv1[0].weight, state["conv1.0.weight"])
+
+
+def test_headless_weights_fit(source, tmp_path: Path) -> None:
+    save_file({k: v for k, v in source.state_dict().items() if not k.startswith("fc.")}, tmp_path / "w.safetensors")
+    assert create_model(ModelSpec("test_resnet", checkpoint=str(tmp_path / "w.safetensors")), 3).num_classes == 3
+
+
+def test_data_config_overrides() -> None:
+    spec = ModelSpec("test_resnet", pretrained=False, mean=(0.1,) * 3, std=(0.2,) * 3, img_size=48)
+    config = timm.data.resolve_model_data_config(create_model(spec, 3))
+    assert (config["mean"], config["std"], config["input_size"]) == ((0.1,) * 3, (0.2,) * 3, (3, 48, 48))
+
+
+def test_reset_head_gives_equal_classes(source) -> None:
+    model = create_model(ModelSpec("test_resnet", pretrained=False), 4)
+    reset_head(model)
+    assert torch.equal(model.eval()(torch.randn(2, 3, 64, 64)), torch.zeros(2, 4))
+
+
+class Malicious:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    torch.save({"weight": Malicious(str(tmp_path / "pwned"))}, tmp_path / "evil.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Malicious(str(tmp_path / "pwned"))))
+    for name in ("evil.pth", "raw.pth"):
+        with pytest.raises(ModelError, match="cannot load weights from"):
+            create_model(ModelSpec("test_resnet", checkpoint=str(tmp_path / name)), 3)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"model": "resnet81"}, "did you mean resnet18"),
+        ({"model": "qqqq"}, "timm knows no model 'qqqq'"),
+        ({"model": "resnet18", "checkpoint": "absent.pth"}, "absent.pth does not exist"),
+        ({"model": "resnet18", "checkpoint": "junk.pth"}, "cannot load weights from junk.pth"),
+        ({"model": "resnet18", "checkpoint": "junk.safetensors"}, "cannot load weights from junk.safetensors"),
+        ({"model": "resnet18", "checkpoint": "empty.pth"}, "cannot load weights from empty.pth"),
+        ({"model": "junk.safetensors"}, "cannot load weights from junk.safetensors"),
+        ({"model": "plain.safetensors"}, "pass the timm name with --arch"),
+        ({"model": "absent.safetensors"}, "absent.safetensors does not exist"),
+        ({"model": "plain.safetensors", "arch": "resnet18"}, "1 unexpected"),
+        ({"model": "plain.safetensors", "checkpoint": "junk.pth"}, "not both"),
+        ({"model": "local-dir:absent"}, "absent is not an exported model"),
+        ({"model": "absent/folder"}, "absent/folder is not an exported model"),
+        ({"model": "resnet18", "pretrained": False, "model_kwargs": {"nonsense": 1}}, "check --model-kwargs"),
+    ],
+)
+def test_errors(spec: dict, message: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("junk.pth", "junk.safetensors"):
+        Path(name).write_bytes(b"no weights at all" * 50)
+    Path("empty.pth").touch()
+    save_file({"weight": torch.zeros(2)}, "plain.safetensors")
+    with pytest.raises(ModelError) as error:
+        create_model(ModelSpec(**spec), 3)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "hf-hub:timm/resnet18.a1_in1k"])
+def test_unreachable_hub_names_the_alternatives(name: str, tmp_path: Path, monkeypatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(ModelError, match=r"--checkpoint FILE, or start from random weights with --no-pretrained"):
+        create_model(ModelSpec(name), 3)
+    assert constants.HF_HUB_OFFLINE is False

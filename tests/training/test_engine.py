@@ -1,0 +1,179 @@
+"""The training loop: it learns, it resumes, it stops with a reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import cbn_convert as cbn
+from cbn_convert.errors import RunError
+from cbn_convert.training import load_run
+from cbn_convert.training.config import FinetuneConfig
+from cbn_convert.training.metrics import read_metrics
+
+
+def config(data: Path, output: Path, **changes) -> FinetuneConfig:
+    base = FinetuneConfig(
+        data=str(data), model="test_resnet", output=str(output), pretrained=False, img_size=32, epochs=2, lr=0.01,
+        no_aug=True, workers=0, device="cpu", window=4,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize("norm", ["cbn", "bn", "frozen", "gn", "brn"])
+def test_a_run_learns_and_leaves_what_is_promised(norm: str, colors: Path, tmp_path: Path) -> None:
+    settings = config(colors, tmp_path / "run", norm=norm, lr=0.05 if norm == "gn" else 0.01)
+    result = cbn.finetune(settings, quiet=True)
+    assert result.best_top1 > 90
+    assert result.steps == 32
+    run = tmp_path / "run"
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["classes"] == ["blue", "red"]
+    assert stored["config"]["norm"] == norm
+    assert FinetuneConfig.of_run(run) == settings
+    records = read_metrics(run)
+    assert [r["step"] for r in records if r["event"] == "eval"] == [16, 32]
+    assert [r["step"] for r in records if r["event"] == "train"] == [16, 20, 32]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "checkpoints/last/training.pt").is_file()
+    assert cbn.evaluate(run, str(colors), device="cpu").top1 == pytest.approx(result.best_top1)
+    if norm != "gn":
+        model = timm.create_model(f"local-dir:{run}/best", pretrained=True)
+        assert model.num_classes == 2
+
+
+def test_warm_up_runs_before_the_first_update(colors: Path, tmp_path: Path, monkeypatch) -> None:
+    from cbn_convert.training import engine
+
+    lengths = []
+    original = engine.warm_up
+
+    def spy(model, batches):
+        original(model, batches)
+        lengths.append({len(m._history) for m in model.modules() if hasattr(m, "_history")})
+
+    monkeypatch.setattr(engine, "warm_up", spy)
+    cbn.finetune(config(colors, tmp_path / "run"), quiet=True)
+    assert lengths == [{3}]
+
+
+def test_the_head_starts_at_zero_and_the_rate_rises_then_falls(colors: Path, tmp_path: Path, monkeypatch) -> None:
+    from cbn_convert.training import engine
+
+    heads, rates = [], []
+    build, step_update = engine._build, engine.CosineLRScheduler.step_update
+
+    def spy_build(c):
+        built = build(c)
+        heads.append(built[0].get_classifier().weight.detach().clone())
+        return built
+
+    def spy_step(self, number):
+        step_update(self, number)
+        rates.append(self.optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(engine, "_build", spy_build)
+    monkeypatch.setattr(engine.CosineLRScheduler, "step_update", spy_step)
+    cbn.finetune(config(colors, tmp_path / "run", warmup_ratio=0.25), quiet=True)
+    assert torch.count_nonzero(heads[0]) == 0
+    assert len(rates) == 32
+    assert max(rates) == 0.01
+    peak = rates.index(max(rates))
+    assert peak == 8
+    assert 0 < rates[0] < rates[peak - 1] < rates[peak]
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("norm", "opt", "history"), [("cbn", "sgd", "ring"), ("cbn", "adamw", "ema"), ("bn", "sgd", "ring")]
+)
+def test_resume_repeats_the_uninterrupted_run(norm, opt, history, colors: Path, tmp_path: Path, monkeypatch) -> None:
+    from cbn_convert.training import engine
+
+    settings = {"norm": norm, "opt": opt, "history": history, "epochs": 3, "no_aug": False, "lr": 3e-3}
+    whole = cbn.finetune(config(colors, tmp_path / "whole", **settings), quiet=True)
+
+    original = engine._Trainer._end_epoch
+
+    def stop_after_second(self, bar):
+        original(self, bar)
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._Trainer, "_end_epoch", stop_after_second)
+    with pytest.raises(KeyboardInterrupt):
+        cbn.finetune(config(colors, tmp_path / "cut", **settings), quiet=True)
+    monkeypatch.setattr(engine._Trainer, "_end_epoch", original)
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "train", "step": 40, "loss": 9.9}) + '\n{"event": "tra')
+
+    resumed = cbn.finetune(FinetuneConfig.of_run(tmp_path / "cut"), resume=True, quiet=True)
+    assert (resumed.best_top1, resumed.last_top1, resumed.steps) == (whole.best_top1, whole.last_top1, whole.steps)
+    states = [torch.load(tmp_path / r / "checkpoints/last/training.pt", weights_only=True) for r in ("whole", "cut")]
+    assert all(torch.equal(v, states[1]["model"][k]) for k, v in states[0]["model"].items())
+    losses = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / run)] for run in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_same_seed_same_run(colors: Path, tmp_path: Path) -> None:
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        cbn.finetune(config(colors, tmp_path / name, seed=seed, epochs=1, no_aug=False), quiet=True)
+        runs.append(load_run(tmp_path / name)[0].state_dict())
+    assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+    assert not all(torch.equal(v, runs[2][k]) for k, v in runs[0].items())
+
+
+def test_max_steps_and_best(colors: Path, tmp_path: Path) -> None:
+    result = cbn.finetune(config(colors, tmp_path / "run", epochs=5, max_steps=20), quiet=True)
+    assert result.steps == 20
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if r["event"] == "eval"] == [16, 20]
+    assert result.best_top1 == max(r["top1"] for r in read_metrics(tmp_path / "run") if r["event"] == "eval")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(colors: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no longer finite at step 16 with lr .* lower --lr"):
+        cbn.finetune(config(colors, tmp_path / "run", norm="frozen", lr=1e6), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "ln"}, "norm must be one of cbn, bn, frozen, gn, brn"),
+        ({"opt": "lamb"}, "sgd, adamw"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"epochs": 0}, "epochs"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"window": 0}, "window must be"),
+        ({"compensation": "exact"}, "projection"),
+        ({"val_fraction": 1.5}, "val_fraction"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"device": "tpu"}, "device"),
+    ],
+)
+def test_arguments_out_of_range(change: dict, message: str, colors: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=message):
+        cbn.finetune(config(colors, tmp_path / "run", **change), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_runs(colors: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cbn.finetune(config(colors, run, epochs=1), quiet=True)
+    with pytest.raises(RunError, match="is not empty"):
+        cbn.finetune(config(colors, run), quiet=True)
+    (run / "checkpoints/last/training.pt").write_bytes(b"junk")
+    with pytest.raises(RunError, match=r"training\.pt is damaged"):
+        cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+    (run / "config.json").write_text("{")
+    with pytest.raises(RunError, match="not valid JSON"):
+        FinetuneConfig.of_run(run)
+    with pytest.raises(RunError, match="is not a run folder"):
+        FinetuneConfig.of_run(tmp_path)

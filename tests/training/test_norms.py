@@ -1,0 +1,89 @@
+"""The alternatives to CBN: what they compute, and that they keep what the pretrained model knows."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from conftest import randomize_norms
+from torch import nn
+
+from cbn_convert.errors import ConversionError
+from cbn_convert.norm import CrossIterationMixin
+from cbn_convert.training.norms import D_MAX, NORMS, R_MAX, apply_norm
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035"])
+@pytest.mark.parametrize("norm", [n for n in NORMS if n != "gn"])
+def test_eval_output_and_keys_stay(norm: str, name: str) -> None:
+    model = randomize_norms(timm.create_model(name, num_classes=3)).eval()
+    with torch.no_grad():
+        expected = model(X)
+    keys = list(model.state_dict())
+    apply_norm(model, norm, **({"window": 4, "example_input": X} if norm == "cbn" else {}))
+    with torch.no_grad():
+        assert torch.equal(model(X), expected)
+    assert list(model.state_dict()) == keys
+    assert any(isinstance(m, CrossIterationMixin) for m in model.modules()) == (norm == "cbn")
+
+
+def test_frozen_uses_running_statistics_in_training_and_leaves_them() -> None:
+    model = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    expected = model(X)
+    apply_norm(model, "frozen")
+    before = model[1].running_mean.clone()
+    out = model.train()(X)
+    assert torch.equal(out, expected)
+    assert torch.equal(model[1].running_mean, before)
+    out.square().mean().backward()
+    assert model[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_renorm_is_algorithm_1(affine: bool) -> None:
+    model = randomize_norms(nn.Sequential(nn.BatchNorm2d(3, affine=affine))).double()
+    model[0].running_var.copy_(torch.tensor([1.0, 0.01, 100.0]))
+    model[0].running_mean.copy_(torch.tensor([0.5, 9.0, 0.0]))
+    running_mean, running_var = model[0].running_mean.clone(), model[0].running_var.clone()
+    apply_norm(model, "brn")
+    x = X.double().requires_grad_()
+    out = model(x)
+
+    shape = (1, 3, 1, 1)
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    sigma, running_sigma = torch.sqrt(var + 1e-5), torch.sqrt(running_var + 1e-5)
+    r = (sigma / running_sigma).clamp(1 / R_MAX, R_MAX).detach()
+    d = ((mean - running_mean) / running_sigma).clamp(-D_MAX, D_MAX).detach()
+    expected = (x - mean.view(shape)) / sigma.view(shape) * r.view(shape) + d.view(shape)
+    if affine:
+        expected = expected * model[0].weight.view(shape) + model[0].bias.view(shape)
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(out)
+    (got,) = torch.autograd.grad((out * direction).sum(), x)
+    (want,) = torch.autograd.grad((expected * direction).sum(), x)
+    torch.testing.assert_close(got, want)
+    n = x.numel() / 3
+    torch.testing.assert_close(model[0].running_mean, 0.9 * running_mean + 0.1 * mean.detach())
+    torch.testing.assert_close(model[0].running_var, 0.9 * running_var + 0.1 * var.detach() * n / (n - 1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035"])
+def test_group_norm_keeps_affine_and_activation(name: str) -> None:
+    model = randomize_norms(timm.create_model(name, num_classes=3))
+    acts = sum(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in model.modules())
+    weight = model.bn1.weight.detach().clone()
+    apply_norm(model, "gn")
+    groups = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert torch.equal(groups[0].weight, weight)
+    assert groups[0].num_channels % groups[0].num_groups == 0
+    assert sum(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in model.modules()) == acts
+    model(X).sum().backward()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_model_without_batchnorm_is_refused(norm: str) -> None:
+    with pytest.raises(ConversionError, match="no BatchNorm layer"):
+        apply_norm(nn.Sequential(nn.Linear(2, 2)), norm)
