@@ -1,6 +1,6 @@
 """Converting a model and back: who feeds whom, the change of classes, the report."""
 
-from .convert import convert, norm_layers, revert, warm_up
+from .converting import convert, norm_layers, revert, warm_up
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, trace_norms
 

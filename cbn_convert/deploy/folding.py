@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from ..conversion import NormCall, norm_layers, revert, trace_norms
-from ..conversion.convert import CONVERTED
+from ..conversion.converting import CONVERTED
 from ..errors import FoldError
 
 FoldTarget = Literal["bn", "affine", "conv"]

@@ -14,6 +14,7 @@ subtracts two large numbers. An iteration τ of the past, seen from today's weig
     μ̃ = μ + p̄·(θ - θ_τ) + (b - b_τ)            exact, because the mean is linear in θ
     σ̃² = max(2c - σ² - (μ̃ - μ)², 0)            "taylor": the paper's max(ν̃, μ̃²) - μ̃², with c = θ·C
     σ̃² = c² / σ²                               "projection": the Cauchy-Schwarz bound var(x') >= cov(x, x')² / var(x)
+    σ̃² = θ·Σ·θ, Σ = cov(p)                     "exact": no approximation; Σ has F² entries per group, C has F per channel
 
 and the window is the average over iterations: M = Σ w μ̃ and S = Σ w (σ̃² + (μ̃ - M)²), the current one included.
 """
@@ -26,34 +27,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Compensation = Literal["projection", "taylor", "none"]
+Compensation = Literal["projection", "taylor", "exact", "none"]
 Gradient = Literal["full", "current", "straight_through"]
 
-COMPENSATIONS: tuple[str, ...] = ("projection", "taylor", "none")
+COMPENSATIONS: tuple[str, ...] = ("projection", "taylor", "exact", "none")
 GRADIENTS: tuple[str, ...] = ("full", "current", "straight_through")
 
 
 class Moments(NamedTuple):
     """What one iteration leaves behind, or, with an axis of n after the first one, what n iterations left.
 
-    Shapes for C channels, G groups and F = (C_in / G)·K_h·K_w weights per channel. `patch_mean`, `covariance` and
-    `anchor` are None where there is nothing to compensate with. All in float32 (float64 for float64 input).
+    Shapes for C channels, G groups and F = (C_in / G)·K_h·K_w weights per channel. What the compensation has no use for
+    is None. All in float32 (float64 for float64 input).
     """
 
     mean: Tensor  # μ [C]
     var: Tensor  # σ² [C], biased
     anchor: Tensor | None = None  # θ_τ·p̄ + b_τ [C]: what the weights of that iteration made of the mean patch
     patch_mean: Tensor | None = None  # p̄ [G, F]
-    covariance: Tensor | None = None  # C [C, F]
+    covariance: Tensor | None = None  # C [C, F], for "projection" and "taylor"
+    patch_covariance: Tensor | None = None  # Σ [G, F, F], for "exact"
 
 
 class Compensated(NamedTuple):
-    """Past statistics under today's weights, [C, n] each, with dσ̃²/dθ = 2(along·C - across·p̄)."""
+    """Past statistics under today's weights, with the sum over τ of dσ̃²/dθ = slope - Σ_τ across·p̄."""
 
-    mean: Tensor
-    var: Tensor
-    along: Tensor | None = None
-    across: Tensor | None = None
+    mean: Tensor  # μ̃ [C, n]
+    var: Tensor  # σ̃² [C, n]
+    slope: Tensor | None = None  # [C, F]
+    across: Tensor | None = None  # [C, n]
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -61,29 +63,44 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def by_group(t: Tensor, groups: int) -> Tensor:
+    """Views [C, ...] as [G, C/G, ...]."""
+    return t.view(groups, -1, *t.shape[1:])
+
+
 def response(patch_mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """θ·p̄ + b for mean patches [G, n, F], weights [C, F] and bias [C]; returns [C, n]."""
-    groups = patch_mean.shape[0]
-    by_group = weight.view(groups, -1, weight.shape[1])
-    out = torch.bmm(by_group, patch_mean.transpose(1, 2)).flatten(0, 1)
+    out = torch.bmm(by_group(weight, patch_mean.shape[0]), patch_mean.transpose(1, 2)).flatten(0, 1)
     return out if bias is None else out + bias[:, None]
 
 
 def compensate(past: Moments, weight: Tensor | None, bias: Tensor | None, compensation: Compensation) -> Compensated:
     """Carries n past iterations over to today's weights [C, F] and bias [C] (paper, eqs. 7 to 10)."""
-    if weight is None or past.patch_mean is None or past.covariance is None or past.anchor is None:
+    if weight is None or past.patch_mean is None or past.anchor is None:
         return Compensated(past.mean, past.var)
     drift = response(past.patch_mean, weight, bias) - past.anchor
     mean = past.mean + drift
+
+    if past.patch_covariance is not None:
+        theta = by_group(weight, past.patch_covariance.shape[0])
+        row = torch.einsum("gcf,gnfh->gcnh", theta, past.patch_covariance)
+        var = (row * theta[:, :, None]).sum(3).flatten(0, 1)
+        return Compensated(mean, var, 2 * row.sum(2).flatten(0, 1), torch.zeros_like(var))
+
+    assert past.covariance is not None
     c = torch.bmm(past.covariance, weight[:, :, None]).squeeze(2)
     if compensation == "taylor":
         var = 2 * c - past.var - drift * drift
-        unclamped = var > 0
-        return Compensated(mean, var.clamp_min(0), unclamped.to(var.dtype), torch.where(unclamped, drift, 0))
-    # A channel that was constant has σ² = 0 and C = 0: nothing is known of its slope.
-    known = past.var > torch.finfo(past.var.dtype).tiny
-    slope = torch.where(known, c / past.var, 0)
-    return Compensated(mean, torch.where(known, slope * c, past.var), slope, torch.zeros_like(slope))
+        unclamped = (var > 0).to(var.dtype)
+        along, across = unclamped, 2 * unclamped * drift
+        var = var.clamp_min(0)
+    else:
+        # A channel that was constant has σ² = 0 and C = 0: nothing is known of its slope.
+        known = past.var > torch.finfo(past.var.dtype).tiny
+        along, across = torch.where(known, c / past.var, 0), torch.zeros_like(c)
+        var = torch.where(known, along * c, past.var)
+    slope = torch.bmm(2 * along[:, None, :], past.covariance).squeeze(1)
+    return Compensated(mean, var, slope, across)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,13 +156,10 @@ class CrossIterationNormalize(torch.autograd.Function):
             M = w0 * mean + w * old.mean.sum(1)
             spread = old.mean - M[:, None]
             S = w0 * (var + (mean - M) ** 2) + w * (old.var + spread * spread).sum(1)
-            if gradient == "full" and old.along is not None and old.across is not None:
-                assert past.patch_mean is not None and past.covariance is not None
+            if gradient == "full" and past.patch_mean is not None and old.slope is not None and old.across is not None:
                 dM = w * past.patch_mean.sum(1)
-                pull = 2 * w * (spread - old.across)
-                dS = torch.bmm(2 * w * old.along[:, None, :], past.covariance).squeeze(1)
-                by_group = pull.view(past.patch_mean.shape[0], -1, pull.shape[1])
-                dS += torch.bmm(by_group, past.patch_mean).flatten(0, 1)
+                pull = w * (2 * spread - old.across)
+                dS = w * old.slope + torch.bmm(by_group(pull, dM.shape[0]), past.patch_mean).flatten(0, 1)
                 dM_db, dS_db = 1 - w0, pull.sum(1)
 
         inv_std = torch.rsqrt(S + eps)
@@ -184,7 +198,7 @@ class CrossIterationNormalize(torch.autograd.Function):
             g_x = g * per_channel(scale, x) + per_channel(share * g_M, x) + centred * per_channel(2 * share * g_S, x)
             g_x = g_x.to(x.dtype)
         if ctx.needs_input_grad[1] and dS is not None:
-            g_weight = (g_M.view(dM.shape[0], -1, 1) * dM[:, None]).flatten(0, 1) + g_S[:, None] * dS
+            g_weight = (by_group(g_M, dM.shape[0])[:, :, None] * dM[:, None]).flatten(0, 1) + g_S[:, None] * dS
             g_weight = g_weight.view_as(weight).to(weight.dtype)
         if ctx.needs_input_grad[2] and dS_db is not None:
             g_bias = (g_M * ctx.dM_db + g_S * dS_db).to(bias.dtype)

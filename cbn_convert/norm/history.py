@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .functional import Moments
+from .functional import Moments, by_group
 
 HistoryKind = Literal["ring", "ema"]
 HISTORIES: tuple[str, ...] = ("ring", "ema")
@@ -47,7 +47,7 @@ class History:
         """
         if self._slots is None:
             return None
-        if self._slots.mean.dtype != dtype or (self._slots.covariance is not None) != compensated:
+        if self._slots.mean.dtype != dtype or (self._slots.patch_mean is not None) != compensated:
             self.clear()
             return None
         if self._slots.mean.device != device:
@@ -97,11 +97,22 @@ def _pool(old: Moments, new: Moments, share: float) -> Moments:
     between = share * (1 - share)
     step = new.mean - old.mean
     var = blend(old.var, new.var) + between * step * step
-    covariance = blend(old.covariance, new.covariance)
-    if covariance is not None and old.patch_mean is not None and new.patch_mean is not None:
+    covariance, patch_covariance = (
+        blend(old.covariance, new.covariance),
+        blend(old.patch_covariance, new.patch_covariance),
+    )
+    if old.patch_mean is not None and new.patch_mean is not None:
         patch_step = new.patch_mean - old.patch_mean
-        by_group = (between * step).view(patch_step.shape[0], -1, 1)
-        covariance = covariance + (by_group * patch_step[:, None]).flatten(0, 1)
+        if covariance is not None:
+            outer = by_group(step, patch_step.shape[0])[:, :, None] * patch_step[:, None]
+            covariance += between * outer.flatten(0, 1)
+        if patch_covariance is not None:
+            patch_covariance += between * patch_step[:, :, None] * patch_step[:, None]
     return Moments(
-        blend(old.mean, new.mean), var, blend(old.anchor, new.anchor), blend(old.patch_mean, new.patch_mean), covariance
+        mean=blend(old.mean, new.mean),
+        var=var,
+        anchor=blend(old.anchor, new.anchor),
+        patch_mean=blend(old.patch_mean, new.patch_mean),
+        covariance=covariance,
+        patch_covariance=patch_covariance,
     )

@@ -22,7 +22,7 @@ from .functional import (
     statistics_dtype,
 )
 from .history import HISTORIES, History, HistoryKind
-from .moments import Producer, is_producer, patch_moments
+from .moments import Producer, is_producer, patch_covariances, patch_moments
 
 
 class _InputTap:
@@ -216,11 +216,15 @@ class CrossIterationMixin(_BatchNorm):
                 f"{type(self).__name__} is bound to a {type(source).__name__} that has not run since the last forward "
                 "pass; bind it to the module that produces its input, or leave it unbound"
             )
-        patch_mean, covariance = patch_moments(source, y, x, mean)
+        covariance = patch_covariance = None
+        if self.compensation == "exact":
+            patch_mean, patch_covariance = patch_covariances(source, y, mean.dtype)
+        else:
+            patch_mean, covariance = patch_moments(source, y, x, mean)
         weight = source.weight.to(mean.dtype).flatten(1)
         bias = None if source.bias is None else source.bias.to(mean.dtype)
         anchor = response(patch_mean[:, None], weight, bias).squeeze(1)
-        return Moments(mean, var, anchor, patch_mean, covariance)
+        return Moments(mean, var, anchor, patch_mean, covariance, patch_covariance)
 
     def _update_running_statistics(self, mean: Tensor, var: Tensor, count: float) -> None:
         """Moves the running statistics towards the window's, var with Bessel's correction for `count` values."""
@@ -261,8 +265,9 @@ class CrossIterationBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
         y = norm(conv(x))
 
     window: iterations averaged over, the current one included; 1 is nn.BatchNorm2d.
-    compensation: how past statistics follow the weights of the bound layer: "projection", "taylor" (the paper's) or
-        "none". An unbound layer, or one bound to frozen weights, averages without.
+    compensation: how past statistics follow the weights of the bound layer: "projection", "taylor" (the paper's),
+        "exact" (keeps the covariance of the input patches; for depthwise and narrow layers) or "none". An unbound
+        layer, or one bound to frozen weights, averages without.
     gradient: "full" backpropagates through the compensation as well, "current" (the paper's code) only through the
         current batch, "straight_through" gives the current batch the whole window's gradient.
     history: "ring" stores window - 1 iterations, "ema" one exponential average.

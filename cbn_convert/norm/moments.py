@@ -1,7 +1,7 @@
-"""Moments of the input patches of a conv or linear layer: p̄ and C = mean((x - μ) p), without autograd.
+"""Moments of the input patches of a conv or linear layer, without autograd: p̄, C = mean((x - μ) p), Σ = cov(p).
 
 p̄ is a strided mean of the input per kernel position, two small matrix products and no convolution. C is a weight
-gradient: that of the layer for the output gradient (x - μ) / m.
+gradient: that of the layer for the output gradient (x - μ) / m. Σ is a product of the unfolded input with itself.
 """
 
 from __future__ import annotations
@@ -73,6 +73,46 @@ def _depthwise_covariance(y: Tensor, xc: Tensor, conv: nn.Conv2d, padding: tuple
             window = y[:, :, i * dh : i * dh + sh * (ho - 1) + 1 : sh, j * dw : j * dw + sw * (wo - 1) + 1 : sw]
             out[:, 0, i, j] = (xc * window).sum((0, 2, 3))
     return out
+
+
+def _patches(y: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, padding: tuple[int, ...]) -> Tensor:
+    """Input patches [G, m, F] of zero-padded input."""
+    y = F.pad(y, [p for p in reversed(padding) for _ in range(2)])
+    rank = len(conv.kernel_size)
+    for d in range(rank):
+        span = conv.dilation[d] * (conv.kernel_size[d] - 1) + 1
+        y = y.unfold(2 + d, span, conv.stride[d])[..., :: conv.dilation[d]]
+    # [N, C_in, out..., kernel...] -> [G, N, out..., C_in / G, kernel...]
+    y = y.unflatten(1, (conv.groups, -1))
+    order = [1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]
+    return y.permute(order).flatten(2 + rank).flatten(1, 1 + rank)
+
+
+def exact_is_smaller(module: nn.Module) -> bool:
+    """Whether Σ costs less than C: depthwise convs up to 5x5, and convs and linears that widen.
+
+    For a depthwise conv Σ has K²·K² entries per channel, a few hundred bytes; elsewhere it has F² per group, fewer than
+    the F·C/G of C.
+    """
+    if not is_producer(module):
+        return False
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    fan_in = weight[0].numel()
+    return fan_in <= max(weight.shape[0] // getattr(module, "groups", 1), 25)
+
+
+@torch.no_grad()
+def patch_covariances(module: Producer, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(p̄ [G, F], Σ [G, F, F]) of `module` with input y, in dtype."""
+    y = y.to(dtype)
+    if isinstance(module, nn.Linear):
+        patches = y.reshape(1, -1, module.in_features)
+    else:
+        y, padding = _padded_input(module, y)
+        patches = _patches(y, module, padding)
+    mean = patches.mean(1)
+    centred = patches - mean[:, None]
+    return mean, torch.bmm(centred.transpose(1, 2), centred) / patches.shape[1]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..conversion import convert, norm_layers
-from ..conversion.convert import CONVERTED
+from ..conversion.converting import CONVERTED
 from ..errors import ConversionError
 from ..norm.functional import batch_statistics, statistics_dtype
 

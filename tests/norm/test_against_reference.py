@@ -174,3 +174,30 @@ def test_compensation_error_is_second_order_in_the_weight_change() -> None:
                 torch.testing.assert_close(guess.mean[:, 0], new.mean((0, 2, 3)))
                 errors.append((guess.var[:, 0] - new.var((0, 2, 3), correction=0)).abs().max())
             assert 80 < errors[0] / errors[1] < 120
+
+
+@pytest.mark.parametrize("history", ["ring", "ema"])
+@pytest.mark.parametrize("kind", CONVS)
+def test_exact_is_the_past_batch_seen_again(kind: str, history: str) -> None:
+    """Oracle: run the past inputs through today's weights, with autograd, and pool them."""
+    conv = nn.Conv2d(4, 8, **CONVS[kind]).double()
+    norm = CrossIterationBatchNorm2d(8, window=4, compensation="exact", history=history).double().bind(conv)
+    inputs, weights = [], []
+    for step in range(7):
+        y = torch.randn(2, 4, 9, 8, dtype=torch.float64) + 0.5
+        k = min(step + 1, 4)
+        weights = [(1 - 1 / k) * w for w in weights] + [1 / k] if history == "ema" else [1 / k] * k
+        inputs = [*inputs, y] if history == "ema" else [*inputs, y][-4:]
+        out = norm(conv(y))
+        xs = [conv(old) for old in inputs]
+        mean = sum(w * x.mean((0, 2, 3)) for w, x in zip(weights, xs, strict=True)).view(1, -1, 1, 1)
+        var = sum(w * (x - mean).square().mean((0, 2, 3)) for w, x in zip(weights, xs, strict=True)).view(1, -1, 1, 1)
+        expected = (xs[-1] - mean) / torch.sqrt(var + norm.eps)
+        torch.testing.assert_close(out, expected)
+        direction = torch.randn_like(out)
+        (got,) = torch.autograd.grad((out * direction).sum(), conv.weight)
+        (want,) = torch.autograd.grad((expected * direction).sum(), conv.weight)
+        torch.testing.assert_close(got, want)
+        with torch.no_grad():
+            for p in conv.parameters():
+                p += 0.3 * torch.randn_like(p) * p.std()

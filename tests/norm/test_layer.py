@@ -171,7 +171,7 @@ def test_straight_through_gives_the_batch_the_whole_gradient() -> None:
     [
         ({"window": 0}, "window"),
         ({"window": 2.5}, "window"),
-        ({"compensation": "exact"}, "projection, taylor, none"),
+        ({"compensation": "guess"}, "projection, taylor, exact, none"),
         ({"gradient": "none"}, "gradient"),
         ({"history": "list"}, "ring, ema"),
         ({"burn_in": -1}, "burn_in"),

@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(colors: Path, tmp_path: Path) -
         ({"lr": 0.0}, "lr must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0"),
         ({"window": 0}, "window must be"),
-        ({"compensation": "exact"}, "projection"),
+        ({"compensation": "guess"}, "projection"),
         ({"val_fraction": 1.5}, "val_fraction"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"device": "tpu"}, "device"),

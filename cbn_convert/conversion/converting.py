@@ -27,6 +27,7 @@ from ..norm import (
 )
 from ..norm.functional import Compensation, Gradient
 from ..norm.history import HistoryKind
+from ..norm.moments import exact_is_smaller
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, trace_norms
 
@@ -102,9 +103,11 @@ def convert(
                 own: Gradient = gradient if row.status == "compensated" or gradient == "current" else "straight_through"
                 norm.__class__ = CONVERTED[type(norm)]  # type: ignore[index]
                 assert isinstance(norm, CrossIterationMixin)
-                norm.set_window(window, compensation, own, history, burn_in)
-                if row.status == "compensated" and row.fed_by is not None:
-                    norm.bind(model.get_submodule(row.fed_by))
+                producer = model.get_submodule(row.fed_by) if row.status == "compensated" and row.fed_by else None
+                exact = compensation == "projection" and producer is not None and exact_is_smaller(producer)
+                norm.set_window(window, "exact" if exact else compensation, own, history, burn_in)
+                if producer is not None:
+                    norm.bind(producer)
         else:
             row = _untouched(model, name, norm)
         rows.append(row)
