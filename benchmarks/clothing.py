@@ -21,9 +21,9 @@ from threading import Lock
 
 OUTPUT = Path(__file__).parent / "results" / "clothing_batch2.json"
 GRID = {
-    "bn": (3e-4, 1e-3, 3e-3, 1e-2),
+    "bn": (1e-4, 3e-4, 1e-3, 3e-3),
     "frozen": (3e-5, 1e-4, 3e-4, 1e-3),
-    "cbn": (3e-4, 1e-3, 3e-3, 1e-2),
+    "cbn": (1e-4, 3e-4, 5e-4, 1e-3),
 }
 
 CELL = """

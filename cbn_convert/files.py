@@ -1,4 +1,4 @@
-"""Writing that leaves nothing half done: a temporary name in the same folder, fsync, rename, the old one deleted last."""
+"""Writing that leaves nothing half done: temporary name in the same folder, fsync, rename, old one deleted last."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def replace_directory(new: Path, path: Path) -> None:
     old = None
     if path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-        os.replace(path, old)
-    os.replace(new, path)
+        path.replace(old)
+    new.replace(path)
     _fsync(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
@@ -73,8 +73,8 @@ def write_json(path: Path, data: Any) -> None:
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import timm
-import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -47,7 +46,7 @@ class ModelSpec:
     img_size: int | None = None
 
 
-def create_model(spec: ModelSpec, num_classes: int | None = None) -> nn.Module:
+def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     """Builds the model with its weights, for `num_classes` classes (None: as many as the weights have).
 
     Raises ModelError for an unknown name, missing or damaged weights, weights of another architecture, arguments that
@@ -121,14 +120,15 @@ def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
         elif " " not in reason:
             reason = "the file is damaged or no checkpoint"
         raise ModelError(
-            f"cannot load weights from {path}: {reason[:200].rstrip('.')}; give a .safetensors file or a state_dict saved with torch.save"
+            f"cannot load weights from {path}: {reason[:200].rstrip('.')}; "
+            "give a .safetensors file or a state_dict saved with torch.save"
         ) from error
     return state
 
 
-def reset_head(model: nn.Module) -> None:
-    """Sets the classifier to zero: all classes equally likely, and no gradient noise from random logits at the start."""
-    classifier: Any = model.get_classifier()  # type: ignore[operator]
+def reset_head(model: Any) -> None:
+    """Sets the classifier of a timm model to zero: all classes equally likely, no noise from random logits."""
+    classifier = model.get_classifier()
     heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
     for head in heads:
         for parameter in head.parameters() if isinstance(head, nn.Module) else ():
@@ -171,7 +171,7 @@ def _architecture_in(path: Path) -> str:
     return str(about["architecture"])
 
 
-def _create(name: str, kwargs: dict[str, Any], spec: ModelSpec) -> nn.Module:
+def _create(name: str, kwargs: dict[str, Any], spec: ModelSpec) -> Any:
     try:
         with _quiet(), _offline_if_unreachable():
             return timm.create_model(name, **kwargs)

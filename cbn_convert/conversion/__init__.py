@@ -1,7 +1,18 @@
 """Converting a model and back: who feeds whom, the change of classes, the report."""
 
-from .converting import convert, norm_layers, revert, warm_up
+from .converting import DEFAULT_HISTORY, DEFAULT_WINDOW, convert, norm_layers, revert, warm_up
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, trace_norms
 
-__all__ = ["ConversionReport", "NormCall", "ReportRow", "convert", "norm_layers", "revert", "trace_norms", "warm_up"]
+__all__ = [
+    "DEFAULT_HISTORY",
+    "DEFAULT_WINDOW",
+    "ConversionReport",
+    "NormCall",
+    "ReportRow",
+    "convert",
+    "norm_layers",
+    "revert",
+    "trace_norms",
+    "warm_up",
+]

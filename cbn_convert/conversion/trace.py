@@ -132,7 +132,8 @@ def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: An
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         raise ConversionError(
-            f"the model cannot run on the example input of shape {shapes} ({error}); pass an example_input that it accepts"
+            f"the model cannot run on the example input of shape {shapes} ({error}); "
+            "pass an example_input that it accepts"
         ) from error
     finally:
         for handle in handles:

@@ -44,12 +44,12 @@ def export(
     cfg = getattr(model, "pretrained_cfg", None)
     if not cfg or cfg.get("architecture") not in timm.list_models():
         raise ExportError(
-            f"{type(model).__name__} is not an architecture that timm registers, so plain timm could not load the export; "
+            f"{type(model).__name__} is not an architecture that timm registers, so plain timm could not load it; "
             "save its state_dict instead, the keys are those of the original model"
         )
-    folded = fold_model(model, fold, keep_bn=True)
+    folded: Any = fold_model(model, fold, keep_bn=True)
     data_config = {k: v for k, v in (data_config or {}).items() if k in _DATA_KEYS}
-    folded.pretrained_cfg = {**cfg, **data_config}  # type: ignore[assignment]
+    folded.pretrained_cfg = {**cfg, **data_config}
     tensors = {name: t.detach().cpu().contiguous() for name, t in folded.state_dict().items()}
     damaged = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if damaged:
@@ -67,5 +67,5 @@ def export(
             tensors, folder / "model.safetensors", metadata={"format": "pt", "cbn_convert": json.dumps(about)}
         )
         labels = {"label_names": list(class_names)} if class_names else {}
-        save_config_for_hf(folded, folder / "config.json", model_config=labels, model_args=model_args)  # type: ignore[arg-type]
+        save_config_for_hf(folded, folder / "config.json", model_config=labels, model_args=model_args)
     return output

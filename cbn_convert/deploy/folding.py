@@ -1,4 +1,4 @@
-"""Folds normalization into what follows from its running statistics: plain BatchNorm, a scale and shift, or the conv."""
+"""Folds normalization by running statistics into plain BatchNorm, a scale and shift, or the conv's weights."""
 
 from __future__ import annotations
 
@@ -96,12 +96,14 @@ def _foldable(call: NormCall) -> bool:
 
 
 def _dtype(norm: _BatchNorm) -> torch.dtype:
-    return norm.running_mean.dtype if norm.weight is None else norm.weight.dtype  # type: ignore[union-attr]
+    assert norm.running_mean is not None
+    return norm.running_mean.dtype
 
 
 def _double(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, var, γ and β in float64."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     mean, var = norm.running_mean.double(), norm.running_var.double()
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
@@ -144,7 +146,8 @@ def _fold_into(name: str, norm: _BatchNorm, producer: nn.Module, keep_bn: bool) 
 
 def _make_identity(norm: _BatchNorm, scale: Tensor, shift: Tensor) -> None:
     """Makes the BatchNorm compute scale · x + shift, with mean 0 and var 1 - eps where it has γ and β."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     if norm.weight is None:
         norm.running_mean.copy_(-shift / scale)
         norm.running_var.copy_(scale**-2 - norm.eps)

@@ -13,8 +13,8 @@ subtracts two large numbers. An iteration τ of the past, seen from today's weig
 
     μ̃ = μ + p̄·(θ - θ_τ) + (b - b_τ)            exact, because the mean is linear in θ
     σ̃² = max(2c - σ² - (μ̃ - μ)², 0)            "taylor": the paper's max(ν̃, μ̃²) - μ̃², with c = θ·C
-    σ̃² = c² / σ²                               "projection": the Cauchy-Schwarz bound var(x') >= cov(x, x')² / var(x)
-    σ̃² = θ·Σ·θ, Σ = cov(p)                     "exact": no approximation; Σ has F² entries per group, C has F per channel
+    σ̃² = c² / σ²                               "projection": Cauchy-Schwarz, var(x') >= cov(x, x')² / var(x)
+    σ̃² = θ·Σ·θ, Σ = cov(p)                     "exact": no approximation, but F² numbers per group
 
 and the window is the average over iterations: M = Σ w μ̃ and S = Σ w (σ̃² + (μ̃ - M)²), the current one included.
 """
@@ -141,6 +141,7 @@ class CrossIterationNormalize(torch.autograd.Function):
         gradient: Gradient,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See the class."""
         dtype = statistics_dtype(x)
         xs = x.to(dtype)
         mean, var = batch_statistics(xs)
@@ -181,6 +182,7 @@ class CrossIterationNormalize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Gradients for x, weight, bias, γ and β; M and S respond to the weight through dM/dθ and dS/dθ."""
         x, weight, bias, gamma, beta, M, inv_std, dM, dS, dS_db = ctx.saved_tensors
         dims = [0, *range(2, x.dim())]
         g = g.to(M.dtype)

@@ -85,7 +85,8 @@ class History:
 
 
 def _map(fn: Any, moments: Moments) -> Moments:
-    return Moments(*(None if t is None else fn(t) for t in moments))
+    mapped: Any = [None if t is None else fn(t) for t in moments]
+    return Moments(*mapped)
 
 
 def _pool(old: Moments, new: Moments, share: float) -> Moments:

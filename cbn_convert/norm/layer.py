@@ -140,7 +140,7 @@ class CrossIterationMixin(_BatchNorm):
         if channels != self.num_features:
             raise ValueError(f"cannot bind: the module has {channels} output channels, the norm {self.num_features}")
         self._unbind()
-        self._tap = _InputTap(module, self.training)  # type: ignore[arg-type]
+        self._tap = _InputTap(module, self.training)
         self._history.clear()
         return self
 
@@ -286,9 +286,13 @@ class CrossIterationBatchNorm3d(CrossIterationMixin, nn.BatchNorm3d):
 class CrossIterationBatchNormAct2d(CrossIterationMixin, BatchNormAct2d):
     """timm's BatchNormAct2d, normalising like `CrossIterationBatchNorm2d`, then its drop and act."""
 
+    drop: nn.Module
+    act: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         """Shape: [N, C, H, W], output like input in shape and dtype."""
-        return self.act(self.drop(self.normalize(x)))
+        y: Tensor = self.act(self.drop(self.normalize(x)))
+        return y
 
 
 def history_state(model: nn.Module) -> dict[str, dict[str, Any]]:

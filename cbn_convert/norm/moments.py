@@ -6,6 +6,8 @@ gradient: that of the layer for the output gradient (x - μ) / m. Σ is a produc
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
@@ -17,7 +19,7 @@ Producer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 _EXACT_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Conv2dSame)
 
 
-def is_producer(module: nn.Module) -> bool:
+def is_producer(module: nn.Module) -> TypeGuard[Producer]:
     """Whether the module's output is θ·p + b with θ its own Parameter `weight`, in a way known here."""
     return type(module) in _EXACT_TYPES and isinstance(module.weight, nn.Parameter)
 
@@ -96,9 +98,8 @@ def exact_is_smaller(module: nn.Module) -> bool:
     """
     if not is_producer(module):
         return False
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    fan_in = weight[0].numel()
-    return fan_in <= max(weight.shape[0] // getattr(module, "groups", 1), 25)
+    fan_in = module.weight[0].numel()
+    return fan_in <= max(module.weight.shape[0] // getattr(module, "groups", 1), 25)
 
 
 @torch.no_grad()

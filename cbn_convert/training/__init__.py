@@ -2,6 +2,6 @@
 
 from .config import FinetuneConfig, FinetuneResult
 from .engine import finetune
-from .evaluate import evaluate, load_run
+from .evaluation import evaluate, load_run
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "evaluate", "finetune", "load_run"]

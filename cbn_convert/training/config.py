@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..conversion import DEFAULT_HISTORY, DEFAULT_WINDOW
 from ..errors import RunError
 from ..files import read_json
 from ..models import ModelSpec
@@ -38,15 +39,15 @@ class FinetuneConfig:
     std: tuple[float, ...] | None = None
     img_size: int | None = None
     norm: str = "cbn"
-    window: int = 8
+    window: int = DEFAULT_WINDOW
     compensation: str = "projection"
     gradient: str = "full"
-    history: str = "ring"
+    history: str = DEFAULT_HISTORY
     burn_in: int = 0
     epochs: int = 10
     max_steps: int | None = None
     batch_size: int = 2
-    lr: float = 1e-3
+    lr: float = 3e-4
     opt: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4

@@ -39,7 +39,7 @@ def open_image(path: str) -> Image.Image:
         ) from error
 
 
-class ImageList(Dataset[tuple[Tensor, int]]):
+class ImageList(Dataset[Any]):
     """A split with a transform."""
 
     def __init__(self, split: Split, transform: Any) -> None:

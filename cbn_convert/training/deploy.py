@@ -12,7 +12,7 @@ from ..deploy import FOLD_TARGETS, export
 from ..errors import ExportError
 from ..files import check_output
 from .config import read_run
-from .evaluate import load_trained
+from .evaluation import load_trained
 
 TOLERANCE = 1e-4  # relative, in float32; a fold into the conv weights rounds differently, nothing else does
 
@@ -32,21 +32,22 @@ def export_run(
     model, classes = load_trained(trained)
     if (Path(trained) / "metrics.jsonl").is_file() and read_run(trained)["config"].get("norm") == "gn":
         raise ExportError(
-            f"{trained} was trained with GroupNorm, which plain timm does not build for this architecture and which has "
-            "no running statistics to fold; export a run with another --norm"
+            f"{trained} was trained with GroupNorm, which plain timm does not build for this architecture; "
+            "export a run with another --norm"
         )
     result: dict[str, Any] = {"output": str(output), "fold": fold, "classes": classes}
     if dry_run:
         return result
     export(model, output, fold=fold, class_names=classes, overwrite=overwrite)
     plain = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
-    images = torch.randn(2, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))  # type: ignore[index]
+    size = model.pretrained_cfg["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, got = model(images).double(), plain(images).double()
     difference = float((got - expected).norm() / expected.norm().clamp_min(1e-12))
     if not difference <= TOLERANCE:
         raise ExportError(
-            f"{output}: plain timm's outputs differ by {difference:.1e} from the trained model's; do not use this folder, "
-            "and export with --fold bn"
+            f"{output}: plain timm's outputs differ by {difference:.1e} from the trained model's; "
+            "do not use this folder, export with --fold bn"
         )
     return {**result, "relative_difference": difference}

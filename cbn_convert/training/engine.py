@@ -29,7 +29,7 @@ from ..norm import CrossIterationMixin
 from .checkpoint import load_last, save_last
 from .config import FinetuneConfig, FinetuneResult, read_run
 from .data import Split, batches, make_loader, read_splits
-from .evaluate import accuracy, resolve_device
+from .evaluation import accuracy, resolve_device
 from .metrics import MetricsLog, draw_curves
 from .norms import apply_norm
 from .progress import Progress
@@ -89,7 +89,7 @@ def plan(config: FinetuneConfig) -> dict[str, Any]:
     model, training, validation, data_config = _build(config)
     layers = [m for m in model.modules() if isinstance(m, CrossIterationMixin)]
     return {
-        "model": str(model.pretrained_cfg["architecture"]),  # type: ignore[index]
+        "model": model.pretrained_cfg["architecture"],
         "norm": config.norm,
         "cross_iteration_layers": len(layers),
         "classes": len(training.classes),
@@ -100,7 +100,7 @@ def plan(config: FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def _build(config: FinetuneConfig) -> tuple[nn.Module, Split, Split, dict[str, Any]]:
+def _build(config: FinetuneConfig) -> tuple[Any, Split, Split, dict[str, Any]]:
     """The model with its norm layers and a new head, both splits, and timm's data config."""
     training, validation = read_splits(config.data, config.val_fraction, config.seed)
     set_seed(config.seed)
@@ -226,7 +226,8 @@ class _Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss is no longer finite at step {self.step} with lr {lr:.2g}; lower --lr (now {self.config.lr:g})"
+                f"the loss is no longer finite at step {self.step} with lr {lr:.2g}; "
+                f"lower --lr (now {self.config.lr:g})"
             )
         self.log.write(event="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=loss, top1=top1)
         progress_bar.show(loss, top1)

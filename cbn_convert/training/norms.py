@@ -50,7 +50,8 @@ class _BatchRenorm(_Alternative):
     """
 
     def normalize(self, x: Tensor) -> Tensor:
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         assert self.num_batches_tracked is not None
         with torch.no_grad():
             mean, var = batch_statistics(x.to(statistics_dtype(x)))
@@ -82,7 +83,8 @@ def apply_norm(model: nn.Module, norm: str, **window: Any) -> None:
     layers = norm_layers(model)
     if not layers:
         raise ConversionError(
-            f"{type(model).__name__} has no BatchNorm layer, so --norm has nothing to act on; choose a model with BatchNorm"
+            f"{type(model).__name__} has no BatchNorm layer, so there is nothing to replace; "
+            "choose a model with BatchNorm"
         )
     if norm == "cbn":
         convert(model, **window)

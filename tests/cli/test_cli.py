@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from cbn_convert.cli.main import app
 from conftest import write_image
 from timm.data import resolve_model_data_config
 from typer.testing import CliRunner
 
-from cbn_convert.cli.main import app
 from cbn_convert.training import load_run
 
 SMALL = ["--no-pretrained", "--img-size", "32", "--no-aug", "--workers", "0", "--device", "cpu", "--window", "4"]
@@ -146,7 +146,10 @@ def test_export_of_a_group_norm_run_is_refused(colors: Path, tmp_path: Path) -> 
 
 
 def test_help_needs_no_torch() -> None:
-    program = "import sys; from cbn_convert.cli.main import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    program = (
+        "import sys; from cbn_convert.cli.main import app; "
+        "app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert "finetune" in done.stdout

@@ -81,7 +81,7 @@ def test_window_1_is_batchnorm(plain, ours, shape, dtype, affine, momentum) -> N
 
 def test_large_mean_keeps_its_variance() -> None:
     x64 = 1000 + torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    mean, var = batch_statistics(x64.float())
+    _, var = batch_statistics(x64.float())
     rounded = x64.float().double()
     torch.testing.assert_close(var.double(), rounded.var((0, 2, 3), correction=0), rtol=1e-3, atol=0)
     norm = CrossIterationBatchNorm2d(3, window=4)

@@ -51,7 +51,7 @@ def accuracy(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: 
     return Evaluation(images, loss, 100 * top1, 100 * top5)
 
 
-def load_run(run: str | Path) -> tuple[nn.Module, list[str]]:
+def load_run(run: str | Path) -> tuple[Any, list[str]]:
     """The best model of a run, with plain BatchNorm (GroupNorm for a "gn" run), and its class names.
 
     Raises RunError if `run` is no run folder or has no best model yet, ModelError if the weights are damaged.
@@ -67,17 +67,17 @@ def load_run(run: str | Path) -> tuple[nn.Module, list[str]]:
     return model.eval(), list(stored["classes"])
 
 
-def _group_norm_model(best: Path) -> nn.Module:
+def _group_norm_model(best: Path) -> Any:
     """timm's loader knows nothing of the GroupNorm layers, so they are put in before the weights are read."""
     about = read_json(best / "config.json", "model settings")
     model = create_model(ModelSpec(about["architecture"], pretrained=False, model_kwargs=about.get("model_args", {})))
     apply_norm(model, "gn")
     load_weights(model, best / "model.safetensors")
-    model.pretrained_cfg = {**model.pretrained_cfg, **about["pretrained_cfg"]}  # type: ignore[dict-item, assignment]
+    model.pretrained_cfg = {**model.pretrained_cfg, **about["pretrained_cfg"]}
     return model
 
 
-def load_trained(path: str | Path) -> tuple[nn.Module, list[str]]:
+def load_trained(path: str | Path) -> tuple[Any, list[str]]:
     """Model and class names of a run folder or of an exported folder."""
     folder = Path(path)
     if not folder.is_dir():
@@ -87,9 +87,7 @@ def load_trained(path: str | Path) -> tuple[nn.Module, list[str]]:
     model = create_model(ModelSpec(f"local-dir:{folder}"))
     labels = read_json(folder / "config.json", "model settings").get("label_names")
     if not labels:
-        raise RunError(
-            f"{folder}/config.json has no label_names, so it is unknown which output is which class; export a run"
-        )
+        raise RunError(f"{folder}/config.json has no label_names, so its outputs are of unknown classes; export a run")
     return model.eval(), list(labels)
 
 
@@ -102,7 +100,7 @@ def evaluate(
     workers: int = 2,
     device: str = "auto",
 ) -> Evaluation:
-    """Evaluates a run's best model, or an exported folder, on data/`split` (default: val/ where it exists, else `data`).
+    """Evaluates a run's best model, or an exported folder, on data/`split` (default: val/ if there, else `data`).
 
     Raises RunError, ModelError or DataError, each naming the folder or file.
     """
