@@ -24,6 +24,12 @@ GRID = {
     "bn": (1e-4, 3e-4, 1e-3, 3e-3),
     "frozen": (3e-5, 1e-4, 3e-4, 1e-3),
     "cbn": (1e-4, 3e-4, 5e-4, 1e-3),
+    "cbn-ring8": (1e-4, 3e-4),
+    "cbn-published": (1e-4, 3e-4),
+}
+VARIANTS = {
+    "cbn-ring8": {"window": 8, "history": "ring"},
+    "cbn-published": {"window": 8, "history": "ring", "compensation": "taylor", "gradient": "current"},
 }
 
 CELL = """
@@ -48,7 +54,8 @@ def run_cell(data: Path, norm: str, lr: float, seed: int) -> dict[str, object]:
             "img_size": 96,
             "batch_size": 2,
             "epochs": 1,
-            "norm": norm,
+            "norm": norm.partition("-")[0],
+            **VARIANTS.get(norm, {}),
             "lr": lr,
             "seed": seed,
             "workers": 0,

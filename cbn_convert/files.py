@@ -22,13 +22,25 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise RunError(f"{path} is not empty; choose another output folder or pass --overwrite (overwrite=True)")
 
 
+# what this package puts into the folders that it replaces as a whole
+OWN_FILES = {"model.safetensors", "config.json", "conversion.json", "training.pt"}
+
+
 @contextmanager
 def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     """Yields a temporary folder that takes the place of `path` at the end, or vanishes on an error.
 
-    Raises RunError as `check_output` does, or if the folder cannot be written.
+    Raises RunError as `check_output` does, if `overwrite` would delete a file that this package did not write, or if the
+    folder cannot be written.
     """
+    path = path.absolute()
     check_output(path, overwrite)
+    if (
+        foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in OWN_FILES)
+        if path.is_dir()
+        else []
+    ):
+        raise RunError(f"{path} holds {foreign[0]}, which overwriting would delete; choose another output folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))

@@ -41,8 +41,7 @@ def demo(
 
         check_output(output, overwrite)
         started = time.perf_counter()
-        if overwrite:
-            _remove_earlier(output)
+        _prepare(output)
         write_digits(output / "data")
         results: dict[str, Any] = {}
 
@@ -106,12 +105,22 @@ def _run(arguments: list[str], session: Session) -> dict[str, Any]:
     return dict(json.loads(captured.getvalue().splitlines()[-1]))
 
 
-def _remove_earlier(output: Path) -> None:
-    """Removes what an earlier demo wrote, and nothing else."""
+def _prepare(output: Path) -> None:
+    """Makes the folder, and removes what an earlier demo wrote there; refuses a folder of somebody else."""
     import shutil
 
+    marker = output / ".cbn-demo"
+    if output.is_dir() and any(output.iterdir()) and not marker.is_file():
+        raise CbnError(
+            f"{output} was not written by cbn demo, so nothing in it is removed; choose another output folder"
+        )
     for name in ("data", "pretrained", "converted", "run-bn", "run-cbn", "export"):
         shutil.rmtree(output / name, ignore_errors=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise CbnError(f"cannot write {output}: {error.strerror}; choose a folder that you may write to") from error
 
 
 def _largest_difference(output: Path) -> float:

@@ -81,6 +81,16 @@ def test_never_half_written(tmp_path: Path, monkeypatch) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_overwriting_deletes_nothing_of_others(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=2)
+    out = cbn.export(model, tmp_path / "out")
+    cbn.export(model, out, fold="conv", overwrite=True)
+    (out / "thesis.txt").write_text("ten years")
+    with pytest.raises(RunError, match=r"holds thesis\.txt, which overwriting would delete"):
+        cbn.export(model, out, overwrite=True)
+    assert (out / "thesis.txt").read_text() == "ten years"
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="Sequential is not an architecture that timm registers"):
         cbn.export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), tmp_path / "out")
