@@ -24,8 +24,8 @@ GRID = {
     "bn": (1e-4, 3e-4, 1e-3, 3e-3),
     "frozen": (3e-5, 1e-4, 3e-4, 1e-3),
     "cbn": (1e-4, 3e-4, 5e-4, 1e-3),
-    "cbn-ring8": (1e-4, 3e-4),
-    "cbn-published": (1e-4, 3e-4),
+    "cbn-ring8": (3e-4,),
+    "cbn-published": (3e-4,),
 }
 VARIANTS = {
     "cbn-ring8": {"window": 8, "history": "ring"},
@@ -90,6 +90,7 @@ def main() -> None:
     }
     if OUTPUT.is_file():
         report["cells"] = json.loads(OUTPUT.read_text())["cells"]
+    OUTPUT.parent.mkdir(exist_ok=True)
     have = {(c["norm"], c["lr"], c["seed"]) for c in report["cells"]}
     todo = [(n, lr, s) for s in range(arguments.seeds) for n, lrs in GRID.items() for lr in lrs]
     lock = Lock()

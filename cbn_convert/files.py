@@ -35,11 +35,8 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     """
     path = path.absolute()
     check_output(path, overwrite)
-    if (
-        foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in OWN_FILES)
-        if path.is_dir()
-        else []
-    ):
+    foreign = sorted({entry.name for entry in path.iterdir()} - OWN_FILES) if path.is_dir() else []
+    if foreign:
         raise RunError(f"{path} holds {foreign[0]}, which overwriting would delete; choose another output folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
