@@ -30,8 +30,8 @@ OWN_FILES = {"model.safetensors", "config.json", "conversion.json", "training.pt
 def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     """Yields a temporary folder that takes the place of `path` at the end, or vanishes on an error.
 
-    Raises RunError as `check_output` does, if `overwrite` would delete a file that this package did not write, or if the
-    folder cannot be written.
+    Raises RunError as `check_output` does, if `overwrite` would delete a file that this package did not write, or if
+    the folder cannot be written.
     """
     path = path.absolute()
     check_output(path, overwrite)

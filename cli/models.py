@@ -89,9 +89,12 @@ def convert(
 
 
 def _table(report: ConversionReport) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table("layer", "norm", "channels", "fed by", "convert", "why")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("layer", "norm", "channels", "fed by", "convert", "why"):
+        table.add_column(header, overflow="fold")
     for row in report:
         table.add_row(row.name, row.norm, str(row.channels), row.fed_by or "-", row.status, row.reason)
     return table

@@ -37,7 +37,10 @@ class Session:
         if not self.quiet:
             from rich.console import Console
 
-            Console(stderr=self.as_json, highlight=False, soft_wrap=isinstance(text, str)).print(text, markup=False)
+            stream = sys.stderr if self.as_json else sys.stdout
+            # a file or a pipe has no width to fit into
+            console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+            console.print(text, markup=False, soft_wrap=isinstance(text, str))
 
     def result(self, data: dict[str, Any]) -> None:
         """Prints the command's outcome for machines."""

@@ -7,6 +7,7 @@ same objects, as in torch.nn.utils.parametrize.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -109,6 +110,8 @@ def convert(
                 producer = model.get_submodule(row.fed_by) if row.status == "compensated" and row.fed_by else None
                 exact = compensation == "projection" and producer is not None and exact_is_smaller(producer)
                 norm.set_window(window, "exact" if exact else compensation, own, history, burn_in)
+                if exact:
+                    row = replace(row, reason=f"{row.reason}, variance exact")
                 if producer is not None:
                     norm.bind(producer)
         else:
