@@ -24,6 +24,14 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 # what this package puts into the folders that it replaces as a whole
 OWN_FILES = {"model.safetensors", "config.json", "conversion.json", "training.pt"}
+LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises RunError if the folder holds a file that this package did not write."""
+    foreign = sorted({entry.name for entry in path.iterdir()} - OWN_FILES - LITTER) if path.is_dir() else []
+    if foreign:
+        raise RunError(f"{path} holds {foreign[0]}, which overwriting would delete; choose another output folder")
 
 
 @contextmanager
@@ -33,11 +41,9 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises RunError as `check_output` does, if `overwrite` would delete a file that this package did not write, or if
     the folder cannot be written.
     """
-    path = path.absolute()
+    path = path.resolve()
     check_output(path, overwrite)
-    foreign = sorted({entry.name for entry in path.iterdir()} - OWN_FILES) if path.is_dir() else []
-    if foreign:
-        raise RunError(f"{path} holds {foreign[0]}, which overwriting would delete; choose another output folder")
+    check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
@@ -67,7 +73,12 @@ def replace_directory(new: Path, path: Path) -> None:
     if path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
         path.replace(old)
-    new.replace(path)
+    try:
+        new.replace(path)
+    except OSError:
+        if old is not None:
+            old.replace(path)
+        raise
     _fsync(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -55,6 +55,8 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     name, checkpoint = _resolve(spec)
     kwargs = dict(spec.model_kwargs)
     if num_classes is not None:
+        if "num_classes" in kwargs:
+            raise ModelError("num_classes is the number of class folders; leave it out of --model-kwargs")
         kwargs["num_classes"] = num_classes
     from_source = name.startswith(_SOURCES)
     if checkpoint is None and (spec.pretrained or from_source):
@@ -62,7 +64,7 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     else:
         model = _create(name, {**kwargs, "pretrained": False}, spec)
         if checkpoint is not None:
-            load_weights(model, checkpoint)
+            load_weights(model, checkpoint, new_head=num_classes is not None)
     cfg = dict(model.pretrained_cfg)
     if spec.img_size is not None:
         cfg["input_size"] = (cfg.get("input_size", (3,))[0], spec.img_size, spec.img_size)
@@ -73,20 +75,26 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     return model
 
 
-def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
-    """Loads a file into the model; a classifier of another number of classes is left out, all else must fit.
+def load_weights(model: Any, checkpoint: str | Path, new_head: bool = False) -> None:
+    """Loads a file into the model. All must fit, but with `new_head` a classifier of another size is left out.
 
-    Raises ModelError if the file is missing, damaged, would need unpickling, or is of another architecture.
+    Without `new_head` the model's classifier is first made of the size in the file. Raises ModelError if the file is
+    missing, damaged, would need unpickling, or is of another architecture.
     """
     state = read_weights(checkpoint)
-    own = model.state_dict()
     classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
-    for key in [k for k in state if heads and k.startswith(heads)]:
+    weight = state.get(f"{heads[0]}weight") if heads else None
+    if not new_head and heads and (weight is None or len(weight) != model.num_classes):
+        model.reset_classifier(0 if weight is None else len(weight))
+    own = model.state_dict()
+    for key in [k for k in state if new_head and heads and k.startswith(heads)]:
         if key not in own or own[key].shape != state[key].shape:
             del state[key]
     missing = [
-        k for k in own if k not in state and not k.startswith(heads or ("\0",)) and "num_batches_tracked" not in k
+        k
+        for k in own
+        if k not in state and not (new_head and heads and k.startswith(heads)) and "num_batches_tracked" not in k
     ]
     unexpected = [k for k in state if k not in own]
     shapes = [k for k in state if k in own and own[k].shape != state[k].shape]
@@ -130,9 +138,12 @@ def reset_head(model: Any) -> None:
     """Sets the classifier of a timm model to zero: all classes equally likely, no noise from random logits."""
     classifier = model.get_classifier()
     heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-    for head in heads:
-        for parameter in head.parameters() if isinstance(head, nn.Module) else ():
-            nn.init.zeros_(parameter)
+    for module in (m for head in heads if isinstance(head, nn.Module) for m in head.modules()):
+        # a norm layer or a hidden layer in the head keeps its weights: zero there would block every gradient
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.shape[0] == model.num_classes:
+            nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
@@ -146,10 +157,12 @@ def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
         name = f"local-dir:{name}"
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{folder} is not an exported model: it has no config.json; give a timm name or such a folder"
-            )
+        # timm would fall back to a pickle where there is no safetensors file
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).is_file():
+                raise ModelError(
+                    f"{folder} is not an exported model: it has no {file}; give a timm name or such a folder"
+                )
     elif not name.startswith("hf-hub:") and not timm.is_model(name):
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names all"
@@ -165,8 +178,11 @@ def _architecture_in(path: Path) -> str:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot load weights from {path}: {error}; give a .safetensors file") from error
-    about = json.loads(metadata["cbn_convert"]) if "cbn_convert" in metadata else metadata
-    if not about.get("architecture"):
+    try:
+        about = json.loads(metadata["cbn_convert"]) if "cbn_convert" in metadata else metadata
+    except ValueError:
+        about = {}
+    if not isinstance(about, dict) or not about.get("architecture"):
         raise ModelError(f"{path} does not say its architecture; pass the timm name with --arch")
     return str(about["architecture"])
 

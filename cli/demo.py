@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from cbn_convert.errors import CbnError
 
 from . import options as o
-from .session import Session
+from .session import INTERRUPTED, Session
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,6 +102,8 @@ def _run(arguments: list[str], session: Session) -> dict[str, Any]:
     options = ["--json", *(["--quiet"] if session.quiet else []), *(["--debug"] if session.debug else [])]
     with contextlib.redirect_stdout(captured):
         code = app([*arguments, *options], prog_name="cbn", standalone_mode=False)
+    if code == INTERRUPTED:
+        raise typer.Exit(code)
     if code:
         raise CbnError(f"the command above ended with exit code {code}; its message says why")
     return dict(json.loads(captured.getvalue().splitlines()[-1]))

@@ -82,7 +82,10 @@ def convert(
             session.print(_table(report))
             session.print(f"{report}; nothing written (--dry-run)")
         else:
-            cbn.export(converted, output, model_args=spec["model_kwargs"], metadata=window_options, overwrite=overwrite)
+            cbn.export(
+                converted, output, class_names=converted.pretrained_cfg.get("label_names"),
+                model_args=spec["model_kwargs"], metadata=window_options, overwrite=overwrite,
+            )  # fmt: skip
             write_json(output / "conversion.json", summary)
             session.print(f"{report}; written to {output}")
         session.result({**summary, "output": None if dry_run else str(output)})

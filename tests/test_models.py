@@ -50,6 +50,27 @@ def test_data_config_overrides() -> None:
     assert (config["mean"], config["std"], config["input_size"]) == ((0.1,) * 3, (0.2,) * 3, (3, 48, 48))
 
 
+def test_without_a_number_of_classes_the_file_decides(source, tmp_path: Path) -> None:
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    model = create_model(ModelSpec("test_resnet", checkpoint=str(tmp_path / "w.safetensors")))
+    assert model.num_classes == 7
+    assert torch.equal(model.fc.weight, source.fc.weight)
+
+
+def test_reset_head_keeps_norms_in_the_head() -> None:
+    model = create_model(ModelSpec("repvit_m0_9", pretrained=False), 3)
+    reset_head(model)
+    model.train()
+    torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.tensor([0, 1, 2, 0])).backward()
+    modules = list(model.get_classifier().modules())
+    linears = [m for m in modules if isinstance(m, torch.nn.Linear)]
+    norms = [m for m in modules if isinstance(m, torch.nn.BatchNorm1d)]
+    assert linears
+    assert norms
+    assert all(torch.count_nonzero(m.weight) == 0 and torch.count_nonzero(m.weight.grad) > 0 for m in linears)
+    assert all(torch.equal(m.weight, torch.ones_like(m.weight)) for m in norms)
+
+
 def test_reset_head_gives_equal_classes(source) -> None:
     model = create_model(ModelSpec("test_resnet", pretrained=False), 4)
     reset_head(model)
@@ -87,6 +108,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         ({"model": "absent.safetensors"}, "absent.safetensors does not exist"),
         ({"model": "plain.safetensors", "arch": "resnet18"}, "1 unexpected"),
         ({"model": "plain.safetensors", "checkpoint": "junk.pth"}, "not both"),
+        ({"model": "local-dir:pickled"}, "no model.safetensors"),
         ({"model": "local-dir:absent"}, "absent is not an exported model"),
         ({"model": "absent/folder"}, "absent/folder is not an exported model"),
         ({"model": "resnet18", "pretrained": False, "model_kwargs": {"nonsense": 1}}, "check --model-kwargs"),
@@ -97,6 +119,9 @@ def test_errors(spec: dict, message: str, tmp_path: Path, monkeypatch) -> None:
     for name in ("junk.pth", "junk.safetensors"):
         Path(name).write_bytes(b"no weights at all" * 50)
     Path("empty.pth").touch()
+    Path("pickled").mkdir()
+    Path("pickled/config.json").write_text('{"architecture": "test_resnet"}')
+    Path("pickled/pytorch_model.bin").write_bytes(b"pickle")
     save_file({"weight": torch.zeros(2)}, "plain.safetensors")
     with pytest.raises(ModelError) as error:
         create_model(ModelSpec(**spec), 3)

@@ -2,7 +2,7 @@
 
 from .converting import DEFAULT_HISTORY, DEFAULT_WINDOW, convert, norm_layers, revert, warm_up
 from .report import ConversionReport, ReportRow
-from .trace import NormCall, trace_norms
+from .trace import NormCall, run, trace_norms
 
 __all__ = [
     "DEFAULT_HISTORY",
@@ -13,6 +13,7 @@ __all__ = [
     "convert",
     "norm_layers",
     "revert",
+    "run",
     "trace_norms",
     "warm_up",
 ]

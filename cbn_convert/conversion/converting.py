@@ -99,10 +99,11 @@ def convert(
     todo = {name: norms[name] for name in chosen if type(norms[name]) in CONVERTED}
     calls = trace_norms(model, todo, example_input) if todo else {}
 
+    plans = {name: _plan(model, name, norm, calls[name], compensation) for name, norm in todo.items()}
     rows = []
     for name, norm in norms.items():
         if name in todo:
-            row = _plan(model, name, norm, calls[name], compensation)
+            row = plans[name]
             if row.status != "kept":
                 own: Gradient = gradient if row.status == "compensated" or gradient == "current" else "straight_through"
                 norm.__class__ = CONVERTED[type(norm)]  # type: ignore[index]
@@ -127,6 +128,10 @@ def revert(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, CrossIterationMixin):
+            if type(module) not in PLAIN:
+                raise ConversionError(
+                    f"{type(module).__name__} is a subclass with no known plain form; replace it yourself"
+                )
             plain = PLAIN[type(module)]
             module.remove_window()
             module.__class__ = plain  # type: ignore[assignment]

@@ -49,6 +49,11 @@ class _Provenance(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if func is Tensor.__setitem__:
+            made = [args[0]]
+        # writing to a view changes the tensor it looks at
+        if getattr(func, "__name__", "").endswith("_") and made and made[0]._base is not None:
+            made.append(made[0]._base)
         if made:
             for t in {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}.values():
                 if (origin := self.origins.get(id(t))) is not None:
@@ -79,6 +84,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _arguments(model: nn.Module, example_input: Any | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_input is None:
+        example_input = default_example_input(model)
+    if isinstance(example_input, dict):
+        return (), example_input
+    return example_input if isinstance(example_input, tuple) else (example_input,), {}
+
+
+def run(model: nn.Module, example_input: Any | None) -> Any:
+    """The model's outputs on the example input, in eval mode without gradients."""
+    args, kwargs = _arguments(model, example_input)
+    with _evaluating(model):
+        return model(*args, **kwargs)
+
+
 def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: Any | None) -> dict[str, NormCall]:
     """Runs the model once in eval mode without gradients; returns a NormCall per name in `norms`.
 
@@ -86,17 +106,7 @@ def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: An
     `default_example_input`. Parameters, buffers, modes and random state are left as they were. Raises ConversionError
     if the model cannot run on it.
     """
-    if example_input is None:
-        example_input = default_example_input(model)
-    args = (
-        example_input
-        if isinstance(example_input, tuple)
-        else ()
-        if isinstance(example_input, dict)
-        else (example_input,)
-    )
-    kwargs = example_input if isinstance(example_input, dict) else {}
-
+    args, kwargs = _arguments(model, example_input)
     provenance = _Provenance()
     calls = {name: NormCall() for name in norms}
     inputs: dict[str, Tensor] = {}
@@ -106,7 +116,9 @@ def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: An
     def after_producer(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             runs[name] = runs.get(name, 0) + 1
-            if isinstance(output, Tensor):
+            # BatchNorm1d normalises axis 1, which is the features of a Linear only in [N, C]
+            aligned = isinstance(output, Tensor) and (output.dim() == 2 or not isinstance(module, nn.Linear))
+            if aligned:
                 provenance.origins[id(output)] = _Origin(output, type(module).__name__, producer=name)
 
         return hook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.utils._pytree import tree_leaves
 
-from ..conversion import NormCall, norm_layers, revert, trace_norms
+from ..conversion import NormCall, norm_layers, revert, run, trace_norms
 from ..conversion.converting import CONVERTED
 from ..errors import FoldError
 
@@ -54,8 +56,8 @@ def fold(
     keep_bn: with "affine" and "conv", leave BatchNorm modules as identities (mean 0, var 1 - eps, γ 1, β what has no
     other place), so that state_dict keys are those of the original architecture.
 
-    Raises FoldError if a folded tensor would not be finite, or for another `into`; ConversionError if the model cannot
-    run on `example_input`, which is as in `convert`.
+    Raises FoldError if a folded tensor would not be finite, if the copy's outputs on `example_input` (as in `convert`)
+    are not the model's, or for another `into`; ConversionError if the model cannot run on it.
     """
     if into not in FOLD_TARGETS:
         raise FoldError(f"fold must be one of {', '.join(FOLD_TARGETS)}, got {into!r}")
@@ -68,6 +70,9 @@ def fold(
             norms[name] = norm
     calls = trace_norms(folded, dict(norms), example_input) if into == "conv" else {}
 
+    before = run(folded, example_input)
+
+    holders = Counter(id(p) for m in folded.modules() for p in m.parameters(recurse=False))
     left = []
     for name, norm in norms.items():
         if into == "affine":
@@ -76,8 +81,11 @@ def fold(
                 _make_identity(norm, scale, shift)
             else:
                 _replace(folded, norm, ChannelAffine(scale.to(_dtype(norm)), shift.to(_dtype(norm))))
-        elif _foldable(calls[name]):
-            producer = folded.get_submodule(calls[name].producer or "")
+        elif (
+            _foldable(calls[name])
+            and (producer := folded.get_submodule(calls[name].producer or ""))
+            and all(holders[id(p)] == 1 for p in producer.parameters())
+        ):
             _fold_into(name, norm, producer, keep_bn)
             if not keep_bn:
                 _replace(folded, norm, None)
@@ -88,7 +96,21 @@ def fold(
             "%d of %d norm layers stay BatchNorm, since they are not fed by one conv alone: %s%s",
             len(left), len(norms), ", ".join(left[:5]), ", ..." if len(left) > 5 else "",
         )  # fmt: skip
+    _check_same(before, run(folded, example_input))
     return folded
+
+
+def _check_same(before: Any, after: Any) -> None:
+    for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
+        if isinstance(old, Tensor) and old.is_floating_point():
+            # what rounding explains, with room for deep networks; a wrong fold is off by the size of the output
+            tolerance = torch.finfo(old.dtype).eps ** 0.5
+            error = (new.double() - old.double()).norm() / old.double().norm().clamp_min(1e-12)
+            if not error <= tolerance:
+                raise FoldError(
+                    f"the folded copy's outputs differ by {float(error):.1e} from the model's, so a weight is used in "
+                    'a way that the trace does not show; fold into "bn" instead'
+                )
 
 
 def _foldable(call: NormCall) -> bool:

@@ -58,14 +58,22 @@ class History:
         """Records the current iteration. Tensors handed out by `past` must not be used afterwards."""
         if self.capacity == 0:
             return
+        if self._slots is not None and not _alike(self._slots, new):
+            self.clear()
         if self._slots is None:
-            self._slots = _map(lambda t: t.new_empty(t.shape[0], self.capacity, *t.shape[1:]), new)
+            # normal tensors even under inference_mode, since training goes on with them
+            with torch.inference_mode(False):
+                self._slots = _map(lambda t: t.new_zeros(t.shape[0], self.capacity, *t.shape[1:]), new)
+        last = (self.seen - 1) % self.capacity
+        previous = _map(lambda t: t[:, last], self._slots)
+        # A batch with NaN or inf counts as the one before once more; decided on the device, without waiting for it.
+        finite = torch.isfinite(new.mean).all() & torch.isfinite(new.var).all()
         if self.kind == "ema" and self.seen:
-            new = _pool(_map(lambda t: t[:, 0], self._slots), new, self.newest_weight)
+            new = _pool(previous, new, self.newest_weight)
         slot = self.seen % self.capacity
-        for stored, value in zip(self._slots, new, strict=True):
-            if stored is not None and value is not None:
-                stored[:, slot] = value
+        for stored, value, old in zip(self._slots, new, previous, strict=True):
+            if stored is not None and value is not None and old is not None:
+                stored[:, slot] = torch.where(finite, value, old)
         self.seen += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,6 +90,14 @@ class History:
             )
         self.seen = int(state["seen"])
         self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
+
+
+def _alike(slots: Moments, new: Moments) -> bool:
+    """Whether the new moments are of the same kind, dtype and size as those stored."""
+    return all(
+        (a is None) == (b is None) and (a is None or b is None or (a.dtype, a.shape[0]) == (b.dtype, b.shape[0]))
+        for a, b in zip(slots, new, strict=True)
+    )
 
 
 def _map(fn: Any, moments: Moments) -> Moments:

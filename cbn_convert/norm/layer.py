@@ -31,15 +31,20 @@ class _InputTap:
     A plain object, so that the norm layer can refer to the producer without registering it as a submodule.
     """
 
-    def __init__(self, module: Producer, active: bool) -> None:
+    def __init__(self, module: Producer, norm: nn.Module) -> None:
         self.module = module
-        self.active = active
+        self.norm = norm
         self.input: Tensor | None = None
-        self.handle = module.register_forward_hook(self)
+        self.handle = module.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.active and args and self.module.weight.requires_grad:
-            self.input = args[0].detach()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.norm.training and self.learns:
+            self.input = (args[0] if args else kwargs["input"]).detach()
+
+    @property
+    def learns(self) -> bool:
+        """Whether weight or bias may change; without that past statistics need no compensation."""
+        return any(p.requires_grad for p in (self.module.weight, self.module.bias) if p is not None)
 
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
@@ -140,7 +145,7 @@ class CrossIterationMixin(_BatchNorm):
         if channels != self.num_features:
             raise ValueError(f"cannot bind: the module has {channels} output channels, the norm {self.num_features}")
         self._unbind()
-        self._tap = _InputTap(module, self.training)
+        self._tap = _InputTap(module, self)
         self._history.clear()
         return self
 
@@ -162,24 +167,23 @@ class CrossIterationMixin(_BatchNorm):
         self._history.load_state_dict(state)
         self.iteration = int(state["iteration"])
 
-    def train(self, mode: bool = True) -> Self:
-        """Switches the mode, and with it whether the producer's input is looked at."""
-        super().train(mode)
-        if self._tap is not None:
-            self._tap.active = mode
-        return self
-
     def normalize(self, x: Tensor) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation."""
         self._check_input_dim(x)
-        tap = self._tap
-        source_input = None if tap is None else tap.take()
+        source_input = None if self._tap is None else self._tap.take()
         if not self.training:
-            by_batch = self.running_mean is None and self.running_var is None
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, by_batch, 0.0, self.eps)
+            return self._normalize_by_running_statistics(x)
+        # statistics, history and compensation are float32 whatever autocast does
+        with torch.autocast(x.device.type, enabled=False):
+            return self._normalize_by_window(x, source_input)
 
-        # Under a producer that does not learn, past statistics need no compensation.
-        compensated = tap is not None and self.compensation != "none" and tap.module.weight.requires_grad
+    def _normalize_by_running_statistics(self, x: Tensor) -> Tensor:
+        by_batch = self.running_mean is None and self.running_var is None
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, by_batch, 0.0, self.eps)
+
+    def _normalize_by_window(self, x: Tensor, source_input: Tensor | None) -> Tensor:
+        tap = self._tap
+        compensated = tap is not None and self.compensation != "none" and tap.learns
         source = tap.module if tap is not None and compensated else None
         past = None
         if self.iteration >= self.burn_in:
@@ -187,7 +191,11 @@ class CrossIterationMixin(_BatchNorm):
         newest_weight = 1.0 if past is None else self._history.newest_weight
         count = x.numel() / x.shape[1] / newest_weight
         if count == 1:
-            raise ValueError(f"expected more than 1 value per channel in a first step, got input size {tuple(x.shape)}")
+            # One value per channel has no variance. It still counts for the window, which fills from here.
+            with torch.no_grad():
+                mean = x.to(statistics_dtype(x)).flatten()
+                self._record(source, source_input, x, mean, torch.zeros_like(mean))
+            return self._normalize_by_running_statistics(x)
         y, window_mean, window_var, mean, var = CrossIterationNormalize.apply(
             x,
             None if source is None else source.weight,
@@ -202,10 +210,13 @@ class CrossIterationMixin(_BatchNorm):
         )
         with torch.no_grad():
             self._update_running_statistics(window_mean, window_var, count)
-            if self.window > 1:
-                self._history.push(self._moments(source, source_input, x, mean, var))
-        self.iteration += 1
+            self._record(source, source_input, x, mean, var)
         return y
+
+    def _record(self, source: Producer | None, y: Tensor | None, x: Tensor, mean: Tensor, var: Tensor) -> None:
+        if self.window > 1:
+            self._history.push(self._moments(source, y, x, mean, var))
+        self.iteration += 1
 
     def _moments(self, source: Producer | None, y: Tensor | None, x: Tensor, mean: Tensor, var: Tensor) -> Moments:
         """What this iteration leaves behind: `source` made x from y."""

@@ -70,6 +70,8 @@ class FinetuneConfig:
         for name, low in (("max_steps", 1), ("img_size", 1)):
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise RunError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise RunError(f"seed must be at least 0 and below 2147483648, got {self.seed}")
         if not self.lr > 0:
             raise RunError(f"lr must be above 0, got {self.lr}")
         for name in ("warmup_ratio", "label_smoothing", "momentum"):
@@ -102,10 +104,17 @@ class FinetuneConfig:
             raise RunError(
                 f"{run}/config.json has settings unknown here ({', '.join(odd)}); use the version that wrote it"
             )
-        for name in ("mean", "std"):
-            if stored.get(name) is not None:
-                stored[name] = tuple(stored[name])
-        return cls(**stored)
+        try:
+            for name in ("mean", "std"):
+                if stored.get(name) is not None:
+                    stored[name] = tuple(stored[name])
+            config = cls(**stored)
+            config.check()
+        except TypeError as error:
+            raise RunError(
+                f"{run}/config.json has a setting of the wrong type ({error}); the file is damaged"
+            ) from error
+        return config
 
 
 def read_run(run: str | Path) -> dict[str, Any]:
@@ -114,7 +123,8 @@ def read_run(run: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"{run} is not a run folder: it has no config.json")
     stored = read_json(path, "run settings")
-    if not isinstance(stored, dict) or not {"config", "classes", "data_config"} <= stored.keys():
+    keys = {"config": dict, "classes": list, "images": dict, "data_config": dict}
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(k), kind) for k, kind in keys.items()):
         raise RunError(f"{path} is not the config.json of a run; give the folder that `cbn finetune -o` wrote")
     return stored
 

@@ -89,6 +89,7 @@ def read_classes(folder: Path, classes: list[str] | None = None) -> Split:
     samples = ImageFolder.make_dataset(
         str(folder), {name: mapping[name] for name in found}, extensions=IMG_EXTENSIONS, allow_empty=True
     )
+    samples = [sample for sample in samples if not Path(sample[0]).name.startswith(".")]
     present = {label for _, label in samples}
     if empty := [name for name in found if mapping[name] not in present]:
         raise DataError(f"class folder {folder / empty[0]} holds no images; add some, {_IMAGES}, or remove the folder")

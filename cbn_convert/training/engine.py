@@ -23,8 +23,8 @@ from .. import __version__
 from ..conversion import warm_up
 from ..deploy import export
 from ..errors import RunError
-from ..files import check_output, write_json
-from ..models import create_model, reset_head
+from ..files import check_output, check_replaceable, read_json, write_json
+from ..models import ModelSpec, create_model, reset_head
 from ..norm import CrossIterationMixin
 from .checkpoint import load_last, save_last
 from .config import FinetuneConfig, FinetuneResult, read_run
@@ -72,21 +72,24 @@ def finetune(
     config.check()
     if not resume:
         check_output(run, overwrite)
+        for folder in ("best", "checkpoints/last"):
+            check_replaceable(run / folder)
     device = resolve_device(config.device)
-    model, training, validation, data_config = _build(config)
-    if resume and read_run(run)["classes"] != training.classes:
+    model, training, validation, data_config = _build(config, _own_spec(run, config) if resume else config.model_spec())
+    images = {"train": len(training.samples), "val": len(validation.samples)}
+    if resume and (read_run(run)["classes"], read_run(run)["images"]) != (training.classes, images):
         raise RunError(
-            f"{config.data} has other classes than the run in {run}; resume with the data it was started with"
+            f"{config.data} has other images than the run in {run}; resume with the data it was started with"
         )
     if not resume:
-        _prepare_folder(run, config, training, data_config)
+        _prepare_folder(run, config, training, data_config, images)
     return _Trainer(config, run, model, device, training, validation, data_config).train(resume, quiet)
 
 
 def plan(config: FinetuneConfig) -> dict[str, Any]:
     """What `finetune` would do, found out by building everything and writing nothing. Raises what it raises."""
     config.check()
-    model, training, validation, data_config = _build(config)
+    model, training, validation, data_config = _build(config, config.model_spec())
     layers = [m for m in model.modules() if isinstance(m, CrossIterationMixin)]
     return {
         "model": model.pretrained_cfg["architecture"],
@@ -100,11 +103,29 @@ def plan(config: FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def _build(config: FinetuneConfig) -> tuple[Any, Split, Split, dict[str, Any]]:
+def _own_spec(run: Path, config: FinetuneConfig) -> ModelSpec:
+    """The model of a run without the weights that it started from, which need not be there any more."""
+    path = run / "best" / "config.json"
+    if not path.is_file():
+        raise RunError(f"{run} has no checkpoint to resume from; start again with --overwrite")
+    about = read_json(path, "model settings")
+    kwargs = {k: v for k, v in about.get("model_args", {}).items() if k != "num_classes"}
+    cfg = about["pretrained_cfg"]
+    return ModelSpec(
+        about["architecture"],
+        pretrained=False,
+        model_kwargs=kwargs,
+        mean=cfg["mean"],
+        std=cfg["std"],
+        img_size=cfg["input_size"][-1],
+    )
+
+
+def _build(config: FinetuneConfig, spec: ModelSpec) -> tuple[Any, Split, Split, dict[str, Any]]:
     """The model with its norm layers and a new head, both splits, and timm's data config."""
     training, validation = read_splits(config.data, config.val_fraction, config.seed)
     set_seed(config.seed)
-    model = create_model(config.model_spec(), len(training.classes))
+    model = create_model(spec, len(training.classes))
     reset_head(model)
     data_config = resolve_model_data_config(model)
     apply_norm(
@@ -115,7 +136,9 @@ def _build(config: FinetuneConfig) -> tuple[Any, Split, Split, dict[str, Any]]:
     return model, training, validation, data_config
 
 
-def _prepare_folder(run: Path, config: FinetuneConfig, training: Split, data_config: dict[str, Any]) -> None:
+def _prepare_folder(
+    run: Path, config: FinetuneConfig, training: Split, data_config: dict[str, Any], images: dict[str, int]
+) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         # what an overwritten run left must not be taken for this one's
@@ -124,7 +147,13 @@ def _prepare_folder(run: Path, config: FinetuneConfig, training: Split, data_con
         versions = {"cbn_convert": __version__, "torch": torch.__version__, "timm": timm.__version__}
         write_json(
             run / "config.json",
-            {"config": config.to_dict(), "classes": training.classes, "data_config": data_config, "versions": versions},
+            {
+                "config": config.to_dict(),
+                "classes": training.classes,
+                "images": images,
+                "data_config": data_config,
+                "versions": versions,
+            },
         )
     except OSError as error:
         raise RunError(

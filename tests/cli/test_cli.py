@@ -145,6 +145,23 @@ def test_export_of_a_group_norm_run_is_refused(colors: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_batch_size_1_down_to_one_pixel(colors: Path, tmp_path: Path) -> None:
+    arguments = ["-m", "resnet18", "--no-pretrained", "--img-size", 32, "--batch-size", 1, "--max-steps", 5]
+    code, _, err = cbn("finetune", colors, *arguments, "--workers", 0, "--device", "cpu", "-o", tmp_path / "run")
+    assert code == 0, err
+
+
+def test_interrupt_is_130(colors: Path, tmp_path: Path, monkeypatch) -> None:
+    from cbn_convert.training import engine
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._Trainer, "train", interrupt)
+    code, out, err = cbn("finetune", colors, "-m", "test_resnet", "-o", tmp_path / "run", *SMALL)
+    assert (code, out, err) == (130, "", "interrupted\n")
+
+
 def test_help_needs_no_torch() -> None:
     program = (
         "import sys; from cbn_convert.cli.main import app; "

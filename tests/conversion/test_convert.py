@@ -149,6 +149,41 @@ def test_pairing_follows_tensors() -> None:
     out.sum().backward()
 
 
+@pytest.mark.parametrize("write", ["setitem", "view", "slice-add"])
+def test_writing_into_the_output_of_a_conv_breaks_the_pair(write: str) -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            if write == "setitem":
+                y[:, :2] = 1.0
+            elif write == "view":
+                y[:, :2].mul_(2)
+            else:
+                y[:, :3] += x
+            return self.bn(y)
+
+    assert cbn.convert(Written(), example_input=X).rows[0].status == "window"
+
+
+def test_a_linear_on_tokens_is_not_what_batchnorm1d_normalises() -> None:
+    model = nn.Sequential(nn.Conv1d(5, 5, 1), nn.BatchNorm1d(5), nn.Linear(4, 8), nn.BatchNorm1d(5))
+    report = cbn.convert(model, example_input=torch.randn(3, 5, 4))
+    assert [r.status for r in report] == ["compensated", "window"]
+
+
+def test_converting_the_rest_later_in_training_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).train()
+    cbn.convert(model, include="1", example_input=X)
+    model(X)
+    cbn.convert(model, example_input=X)
+    model(X)
+    assert [model[i]._history.seen for i in (1, 3)] == [2, 1]
+
+
 def test_convert_twice_changes_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     first = cbn.convert(model, window=4, example_input=torch.randn(1, 3, 8, 8))
@@ -215,7 +250,7 @@ def test_tracing_leaves_buffers_modes_and_random_state() -> None:
 
 def test_warm_up_fills_the_history_and_nothing_else() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
-    cbn.convert(model, window=4, exclude="3", example_input=torch.randn(1, 3, 8, 8))
+    cbn.convert(model, window=4, history="ring", exclude="3", example_input=torch.randn(1, 3, 8, 8))
     before = copy.deepcopy(model.state_dict())
     cbn.warm_up(model, [(torch.randn(2, 3, 8, 8), torch.zeros(2)), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)])
     assert isinstance(model[1], CrossIterationBatchNorm2d)

@@ -91,6 +91,14 @@ def test_overwriting_deletes_nothing_of_others(tmp_path: Path) -> None:
     assert (out / "thesis.txt").read_text() == "ten years"
 
 
+def test_through_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    cbn.export(timm.create_model("test_resnet", num_classes=2), tmp_path / "link")
+    assert (tmp_path / "real/model.safetensors").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="Sequential is not an architecture that timm registers"):
         cbn.export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), tmp_path / "out")

@@ -113,6 +113,36 @@ def test_a_conv_with_other_readers_is_not_folded(returned: bool, caplog) -> None
         assert torch.equal(got, want)
 
 
+class SharedWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+        self.b.weight = self.a.weight
+        self.bn_a, self.bn_b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn_b(self.b(self.bn_a(self.a(x))))
+
+
+class Hidden(nn.Module):
+    """Uses the conv's weight where no module call shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+
+
+def test_weights_with_another_use_are_not_folded_wrongly() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = randomize_norms(SharedWeight()).eval()
+    torch.testing.assert_close(cbn.fold(model, "conv", example_input=x)(x), model(x))
+    with pytest.raises(FoldError, match="outputs differ"):
+        cbn.fold(randomize_norms(Hidden()).eval(), "conv", example_input=x)
+
+
 def test_act_and_drop_stay() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=nn.Dropout))
     model = randomize_norms(model).eval()

@@ -10,7 +10,13 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationBatchNormAct2d, history_state, load_history_state
+from cbn_convert.norm import (
+    CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
+    CrossIterationBatchNormAct2d,
+    history_state,
+    load_history_state,
+)
 
 
 def bound(window: int = 4, **options) -> nn.Sequential:
@@ -137,15 +143,6 @@ def test_batchnormact_applies_its_activation() -> None:
     )
 
 
-def test_one_value_per_channel_needs_a_history() -> None:
-    layer = CrossIterationBatchNorm2d(4)
-    single = torch.randn(1, 4, 1, 1)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        layer(single)
-    layer(torch.randn(2, 4, 3, 3))
-    assert torch.isfinite(layer(single)).all()
-
-
 def test_straight_through_gives_the_batch_the_whole_gradient() -> None:
     layer = CrossIterationBatchNorm2d(2, window=4, gradient="straight_through", momentum=1.0).double()
     for _ in range(4):
@@ -195,3 +192,76 @@ def test_bind_checks_what_it_is_bound_to() -> None:
     assert layer.producer is conv
     with pytest.raises(RuntimeError, match="has not run"):
         layer(torch.randn(2, 4, 3, 3))
+
+
+@pytest.mark.parametrize("compensation", ["projection", "exact"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_statistics_in_float32(dtype: torch.dtype, compensation: str) -> None:
+    conv, linear = nn.Conv2d(3, 8, 3), nn.Linear(5, 8)
+    models = [
+        (conv, CrossIterationBatchNorm2d(8, window=4, compensation=compensation).bind(conv), (2, 3, 6, 6)),
+        (linear, CrossIterationBatchNorm1d(8, window=4, compensation=compensation).bind(linear), (6, 5)),
+    ]
+    for producer, norm, shape in models:
+        full = copy.deepcopy(nn.Sequential(producer, norm))
+        for _ in range(6):
+            y = torch.randn(shape)
+            with torch.autocast("cpu", dtype=dtype):
+                out = norm(producer(y))
+            torch.testing.assert_close(out.float(), full(y), rtol=5e-2, atol=5e-2)
+            out.float().square().mean().backward()
+        assert {t.dtype for t in norm._history._slots if t is not None} == {torch.float32}
+        assert norm.running_var.dtype == torch.float32
+
+
+@pytest.mark.parametrize("history", ["ring", "ema"])
+def test_a_batch_that_is_not_finite_does_not_poison_the_history(history: str) -> None:
+    model = bound(history=history)
+    train_steps(model, 5)
+    with torch.no_grad():
+        model(torch.full((2, 3, 6, 6), float("inf")))
+        assert torch.isfinite(model(torch.randn(2, 3, 6, 6))).all()
+
+
+def test_one_value_per_channel_is_normalised_by_running_statistics_at_first() -> None:
+    layer = CrossIterationBatchNorm2d(4, window=3)
+    layer.running_mean.normal_()
+    before = layer.running_mean.clone()
+    single = torch.randn(1, 4, 1, 1)
+    expected = (single - before.view(1, 4, 1, 1)) / (1 + layer.eps) ** 0.5
+    torch.testing.assert_close(layer(single), expected)
+    assert torch.equal(layer.running_mean, before)
+    two = torch.cat([single, torch.randn(1, 4, 1, 1)])
+    torch.testing.assert_close(layer(two[1:]), nn.functional.batch_norm(two, None, None, training=True)[1:])
+
+
+def test_training_goes_on_after_inference_mode_and_unfreezing() -> None:
+    model = bound(burn_in=3)
+    with torch.inference_mode():
+        model(torch.randn(2, 3, 6, 6))
+    train_steps(model, 1)
+    model[0].weight.requires_grad_(False)
+    model(torch.randn(2, 3, 6, 6))
+    model[0].weight.requires_grad_(True)
+    train_steps(model, 4)
+    assert model[1]._history._slots.covariance.abs().max() < 100
+
+
+def test_a_trainable_bias_of_a_frozen_conv_is_compensated() -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    conv.weight.requires_grad_(False)
+    norm = CrossIterationBatchNorm2d(4, window=4).bind(conv)
+    y = torch.randn(2, 3, 6, 6)
+    expected = [norm(conv(y)) for _ in range(4)][-1]
+    with torch.no_grad():
+        conv.bias += 5
+    torch.testing.assert_close(norm(conv(y)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_module_flags_set_directly_and_keyword_calls() -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    norm = CrossIterationBatchNorm2d(4).bind(conv)
+    norm.eval()
+    norm.training = True
+    norm(conv(input=torch.randn(2, 3, 6, 6)))
+    assert len(norm._history) == 1

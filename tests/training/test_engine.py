@@ -59,7 +59,7 @@ def test_warm_up_runs_before_the_first_update(colors: Path, tmp_path: Path, monk
         lengths.append({len(m._history) for m in model.modules() if hasattr(m, "_history")})
 
     monkeypatch.setattr(engine, "warm_up", spy)
-    cbn.finetune(config(colors, tmp_path / "run"), quiet=True)
+    cbn.finetune(config(colors, tmp_path / "run", history="ring"), quiet=True)
     assert lengths == [{3}]
 
 
@@ -69,8 +69,8 @@ def test_the_head_starts_at_zero_and_the_rate_rises_then_falls(colors: Path, tmp
     heads, rates = [], []
     build, step_update = engine._build, engine.CosineLRScheduler.step_update
 
-    def spy_build(c):
-        built = build(c)
+    def spy_build(c, spec):
+        built = build(c, spec)
         heads.append(built[0].get_classifier().weight.detach().clone())
         return built
 
@@ -114,6 +114,7 @@ def test_resume_repeats_the_uninterrupted_run(norm, opt, history, colors: Path, 
     with (tmp_path / "cut/metrics.jsonl").open("a") as file:
         file.write(json.dumps({"event": "train", "step": 40, "loss": 9.9}) + '\n{"event": "tra')
 
+    monkeypatch.setattr(timm.models, "load_state_dict", None)  # the weights it started from are not read again
     resumed = cbn.finetune(FinetuneConfig.of_run(tmp_path / "cut"), resume=True, quiet=True)
     assert (resumed.best_top1, resumed.last_top1, resumed.steps) == (whole.best_top1, whole.last_top1, whole.steps)
     states = [torch.load(tmp_path / r / "checkpoints/last/training.pt", weights_only=True) for r in ("whole", "cut")]
