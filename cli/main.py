@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cbn_convert import __version__
 
 from . import demo, models, training
 
+
+class _PlainGroup(TyperGroup):
+    """Lists the commands without rich, whose import takes longer than all the rest; their own help is rich."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+
 app = typer.Typer(
     name="cbn",
+    cls=_PlainGroup,
     help="Fine-tune any pretrained timm backbone with 1 to 8 images per step: Cross-Iteration Batch Normalization.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -35,12 +46,23 @@ def _main(
     pass
 
 
-app.command(epilog="Example: cbn inspect densenet121")(models.inspect)
-app.command(epilog="Example: cbn convert resnet50 -o converted")(models.convert)
-app.command(epilog="Example: cbn finetune photos --model resnet50 --batch-size 2 --epochs 5 -o run")(training.finetune)
-app.command(epilog="Example: cbn evaluate run photos --split test")(training.evaluate)
-app.command(epilog="Example: cbn export run -o deploy --fold conv")(training.export)
-app.command(epilog="Example: cbn demo -o demo")(demo.demo)
+app.command(short_help="Show what convert would do, layer by layer.", epilog="Example: cbn inspect densenet121")(
+    models.inspect
+)
+app.command(
+    short_help="Convert a model and write it with a report.", epilog="Example: cbn convert resnet50 -o converted"
+)(models.convert)
+app.command(
+    short_help="Fine-tune on a folder of images.",
+    epilog="Example: cbn finetune photos --model resnet50 --batch-size 2 --epochs 5 -o run",
+)(training.finetune)
+app.command(
+    short_help="Accuracy of a run or an exported folder.", epilog="Example: cbn evaluate run photos --split test"
+)(training.evaluate)
+app.command(short_help="Write a run for plain timm.", epilog="Example: cbn export run -o deploy --fold conv")(
+    training.export
+)
+app.command(short_help="The whole way in about a minute, no network.", epilog="Example: cbn demo -o demo")(demo.demo)
 
 
 def run() -> None:
