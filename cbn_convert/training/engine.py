@@ -75,7 +75,7 @@ def finetune(
         for folder in ("best", "checkpoints/last"):
             check_replaceable(run / folder)
     device = resolve_device(config.device)
-    model, training, validation, data_config = _build(config, _own_spec(run, config) if resume else config.model_spec())
+    model, training, validation, data_config = _build(config, _own_spec(run) if resume else config.model_spec())
     images = {"train": len(training.samples), "val": len(validation.samples)}
     if resume and (read_run(run)["classes"], read_run(run)["images"]) != (training.classes, images):
         raise RunError(
@@ -103,7 +103,7 @@ def plan(config: FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def _own_spec(run: Path, config: FinetuneConfig) -> ModelSpec:
+def _own_spec(run: Path) -> ModelSpec:
     """The model of a run without the weights that it started from, which need not be there any more."""
     path = run / "best" / "config.json"
     if not path.is_file():
