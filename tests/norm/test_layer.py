@@ -265,3 +265,23 @@ def test_module_flags_set_directly_and_keyword_calls() -> None:
     norm.training = True
     norm(conv(input=torch.randn(2, 3, 6, 6)))
     assert len(norm._history) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("history", ["ring", "ema"])
+@pytest.mark.parametrize("compensation", ["projection", "taylor", "exact", "none"])
+def test_cuda_agrees_with_cpu(compensation: str, history: str) -> None:
+    cpu = bound(compensation=compensation, history=history).double()
+    gpu = copy.deepcopy(cpu).cuda()
+    for _ in range(6):
+        y = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+        for model, x in ((cpu, y), (gpu, y.cuda())):
+            model.zero_grad()
+            out = model(x)
+            out.pow(3).mean().backward()
+        torch.testing.assert_close(gpu[0].weight.grad.cpu(), cpu[0].weight.grad, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(gpu[1].running_var.cpu(), cpu[1].running_var)
+        with torch.no_grad():
+            step = 0.1 * torch.randn_like(cpu[0].weight)
+            cpu[0].weight += step
+            gpu[0].weight += step.cuda()
