@@ -62,6 +62,7 @@ def convert(
     gradient: Literal["full", "current"] = "full",
     history: HistoryKind = DEFAULT_HISTORY,
     burn_in: int = 0,
+    sync: bool = False,
     example_input: Any | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
@@ -110,7 +111,7 @@ def convert(
                 assert isinstance(norm, CrossIterationMixin)
                 producer = model.get_submodule(row.fed_by) if row.status == "compensated" and row.fed_by else None
                 exact = compensation == "projection" and producer is not None and exact_is_smaller(producer)
-                norm.set_window(window, "exact" if exact else compensation, own, history, burn_in)
+                norm.set_window(window, "exact" if exact else compensation, own, history, burn_in, sync)
                 if exact:
                     row = replace(row, reason=f"{row.reason}, variance exact")
                 if producer is not None:

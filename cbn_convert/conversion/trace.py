@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ConversionError
-from ..norm.moments import is_producer
+from ..norm.producers import is_producer
 
 
 @dataclass
@@ -27,7 +27,7 @@ class NormCall:
     calls: int = 0
     producer: str | None = None  # module whose output object is the input
     origin: str = "the model's input"  # function or module that made the input
-    consumers: int = 0  # how many operations read the producer's output
+    consumers: int = 0  # how many operations read the producer's output, or a view of it on the way to the norm
     producer_calls: int = 0
 
 
@@ -37,6 +37,12 @@ class _Origin:
     label: str
     producer: str | None = None
     consumers: int = 0
+    viewed: _Origin | None = None  # what this tensor is a rearrangement of
+
+
+# Functions that only rearrange their first argument, and functions that of their second one read the shape alone.
+_REARRANGING = {"flatten", "reshape", "view", "transpose", "permute", "movedim", "contiguous", "squeeze", "unsqueeze"}
+_LIKE = {"reshape_as", "view_as", "expand_as"}
 
 
 class _Provenance(TorchFunctionMode):
@@ -45,9 +51,12 @@ class _Provenance(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.origins: dict[int, _Origin] = {}
+        self.paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.paused:
+            return out
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if func is Tensor.__setitem__:
             made = [args[0]]
@@ -55,11 +64,17 @@ class _Provenance(TorchFunctionMode):
         if getattr(func, "__name__", "").endswith("_") and made and made[0]._base is not None:
             made.append(made[0]._base)
         if made:
-            for t in {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}.values():
+            name = getattr(func, "__name__", str(func)).strip("_")
+            read = args[:1] if name in _LIKE else (args, kwargs)
+            for t in {id(t): t for t in tree_leaves(read) if isinstance(t, Tensor)}.values():
                 if (origin := self.origins.get(id(t))) is not None:
                     origin.consumers += 1
+            viewed = self.origins.get(id(args[0])) if name in _REARRANGING and args else None
             for t in made:
-                self.origins[id(t)] = _Origin(t, getattr(func, "__name__", str(func)).strip("_"))
+                if viewed is None:
+                    self.origins[id(t)] = _Origin(t, name)
+                elif t is not viewed.tensor:
+                    self.origins[id(t)] = _Origin(t, viewed.label, viewed.producer, viewed=viewed)
         return out
 
 
@@ -116,9 +131,7 @@ def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: An
     def after_producer(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             runs[name] = runs.get(name, 0) + 1
-            # BatchNorm1d normalises axis 1, which is the features of a Linear only in [N, C]
-            aligned = isinstance(output, Tensor) and (output.dim() == 2 or not isinstance(module, nn.Linear))
-            if aligned:
+            if isinstance(output, Tensor):
                 provenance.origins[id(output)] = _Origin(output, type(module).__name__, producer=name)
 
         return hook
@@ -129,7 +142,11 @@ def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: An
             call.calls += 1
             inputs[name] = x
             if (origin := provenance.origins.get(id(x))) is not None:
-                call.producer, call.origin = origin.producer, origin.label
+                call.origin = origin.label
+                provenance.paused = True
+                if origin.producer is not None and _aligned(x, origin, model.get_submodule(origin.producer)):
+                    call.producer = origin.producer
+                provenance.paused = False
 
         return hook
 
@@ -155,6 +172,25 @@ def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: An
     for name, call in calls.items():
         if call.producer is not None:
             call.producer_calls = runs[call.producer]
-            origin = provenance.origins[id(inputs[name])]
-            call.consumers = origin.consumers + (id(inputs[name]) in returned)
+            origin: _Origin | None = provenance.origins[id(inputs[name])]
+            while origin is not None:
+                call.consumers = max(call.consumers, origin.consumers + (id(origin.tensor) in returned))
+                origin = origin.viewed
     return calls
+
+
+def _aligned(x: Tensor, origin: _Origin, module: nn.Module) -> bool:
+    """Whether axis 1 of x holds the channels that the module made, in the order that its positions have.
+
+    BatchNorm1d normalises axis 1, which is the features of a Linear only in [N, C] or after a rearrangement. That x has
+    the output's values is checked by comparing them.
+    """
+    made = origin
+    while made.viewed is not None:
+        made = made.viewed
+    if not isinstance(module, nn.Linear):
+        return x is made.tensor
+    channels = made.tensor.shape[-1]
+    if x.dim() < 2 or x.shape[1] != channels:
+        return False
+    return torch.equal(x.movedim(1, -1).reshape(-1, channels), made.tensor.reshape(-1, channels))

@@ -21,9 +21,11 @@ and the window is the average over iterations: M = Σ w μ̃ and S = Σ w (σ̃�
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -118,97 +120,114 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view(1, -1, *[1] * (x.dim() - 2))
 
 
-class CrossIterationNormalize(torch.autograd.Function):
-    """y = γ (x - M) / sqrt(S + eps) + β over a window of iterations.
+class WindowStatistics(NamedTuple):
+    """Mean M and biased variance S [C] over the window, and how they respond to what the layer can influence.
 
-    forward(x, weight, bias, γ, β, past, newest_weight, compensation, gradient, eps) takes x [N, C, ...] of any float
-    dtype, the weight [C, ...] and bias [C] that made it (or None), and the past `Moments` with their axis n (or None).
-    `newest_weight` is the current iteration's share w of the window, 1/k; the past shares the rest equally.
-    Returns y in x's dtype, then M, S, μ, σ² of shape [C] in the statistics' dtype, which carry no gradient.
+    share: by how much a change of the current batch's statistics moves the window's.
+    dM [G, F], dS [C, F], dM_db, dS_db [C]: their derivatives by θ and b through the past, where these are wanted.
+    """
+
+    mean: Tensor
+    var: Tensor
+    share: float = 1.0
+    dM: Tensor | None = None
+    dS: Tensor | None = None
+    dM_db: float = 0.0
+    dS_db: Tensor | None = None
+
+
+def window_statistics(
+    mean: Tensor,
+    var: Tensor,
+    past: Moments | None,
+    newest_weight: float,
+    theta: Tensor | None,
+    bias: Tensor | None,
+    compensation: Compensation,
+    gradient: Gradient,
+) -> WindowStatistics:
+    """Averages the current mean and var [C] with the past as seen from today's θ [C, F] and b [C] (paper, eqs. 9, 10).
+
+    newest_weight is the current iteration's share w of the window, 1/k; the past shares the rest equally.
+    """
+    if past is None:
+        return WindowStatistics(mean, var)
+    old = compensate(past, theta, bias, compensation)
+    w0 = newest_weight
+    w = (1 - w0) / old.mean.shape[1]
+    M = w0 * mean + w * old.mean.sum(1)
+    spread = old.mean - M[:, None]
+    S = w0 * (var + (mean - M) ** 2) + w * (old.var + spread * spread).sum(1)
+    if gradient != "full" or past.patch_mean is None or old.slope is None or old.across is None:
+        return WindowStatistics(M, S, share=1.0 if gradient == "straight_through" else w0)
+    dM = w * past.patch_mean.sum(1)
+    pull = w * (2 * spread - old.across)
+    dS = w * old.slope + torch.bmm(by_group(pull, dM.shape[0]), past.patch_mean).flatten(0, 1)
+    return WindowStatistics(M, S, share=w0, dM=dM, dS=dS, dM_db=1 - w0, dS_db=pull.sum(1))
+
+
+class WindowNormalize(torch.autograd.Function):
+    """y = γ (x - M) / sqrt(S + eps) + β, backpropagated through M and S to x and to the θ and b that made it.
+
+    forward(x, θ, b, γ, β, window, eps, positions, total): x [N, C, ...] of any float dtype; θ [C, F] and b [C], or
+    None; `WindowStatistics`; the number of values per channel in the current batch; `total`, which sums a tensor over
+    the ranks of a process group where the batch is the joined one of all ranks, or None. Returns y in x's dtype.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        theta: Tensor | None,
+        b: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
-        past: Moments | None,
-        newest_weight: float,
-        compensation: Compensation,
-        gradient: Gradient,
+        window: WindowStatistics,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        positions: float | Tensor,
+        total: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
         """See the class."""
-        dtype = statistics_dtype(x)
-        xs = x.to(dtype)
-        mean, var = batch_statistics(xs)
-
-        M, S = mean, var
-        dM = dS = dM_db = dS_db = None  # dM/dθ [G, F], dS/dθ [C, F], dM/db (a number), dS/db [C]
-        if past is not None:
-            theta = None if weight is None else weight.to(dtype).flatten(1)
-            b = None if bias is None else bias.to(dtype)
-            old = compensate(past, theta, b, compensation)
-            w0 = newest_weight
-            w = (1 - w0) / old.mean.shape[1]
-            M = w0 * mean + w * old.mean.sum(1)
-            spread = old.mean - M[:, None]
-            S = w0 * (var + (mean - M) ** 2) + w * (old.var + spread * spread).sum(1)
-            if gradient == "full" and past.patch_mean is not None and old.slope is not None and old.across is not None:
-                dM = w * past.patch_mean.sum(1)
-                pull = w * (2 * spread - old.across)
-                dS = w * old.slope + torch.bmm(by_group(pull, dM.shape[0]), past.patch_mean).flatten(0, 1)
-                dM_db, dS_db = 1 - w0, pull.sum(1)
-
-        inv_std = torch.rsqrt(S + eps)
-        scale = inv_std if gamma is None else inv_std * gamma.to(dtype)
-        y = (xs - per_channel(M, x)) * per_channel(scale, x)
-        if beta is not None:
-            y += per_channel(beta.to(dtype), x)
-
-        ctx.save_for_backward(x, weight, bias, gamma, beta, M, inv_std, dM, dS, dS_db)
-        ctx.dM_db = dM_db
-        ctx.newest_share = 1.0 if past is None or gradient == "straight_through" else newest_weight
-        outputs = (y.to(x.dtype), M, S, mean, var)
-        # M and S alias mean and var without a past; autograd needs distinct tensors to mark.
-        if past is None:
-            outputs = (outputs[0], M.clone(), S.clone(), mean, var)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        M, S = window.mean, window.var
+        ctx.save_for_backward(x, gamma, M, S, window.dM, window.dS, window.dS_db)
+        ctx.share, ctx.dM_db, ctx.eps, ctx.total = window.share / positions, window.dM_db, eps, total
+        gamma, beta = (None if t is None else t.to(M.dtype) for t in (gamma, beta))
+        return F.batch_norm(x.to(M.dtype), M, S, gamma, beta, False, 0.0, eps).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        """Gradients for x, weight, bias, γ and β; M and S respond to the weight through dM/dθ and dS/dθ."""
-        x, weight, bias, gamma, beta, M, inv_std, dM, dS, dS_db = ctx.saved_tensors
-        dims = [0, *range(2, x.dim())]
-        g = g.to(M.dtype)
-        centred = x.to(M.dtype) - per_channel(M, x)
-        scale = inv_std if gamma is None else inv_std * gamma.to(M.dtype)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients for x, θ, b, γ and β. ∂L/∂M and ∂L/∂S collect what every output says about the statistics.
 
-        g_beta = g.sum(dims)
-        g_gamma = (g * centred).sum(dims) * inv_std
+        ∂L/∂M = -Σ g γ / sqrt(S + eps)              ∂L/∂S = -½ Σ g γ (x - M) / (S + eps)^(3/2)
+        ∂L/∂x = g γ / sqrt(S + eps) + (w/m) (∂L/∂M + 2 ∂L/∂S (x - M))
+        ∂L/∂θ = ∂L/∂M ∂M/∂θ + ∂L/∂S ∂S/∂θ           through the past; what passes through x, autograd adds
+        """
+        x, gamma, M, S, dM, dS, dS_db = ctx.saved_tensors
+        xs, factor = x.to(M.dtype), None if gamma is None else gamma.to(M.dtype)
+        inv_std = torch.rsqrt(S + ctx.eps)
+        scale = inv_std if factor is None else inv_std * factor
+        # with statistics held constant: g·scale, Σ g (x - M) / sqrt(S + eps), Σ g
+        g_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
+            g.to(M.dtype), xs, factor, M, S, None, None, False, ctx.eps, [True, True, True]
+        )
         g_M = -scale * g_beta
         g_S = -0.5 * scale * inv_std * g_gamma
 
-        g_x = g_weight = g_bias = None
         if ctx.needs_input_grad[0]:
-            share = ctx.newest_share * x.shape[1] / x.numel()
-            g_x = g * per_channel(scale, x) + per_channel(share * g_M, x) + centred * per_channel(2 * share * g_S, x)
-            g_x = g_x.to(x.dtype)
+            every_M, every_S = (g_M, g_S) if ctx.total is None else ctx.total(torch.stack([g_M, g_S])).unbind()
+            slope = 2 * ctx.share * every_S
+            g_x.addcmul_(xs, per_channel(slope, x)).add_(per_channel(ctx.share * every_M - slope * M, x))
+        g_theta = g_b = None
         if ctx.needs_input_grad[1] and dS is not None:
-            g_weight = (by_group(g_M, dM.shape[0])[:, :, None] * dM[:, None]).flatten(0, 1) + g_S[:, None] * dS
-            g_weight = g_weight.view_as(weight).to(weight.dtype)
+            g_theta = (by_group(g_M, dM.shape[0])[:, :, None] * dM[:, None]).flatten(0, 1) + g_S[:, None] * dS
         if ctx.needs_input_grad[2] and dS_db is not None:
-            g_bias = (g_M * ctx.dM_db + g_S * dS_db).to(bias.dtype)
+            g_b = g_M * ctx.dM_db + g_S * dS_db
         return (
-            g_x,
-            g_weight,
-            g_bias,
+            g_x.to(x.dtype) if ctx.needs_input_grad[0] else None,
+            g_theta,
+            g_b,
             None if gamma is None else g_gamma.to(gamma.dtype),
-            None if beta is None else g_beta.to(beta.dtype),
-            *[None] * 5,
+            g_beta.to(gamma.dtype) if gamma is not None and ctx.needs_input_grad[4] else None,
+            *[None] * 4,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +12,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from .distributed import joined_mean, joined_statistics, total, world_size
 from .functional import (
     COMPENSATIONS,
     GRADIENTS,
     Compensation,
-    CrossIterationNormalize,
     Gradient,
     Moments,
+    WindowNormalize,
+    batch_statistics,
+    per_channel,
     response,
     statistics_dtype,
+    window_statistics,
 )
 from .history import HISTORIES, History, HistoryKind
-from .moments import Producer, is_producer, patch_covariances, patch_moments
+from .moments import InputPatches, exact_is_possible
+from .producers import Producer, is_producer, learns, out_channels, theta_and_bias
 
 
 class _InputTap:
@@ -31,28 +37,39 @@ class _InputTap:
     A plain object, so that the norm layer can refer to the producer without registering it as a submodule.
     """
 
-    def __init__(self, module: Producer, norm: nn.Module) -> None:
+    def __init__(self, module: Producer, norm: CrossIterationMixin) -> None:
         self.module = module
         self.norm = norm
         self.input: Tensor | None = None
-        self.handle = module.register_forward_hook(self, with_kwargs=True)
+        self.handles = [
+            module.register_forward_hook(self, with_kwargs=True),
+            module.register_load_state_dict_post_hook(self.weights_replaced),
+        ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.norm.training and self.learns:
+        if self.norm.training and learns(module):
             self.input = (args[0] if args else kwargs["input"]).detach()
 
-    @property
-    def learns(self) -> bool:
-        """Whether weight or bias may change; without that past statistics need no compensation."""
-        return any(p.requires_grad for p in (self.module.weight, self.module.bias) if p is not None)
+    def weights_replaced(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """Weights that were loaded have no past."""
+        self.norm.reset_history()
 
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
         stored, self.input = self.input, None
         return stored
 
+    def remove(self) -> None:
+        """Takes the hooks off the module."""
+        for handle in self.handles:
+            handle.remove()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "input": None}
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
 
 
 def check_window_options(window: int, compensation: str, gradient: str, history: str, burn_in: int) -> None:
@@ -81,8 +98,9 @@ class CrossIterationMixin(_BatchNorm):
     compensation: Compensation
     gradient: Gradient
     burn_in: int
+    sync: bool
 
-    WINDOW_ATTRIBUTES = ("window", "compensation", "gradient", "burn_in", "iteration", "_history", "_tap")
+    WINDOW_ATTRIBUTES = ("window", "compensation", "gradient", "burn_in", "sync", "iteration", "_history", "_tap")
 
     def __init__(
         self,
@@ -92,10 +110,11 @@ class CrossIterationMixin(_BatchNorm):
         gradient: Gradient = "full",
         history: HistoryKind = "ring",
         burn_in: int = 0,
+        sync: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.set_window(window, compensation, gradient, history, burn_in)
+        self.set_window(window, compensation, gradient, history, burn_in, sync)
 
     def set_window(
         self,
@@ -104,6 +123,7 @@ class CrossIterationMixin(_BatchNorm):
         gradient: Gradient,
         history: HistoryKind,
         burn_in: int,
+        sync: bool,
     ) -> None:
         """Starts with an empty history and unbound."""
         check_window_options(window, compensation, gradient, history, burn_in)
@@ -111,6 +131,7 @@ class CrossIterationMixin(_BatchNorm):
         self.compensation = compensation
         self.gradient = gradient
         self.burn_in = burn_in
+        self.sync = sync
         self.iteration = 0
         self._history = History(window, history)
         self._tap: _InputTap | None = None
@@ -134,14 +155,17 @@ class CrossIterationMixin(_BatchNorm):
     def bind(self, module: nn.Module) -> Self:
         """Names the conv or linear layer whose output is this layer's input; returns self.
 
-        Raises TypeError for a module whose output is not weight · patch + bias, ValueError if the channels differ.
+        Raises TypeError for a module whose output is not weight · patch + bias, or for which compensation "exact" is
+        not to be had; ValueError if the channels differ.
         """
         if not is_producer(module):
             raise TypeError(
-                f"cannot bind to {type(module).__name__}: its output is not known to be weight * patch + bias; "
-                "bind to nn.Conv1d/2d/3d, nn.Linear or timm's Conv2dSame, or leave the layer unbound"
+                f"cannot bind to {type(module).__name__}: its output is not known to be weight * patch + bias; bind "
+                "to a conv, transposed conv, linear or weight-standardised conv of torch or timm, or leave it unbound"
             )
-        channels = module.weight.shape[0]
+        if self.compensation == "exact" and not exact_is_possible(module):
+            raise TypeError(f'compensation "exact" is not known for {type(module).__name__}; use "projection"')
+        channels = out_channels(module)
         if channels != self.num_features:
             raise ValueError(f"cannot bind: the module has {channels} output channels, the norm {self.num_features}")
         self._unbind()
@@ -151,103 +175,136 @@ class CrossIterationMixin(_BatchNorm):
 
     def _unbind(self) -> None:
         if self._tap is not None:
-            self._tap.handle.remove()
+            self._tap.remove()
         self._tap = None
 
     def reset_history(self) -> None:
         """Forgets the past iterations; the next forward pass uses its own batch alone."""
         self._history.clear()
 
+    def reset_running_stats(self) -> None:
+        """Resets the running statistics as BatchNorm does, and the history: both are to be estimated anew."""
+        super().reset_running_stats()
+        if "_history" in self.__dict__:
+            self.reset_history()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.reset_history()
+
     def history_state(self) -> dict[str, Any]:
         """What a bit-identical resume needs beside the state_dict; tensors and numbers only."""
         return {"iteration": self.iteration, **self._history.state_dict()}
 
     def load_history_state(self, state: dict[str, Any]) -> None:
-        """Restores `history_state`. Raises ValueError if it was taken with another window or kind of history."""
+        """Restores `history_state`; load weights first, since that empties the history.
+
+        Raises ValueError if it was taken with another window or kind of history.
+        """
         self._history.load_state_dict(state)
         self.iteration = int(state["iteration"])
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation."""
         self._check_input_dim(x)
-        source_input = None if self._tap is None else self._tap.take()
         if not self.training:
             return self._normalize_by_running_statistics(x)
-        # statistics, history and compensation are float32 whatever autocast does
-        with torch.autocast(x.device.type, enabled=False):
-            return self._normalize_by_window(x, source_input)
+        return self._normalize_by_window(x)
 
     def _normalize_by_running_statistics(self, x: Tensor) -> Tensor:
         by_batch = self.running_mean is None and self.running_var is None
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, by_batch, 0.0, self.eps)
 
-    def _normalize_by_window(self, x: Tensor, source_input: Tensor | None) -> Tensor:
-        tap = self._tap
-        compensated = tap is not None and self.compensation != "none" and tap.learns
-        source = tap.module if tap is not None and compensated else None
-        past = None
-        if self.iteration >= self.burn_in:
-            past = self._history.past(x.device, statistics_dtype(x), compensated)
-        newest_weight = 1.0 if past is None else self._history.newest_weight
-        count = x.numel() / x.shape[1] / newest_weight
-        if count == 1:
-            # One value per channel has no variance. It still counts for the window, which fills from here.
-            with torch.no_grad():
-                mean = x.to(statistics_dtype(x)).flatten()
-                self._record(source, source_input, x, mean, torch.zeros_like(mean))
+    @torch.compiler.disable
+    def _normalize_by_window(self, x: Tensor) -> Tensor:
+        source_input = None if self._tap is None else self._tap.take()
+        source = None
+        if self._tap is not None and self.compensation != "none" and learns(self._tap.module):
+            source = self._tap.module
+        ranks = world_size() if self.sync else 1
+        if x.numel() == 0 and ranks == 1:
             return self._normalize_by_running_statistics(x)
-        y, window_mean, window_var, mean, var = CrossIterationNormalize.apply(
-            x,
-            None if source is None else source.weight,
-            None if source is None else source.bias,
-            self.weight,
-            self.bias,
-            past,
-            newest_weight,
-            self.compensation,
-            self.gradient,
-            self.eps,
-        )
-        with torch.no_grad():
-            self._update_running_statistics(window_mean, window_var, count)
-            self._record(source, source_input, x, mean, var)
-        return y
+        # Inside a backward pass this is activation checkpointing at work: nothing may be counted a second time.
+        recomputing = torch._C._current_graph_task_id() != -1
+        # statistics, history and compensation are float32 whatever autocast does
+        with torch.autocast(x.device.type, enabled=False):
+            theta, bias = (None, None) if source is None else theta_and_bias(source, statistics_dtype(x))
+            with torch.no_grad():
+                xs = x.to(statistics_dtype(x))
+                positions: float | Tensor = xs.numel() / xs.shape[1]
+                if ranks == 1:
+                    mean, var = batch_statistics(xs)
+                else:
+                    positions, mean, var = joined_statistics(xs)
+                past = self._history.past(mean, source is not None, recomputing)
+                if self.iteration - recomputing < self.burn_in:
+                    past = None
+                newest_weight = 1.0 if past is None else self._history.newest_weight
+                count = positions / newest_weight
+                # one rank alone can tell without waiting for the device
+                single = ranks == 1 and count == 1
+                window = window_statistics(
+                    mean, var, past, newest_weight, theta, bias, self.compensation, self.gradient
+                )
+                if not recomputing:
+                    self.iteration += 1
+                    if not single:
+                        self._update_running_statistics(window.mean, window.var, count)
+                    if self.window > 1:
+                        moments = Moments(mean, var)
+                        if source is not None and theta is not None:
+                            moments = self._with_patches(moments, source, source_input, xs, theta, bias, ranks)
+                        self._history.stage(moments)
+            if single:
+                # one value per channel has no variance, but it counts for the window, which fills from here
+                return self._normalize_by_running_statistics(x)
+            y: Tensor = WindowNormalize.apply(
+                x, theta, bias, self.weight, self.bias, window, self.eps, positions, total if ranks > 1 else None
+            )
+            return y
 
-    def _record(self, source: Producer | None, y: Tensor | None, x: Tensor, mean: Tensor, var: Tensor) -> None:
-        if self.window > 1:
-            self._history.push(self._moments(source, y, x, mean, var))
-        self.iteration += 1
-
-    def _moments(self, source: Producer | None, y: Tensor | None, x: Tensor, mean: Tensor, var: Tensor) -> Moments:
-        """What this iteration leaves behind: `source` made x from y."""
-        if source is None:
-            return Moments(mean, var)
+    def _with_patches(
+        self,
+        moments: Moments,
+        source: Producer,
+        y: Tensor | None,
+        xs: Tensor,
+        theta: Tensor,
+        bias: Tensor | None,
+        ranks: int,
+    ) -> Moments:
+        """Adds what compensation will need: `source` made xs from y with θ [C, F] and bias [C]."""
         if y is None:
             raise RuntimeError(
                 f"{type(self).__name__} is bound to a {type(source).__name__} that has not run since the last forward "
                 "pass; bind it to the module that produces its input, or leave it unbound"
             )
-        covariance = patch_covariance = None
+        mean = moments.mean
+        patches = InputPatches(source, y, xs.shape[2:], mean.dtype)
+        joined = partial(joined_mean, count=patches.positions) if ranks > 1 else _as_it_is
+        patch_mean = joined(patches.mean())
+        moments = moments._replace(anchor=response(patch_mean[:, None], theta, bias).squeeze(1), patch_mean=patch_mean)
         if self.compensation == "exact":
-            patch_mean, patch_covariance = patch_covariances(source, y, mean.dtype)
-        else:
-            patch_mean, covariance = patch_moments(source, y, x, mean)
-        weight = source.weight.to(mean.dtype).flatten(1)
-        bias = None if source.bias is None else source.bias.to(mean.dtype)
-        anchor = response(patch_mean[:, None], weight, bias).squeeze(1)
-        return Moments(mean, var, anchor, patch_mean, covariance, patch_covariance)
+            return moments._replace(patch_covariance=joined(patches.covariance(patch_mean)))
+        return moments._replace(covariance=joined(patches.covariance_with(xs - per_channel(mean, xs))))
 
-    def _update_running_statistics(self, mean: Tensor, var: Tensor, count: float) -> None:
-        """Moves the running statistics towards the window's, var with Bessel's correction for `count` values."""
+    def _update_running_statistics(self, mean: Tensor, var: Tensor, count: float | Tensor) -> None:
+        """Moves the running statistics towards the window's, var with Bessel's correction for `count` values.
+
+        A batch with NaN or inf moves nothing.
+        """
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
+        finite = torch.isfinite(mean + var).all()
+        momentum = self.momentum
         for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
-            if self.momentum is None:
-                running.lerp_(new.to(running.dtype), self.num_batches_tracked.to(running.dtype).reciprocal())
+            new = torch.where(finite, new.to(running.dtype), running)
+            if momentum is None:
+                running.lerp_(new, self.num_batches_tracked.to(running.dtype).reciprocal())
             else:
-                running.lerp_(new.to(running.dtype), self.momentum)
+                running.lerp_(new, momentum)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape: [N, C] or [N, C, ...], as the BatchNorm it stands for; output like input in shape and dtype."""

@@ -181,7 +181,7 @@ def test_converting_the_rest_later_in_training_mode() -> None:
     model(X)
     cbn.convert(model, example_input=X)
     model(X)
-    assert [model[i]._history.seen for i in (1, 3)] == [2, 1]
+    assert [model[i].history_state()["seen"] for i in (1, 3)] == [2, 1]
 
 
 def test_convert_twice_changes_nothing() -> None:
@@ -254,7 +254,7 @@ def test_warm_up_fills_the_history_and_nothing_else() -> None:
     before = copy.deepcopy(model.state_dict())
     cbn.warm_up(model, [(torch.randn(2, 3, 8, 8), torch.zeros(2)), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)])
     assert isinstance(model[1], CrossIterationBatchNorm2d)
-    assert len(model[1]._history) == 3
+    assert model[1].history_state()["slots"]["mean"].shape[1] == model[1].history_state()["seen"] == 3
     assert not any(m.training for m in model.modules())
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 

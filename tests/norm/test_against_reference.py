@@ -123,7 +123,7 @@ def test_projection_is_exact_when_weights_are_only_rescaled_and_never_below_tayl
     from cbn_convert.norm.functional import compensate
     from cbn_convert.norm.history import History
     from cbn_convert.norm.layer import Moments
-    from cbn_convert.norm.moments import patch_moments
+    from cbn_convert.norm.moments import InputPatches
 
     conv = nn.Conv2d(3, 5, 3, bias=False).double()
     y = torch.randn(4, 3, 9, 9, dtype=torch.float64)
@@ -131,13 +131,14 @@ def test_projection_is_exact_when_weights_are_only_rescaled_and_never_below_tayl
     def moments() -> Moments:
         x = conv(y)
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-        patch_mean, covariance = patch_moments(conv, y, x, mean)
+        patches = InputPatches(conv, y, x.shape[2:], torch.float64)
+        patch_mean, covariance = patches.mean(), patches.covariance_with(x - mean.view(1, -1, 1, 1))
         return Moments(mean, var, conv.weight.flatten(1) @ patch_mean[0], patch_mean, covariance)
 
     with torch.no_grad():
         history = History(2, "ring")
-        history.push(moments())
-        past = history.past(y.device, torch.float64, True)
+        history.stage(moments())
+        past = history.past(y, True)
         conv.weight *= torch.linspace(0.2, 3, 5, dtype=torch.float64).view(-1, 1, 1, 1)
         now, guess = moments(), compensate(past, conv.weight.flatten(1), None, "projection")
         torch.testing.assert_close(guess.mean[:, 0], now.mean)
@@ -154,7 +155,7 @@ def test_projection_is_exact_when_weights_are_only_rescaled_and_never_below_tayl
 
 def test_compensation_error_is_second_order_in_the_weight_change() -> None:
     from cbn_convert.norm.functional import Moments, compensate
-    from cbn_convert.norm.moments import patch_moments
+    from cbn_convert.norm.moments import InputPatches
 
     conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).double()
     y = torch.randn(2, 4, 8, 8, dtype=torch.float64)
@@ -162,7 +163,8 @@ def test_compensation_error_is_second_order_in_the_weight_change() -> None:
     with torch.no_grad():
         x = conv(y)
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-        patch_mean, covariance = patch_moments(conv, y, x, mean)
+        patches = InputPatches(conv, y, x.shape[2:], torch.float64)
+        patch_mean, covariance = patches.mean(), patches.covariance_with(x - mean.view(1, -1, 1, 1))
         anchor = (conv.weight.flatten(1) @ patch_mean[0])[:, None]
         past = Moments(mean[:, None], var[:, None], anchor, patch_mean[:, None], covariance[:, None])
         for compensation in ("projection", "taylor"):

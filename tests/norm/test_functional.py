@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from cbn_convert.norm import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d
-from cbn_convert.norm.functional import CrossIterationNormalize, batch_statistics
-from cbn_convert.norm.moments import patch_moments
+from cbn_convert.norm.functional import WindowNormalize, batch_statistics, window_statistics
+from cbn_convert.norm.moments import InputPatches
 
 
 @pytest.mark.parametrize("compensation", ["projection", "taylor", "none"])
@@ -25,13 +25,16 @@ def test_gradcheck(compensation: str, history: str, affine: bool, groups: int) -
         for _ in range(3):
             norm(conv(torch.randn(2, 4, 5, 5, dtype=torch.float64)))
             conv.weight += 0.05 * torch.randn_like(conv.weight)
-    past = norm._history.past(torch.device("cpu"), torch.float64, compensation != "none")
+    past = norm._history.past(conv.weight, compensation != "none")
     assert past is not None
 
     def function(y, weight, bias, *affine_parameters):
         x = torch.nn.functional.conv2d(y, weight, bias, 2, 1, 1, groups)
         gamma, beta = affine_parameters or (None, None)
-        return CrossIterationNormalize.apply(x, weight, bias, gamma, beta, past, 1 / 3, compensation, "full", 1e-5)[0]
+        theta = weight.flatten(1)
+        with torch.no_grad():
+            window = window_statistics(*batch_statistics(x), past, 1 / 3, theta, bias, compensation, "full")
+        return WindowNormalize.apply(x, theta, bias, gamma, beta, window, 1e-5, x.numel() / 4, None)
 
     inputs = [torch.randn(2, 4, 5, 5), conv.weight, conv.bias]
     if affine:
@@ -102,7 +105,9 @@ def test_moments_are_the_gradients_of_mean_and_var(groups: int, stride: int) -> 
     mean = x.mean((0, 2, 3))
     (d_mean,) = torch.autograd.grad(mean.sum(), conv.weight, retain_graph=True)
     (d_var,) = torch.autograd.grad(x.var((0, 2, 3), correction=0).sum(), conv.weight)
-    patch_mean, covariance = patch_moments(conv, y, x.detach(), mean.detach())
+    with torch.no_grad():
+        patches = InputPatches(conv, y, x.shape[2:], torch.float64)
+        patch_mean, covariance = patches.mean(), patches.covariance_with(x - mean.view(1, -1, 1, 1))
     torch.testing.assert_close(patch_mean.repeat_interleave(8 // groups, 0), d_mean.flatten(1))
     torch.testing.assert_close(2 * covariance, d_var.flatten(1))
 

@@ -1,0 +1,108 @@
+"""Which modules compute x = θ·p + b over patches p of their input, and what their θ and b are at this moment.
+
+θ is the weight that the module applies: standardised, parametrised or as stored. It is rebuilt here with autograd, so
+that a gradient for θ reaches the parameters behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from typing_extensions import TypeIs
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+TransposedConv = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Producer = Conv | TransposedConv | nn.Linear
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
+_STANDARDISED = (StdConv2d, StdConv2dSame, *_SCALED)
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Conv2dSame, *_TRANSPOSED, *_STANDARDISED)
+
+
+def is_producer(module: nn.Module) -> TypeIs[Producer]:
+    """Whether the module's output is θ·p + b in a way known here; subclasses may compute anything and do not count."""
+    return bool(type_before_parametrizations(module) in _KINDS)
+
+
+def is_transposed(module: nn.Module) -> TypeIs[TransposedConv]:
+    """Whether the module is a transposed convolution."""
+    return isinstance(module, _TRANSPOSED)
+
+
+def groups_of(module: Producer) -> int:
+    """The number of groups, 1 for a linear layer."""
+    return 1 if isinstance(module, nn.Linear) else module.groups
+
+
+def out_channels(module: Producer) -> int:
+    """The number of channels that a norm layer behind the module sees."""
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
+
+
+def fan_in(module: Producer) -> int:
+    """F, the number of weights per output channel."""
+    kernel = 1 if isinstance(module, nn.Linear) else torch.Size(module.kernel_size).numel()
+    inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels // module.groups
+    return inputs * kernel
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether θ or b may change; where they do not, past statistics need no compensation."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+def as_rows(weight: Tensor, module: Producer) -> Tensor:
+    """Views a weight of the module's shape as [C, F]; F runs over input channels first, then kernel positions."""
+    if is_transposed(module):
+        weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
+
+
+def theta_and_bias(module: Producer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(θ [C, F], b [C] or None) that the module applies now, in dtype, connected to its parameters by autograd."""
+    with _without_side_effects(module):
+        weight, bias = module.weight, module.bias
+    if isinstance(module, _STANDARDISED):
+        gain = (module.gain * module.scale).flatten() if isinstance(module, _SCALED) else None
+        rows = weight.reshape(1, module.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, gain, None, True, 0.0, module.eps).reshape_as(weight)
+    return as_rows(weight, module).to(dtype), None if bias is None else bias.to(dtype)
+
+
+@contextmanager
+def _without_side_effects(module: nn.Module) -> Iterator[None]:
+    """Lets parametrisations such as spectral_norm answer with what the last forward pass used."""
+    if not is_parametrized(module):
+        yield
+        return
+    parametrizations: Any = module.parametrizations
+    modes = [(m, m.training) for m in parametrizations.modules()]
+    try:
+        parametrizations.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def padded_input(conv: Conv, y: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the zero padding still to be applied to it, after any padding that is not symmetric zeros."""
+    none = (0,) * len(conv.kernel_size)
+    if isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False):
+        return pad_same(y, list(conv.kernel_size), list(conv.stride), list(conv.dilation)), none
+    if conv.padding_mode != "zeros":
+        return F.pad(y, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), none
+    if isinstance(conv.padding, str):
+        return F.pad(y, conv._reversed_padding_repeated_twice), none
+    assert not isinstance(conv.padding, str)
+    return y, conv.padding
