@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from ..conversion import NormCall, norm_layers, revert, run, trace_norms
 from ..conversion.converting import CONVERTED
 from ..errors import FoldError
+from ..norm.producers import applies_stored_weight, is_transposed
 
 FoldTarget = Literal["bn", "affine", "conv"]
 FOLD_TARGETS: tuple[str, ...] = ("bn", "affine", "conv")
@@ -49,9 +50,10 @@ def fold(
     """Returns a copy of the model, in eval mode, with its norm layers folded; the model itself does not change.
 
     into: "bn" gives plain BatchNorm with the running statistics, the same outputs to the bit. "affine" replaces each
-    layer by `ChannelAffine`. "conv" multiplies it into the weight and bias of the conv or linear layer that feeds it;
-    a layer whose input is not the output of one such module, or is also read elsewhere, stays BatchNorm, and the names
-    are logged. BatchNormAct2d keeps its drop and act. The new weights are computed in float64.
+    layer by `ChannelAffine`. "conv" multiplies it into the weight and bias of the conv or linear layer that feeds it.
+    A layer whose input is not the output of one such module, or is also read elsewhere, stays BatchNorm, as does one
+    behind a standardised or parametrised weight or a grouped transposed conv; their names are logged. BatchNormAct2d
+    keeps its drop and act. The new weights are computed in float64.
 
     keep_bn: with "affine" and "conv", leave BatchNorm modules as identities (mean 0, var 1 - eps, γ 1, β what has no
     other place), so that state_dict keys are those of the original architecture.
@@ -84,6 +86,8 @@ def fold(
         elif (
             _foldable(calls[name])
             and (producer := folded.get_submodule(calls[name].producer or ""))
+            and applies_stored_weight(producer)
+            and not (is_transposed(producer) and producer.groups > 1)
             and all(holders[id(p)] == 1 for p in producer.parameters())
         ):
             _fold_into(name, norm, producer, keep_bn)
@@ -153,8 +157,12 @@ def _fold_into(name: str, norm: _BatchNorm, producer: nn.Module, keep_bn: bool) 
     weight: Any = producer.weight
     old_bias: Any = producer.bias
     args = (weight.double(), None if old_bias is None else old_bias.double(), mean, var, norm.eps, gamma, beta)
-    fuse: Any = fuse_linear_bn_weights if isinstance(producer, nn.Linear) else fuse_conv_bn_weights
-    new_weight, new_bias = fuse(*args)
+    new_weight: Tensor
+    new_bias: Tensor
+    if isinstance(producer, nn.Linear):
+        new_weight, new_bias = fuse_linear_bn_weights(*args)
+    else:
+        new_weight, new_bias = fuse_conv_bn_weights(*args, transpose=is_transposed(producer))
     weight.copy_(_finite(name, new_weight.to(weight.dtype)))
     new_bias = _finite(name, new_bias.detach().to(weight.dtype))
     carried_by_conv = old_bias is not None or not keep_bn

@@ -21,6 +21,7 @@ from .functional import (
     Moments,
     WindowNormalize,
     batch_statistics,
+    by_group,
     per_channel,
     response,
     statistics_dtype,
@@ -286,7 +287,12 @@ class CrossIterationMixin(_BatchNorm):
         moments = moments._replace(anchor=response(patch_mean[:, None], theta, bias).squeeze(1), patch_mean=patch_mean)
         if self.compensation == "exact":
             return moments._replace(patch_covariance=joined(patches.covariance(patch_mean)))
-        return moments._replace(covariance=joined(patches.covariance_with(xs - per_channel(mean, xs))))
+        xc = xs - per_channel(mean, xs)
+        # what rounding left of the mean would be multiplied by a patch mean that may be large
+        rest = by_group(joined(xc.mean([0, *range(2, xs.dim())])), len(patch_mean))
+        covariance = joined(patches.covariance_with(xc))
+        covariance -= (rest[:, :, None] * patch_mean[:, None]).flatten(0, 1)
+        return moments._replace(covariance=covariance)
 
     def _update_running_statistics(self, mean: Tensor, var: Tensor, count: float | Tensor) -> None:
         """Moves the running statistics towards the window's, var with Bessel's correction for `count` values.

@@ -39,6 +39,11 @@ def is_transposed(module: nn.Module) -> TypeIs[TransposedConv]:
     return isinstance(module, _TRANSPOSED)
 
 
+def applies_stored_weight(module: nn.Module) -> bool:
+    """Whether the module applies its weight as it is stored, so that a factor can be multiplied into it."""
+    return is_producer(module) and not isinstance(module, _STANDARDISED) and not is_parametrized(module)
+
+
 def groups_of(module: Producer) -> int:
     """The number of groups, 1 for a linear layer."""
     return 1 if isinstance(module, nn.Linear) else module.groups

@@ -276,3 +276,65 @@ def test_torchvision_models_convert_too() -> None:
     assert report.counts["compensated"] == len(report) == 34
     assert "34 compensated" in str(report)
     assert report.to_dict()["layers"][0]["fed_by"] == "features.0.0"
+
+
+@pytest.mark.parametrize(
+    ("arrange", "status"),
+    [
+        (lambda x: x.flatten(0, 1), "compensated"),
+        (lambda x: x.transpose(1, 2), "compensated"),
+        (lambda x: x.transpose(0, 1).flatten(0, 1), "window"),  # the positions in another order
+        (lambda x: x.unflatten(1, (6, -1)).flatten(1, 2)[:, :6] * 1.0, "window"),  # other values
+    ],
+)
+def test_linear_on_tokens_is_paired_where_the_norm_sees_its_output(arrange, status: str) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.bn = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(arrange(self.linear(x)))
+
+    model = Tokens().train()
+    x = torch.randn(3, 6, 5)
+    report = cbn.convert(model, example_input=x)
+    assert [row.status for row in report] == [status]
+    for _ in range(3):
+        model(torch.randn(3, 6, 5)).square().sum().backward()
+
+
+def test_every_kind_of_producer_is_paired() -> None:
+    from timm.layers import ScaledStdConv2d, StdConv2dSame
+    from torch.nn.utils.parametrizations import spectral_norm
+
+    convs = [
+        nn.ConvTranspose2d(4, 4, 3),
+        StdConv2dSame(4, 4, 3),
+        ScaledStdConv2d(4, 4, 3),
+        spectral_norm(nn.Conv2d(4, 4, 1)),
+    ]
+    model = nn.Sequential(*(layer for conv in convs for layer in (conv, nn.BatchNorm2d(4)))).train()
+    report = cbn.convert(model, example_input=torch.randn(1, 4, 8, 8))
+    assert {row.status for row in report} == {"compensated"}
+    for _ in range(3):
+        model(torch.randn(2, 4, 8, 8)).square().mean().backward()
+
+
+def test_one_conv_feeding_two_norms_compensates_both() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return self.a(x) + self.b(x)
+
+    model = Fork().train()
+    report = cbn.convert(model, example_input=torch.randn(1, 3, 8, 8))
+    assert [row.status for row in report] == ["compensated", "compensated"]
+    assert model.a.producer is model.b.producer is model.conv
+    for _ in range(3):
+        model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    assert model.a.history_state()["seen"] == model.b.history_state()["seen"] == 3

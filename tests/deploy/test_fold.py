@@ -162,3 +162,38 @@ def test_refuses_damaged_statistics_and_unknown_targets() -> None:
     for into in ("conv", "affine"):
         with pytest.raises(FoldError, match="'1'"):
             cbn.fold(model, into, example_input=x)
+
+
+def test_transposed_convs_fold_and_weights_that_are_not_applied_as_stored_stay() -> None:
+    from timm.layers import StdConv2d
+    from torch.nn.utils.parametrizations import weight_norm
+
+    x = torch.randn(2, 4, 6, 6)
+    for producer, folds in (
+        (nn.ConvTranspose2d(4, 6, 3, stride=2), True),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), False),
+        (StdConv2d(4, 6, 3), False),
+        (weight_norm(nn.Conv2d(4, 6, 3)), False),
+    ):
+        model = randomize_norms(nn.Sequential(producer, nn.BatchNorm2d(6))).eval()
+        folded = cbn.fold(model, "conv", example_input=x)
+        assert isinstance(folded[1], nn.Identity) == folds
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_on_tokens_folds_as_in_levit() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 6, bias=False)
+            self.bn = nn.BatchNorm1d(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.linear(x)
+            return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+    model = randomize_norms(Tokens()).eval()
+    x = torch.randn(2, 7, 5)
+    folded = cbn.fold(model, "conv", example_input=x)
+    assert isinstance(folded.bn, nn.Identity)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
