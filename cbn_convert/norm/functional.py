@@ -208,9 +208,12 @@ class WindowNormalize(torch.autograd.Function):
         inv_std = torch.rsqrt(S + ctx.eps)
         scale = inv_std if factor is None else inv_std * factor
         # with statistics held constant: g·scale, Σ g (x - M) / sqrt(S + eps), Σ g
-        g_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
-            g.to(M.dtype), xs, factor, M, S, None, None, False, ctx.eps, [True, True, True]
-        )
+        if x.numel():
+            g_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
+                g.to(M.dtype), xs, factor, M, S, None, None, False, ctx.eps, [True, True, True]
+            )
+        else:  # a rank without images, where torch's kernel would divide by zero
+            g_x, g_gamma, g_beta = torch.zeros_like(xs), torch.zeros_like(M), torch.zeros_like(M)
         g_M = -scale * g_beta
         g_S = -0.5 * scale * inv_std * g_gamma
 

@@ -44,7 +44,7 @@ def exact_is_smaller(module: nn.Module) -> bool:
 class InputPatches:
     """The patches p [G, m, F] of one input y of a producer, of which only moments are ever computed.
 
-    out_size: spatial size of the output; dtype: that of all results.
+    out_size: spatial size of the output; dtype: that of all results. Moments of no patches at all are zero.
     """
 
     def __init__(self, module: Producer, y: Tensor, out_size: torch.Size, dtype: torch.dtype) -> None:
@@ -66,6 +66,8 @@ class InputPatches:
     def mean(self) -> Tensor:
         """p̄ [G, F]."""
         module, y = self.module, self.y
+        if not self.positions:
+            return y.new_zeros(groups_of(module), fan_in(module))
         if isinstance(module, nn.Linear):
             return y.reshape(-1, module.in_features).mean(0, keepdim=True)
         if is_transposed(module):
@@ -81,6 +83,8 @@ class InputPatches:
     def covariance_with(self, xc: Tensor) -> Tensor:
         """mean(xc p) [C, F] for the centred output xc [N, C, ...]."""
         module, y = self.module, self.y
+        if not self.positions:
+            return y.new_zeros(out_channels(module), fan_in(module))
         if isinstance(module, nn.Linear):
             return (xc.transpose(0, 1).flatten(1) @ y.reshape(-1, module.in_features)) / self.positions
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and not y.is_cuda:
@@ -93,6 +97,8 @@ class InputPatches:
         """mean((p - mean)(p - mean)ᵀ) [G, F, F]."""
         module, y = self.module, self.y
         assert not is_transposed(module)
+        if not self.positions:
+            return y.new_zeros(*mean.shape, mean.shape[1])
         if isinstance(module, nn.Linear):
             patches = y.reshape(1, -1, module.in_features)
         elif self.pointwise and module.groups == 1:
