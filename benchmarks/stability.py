@@ -48,6 +48,7 @@ COLUMNS: dict[str, Any] = {
     "taylor-full": {"compensation": "taylor"},
     "published": {"compensation": "taylor", "gradient": "current", "window": 8, "history": "ring"},
     "none": {"compensation": "none"},
+    "none-w2": {"compensation": "none", "window": 2},
     "bn": "bn",
     "frozen": "frozen",
     **{f"cbn-w{k}": {"window": k} for k in (1, 2, 4, 8, 32, 64)},
@@ -79,14 +80,14 @@ def grid() -> Iterator[dict[str, Any]]:
     for task in ("sign_digits", "clothing"):
         yield from cells(task, ["cbn", "bn", "frozen"], tuned, clip=(5.0, None))
         yield from cells(task, ["bn"], tuned, (32,), clip=(5.0, None))
-        yield from cells(task, [c for c in MAIN if c not in ("cbn", "bn", "frozen")], tuned, clip=(5.0,))
+        yield from cells(task, [c for c in MAIN if c not in ("cbn", "bn", "frozen")], tuned[1:], clip=(5.0,))
         yield from cells(task, ["cbn", "bn", "frozen"], (1e-4, 1e-3), opt="adamw", clip=(5.0,))
     yield from cells("digits", scratch, rates, (1, 8))
     yield from cells("digits", scratch, (1e-4, 1e-3, 1e-2), opt="adamw")
     yield from cells("digits", [c for c in COLUMNS if c.startswith("cbn-w")], (3e-3, 3e-2))
     for task in ("sign_digits", "clothing"):
-        yield from cells(task, ["cbn-no-exact", "cbn-w4", "cbn-w32"], tuned, clip=(5.0,))
-        yield from cells(task, ["cbn", "bn", "frozen", "cbn-no-exact"], tuned, clip=(5.0,), seeds=3)
+        yield from cells(task, ["cbn", "bn", "frozen"], (1e-3, 3e-3), clip=(5.0,), seeds=3)
+        yield from cells(task, ["cbn-no-exact", "none-w2", "cbn-w4", "cbn-w32"], (3e-3,), clip=(5.0,), seeds=2)
 
 
 class Residual(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
@@ -36,6 +36,8 @@ from .trace import NormCall, trace_norms
 # ring of 8, is the paper's.
 DEFAULT_WINDOW = 16
 DEFAULT_HISTORY: HistoryKind = "ema"
+# Without a weight of its own to follow, a layer learns best from the batch and the one before it (docs/method.md).
+UNBOUND_WINDOW = 2
 
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -73,8 +75,9 @@ def convert(
     size in its pretrained_cfg) to find the module that feeds each layer. Its eval output, state_dict keys and module
     tree do not change. `include` and `exclude` choose layers by glob pattern on the name, or by a predicate
     (name, module). Layers that are converted already stay as they are. The other arguments are those of
-    CrossIterationBatchNorm2d; "projection" gives way to "exact" where that needs less memory. Layers without a weight
-    of their own get gradient "straight_through" where "full" is asked for.
+    CrossIterationBatchNorm2d; "projection" gives way to "exact" where that needs less memory. Where
+    compensation and gradient are the default ones, layers without a weight of their own get a window of at most 2 and
+    gradient "straight_through". `sync` shares the statistics of each batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
@@ -106,12 +109,17 @@ def convert(
         if name in todo:
             row = plans[name]
             if row.status != "kept":
-                own: Gradient = gradient if row.status == "compensated" or gradient == "current" else "straight_through"
+                own_window, own_gradient, own_compensation = window, cast(Gradient, gradient), compensation
+                producer = model.get_submodule(row.fed_by) if row.status == "compensated" and row.fed_by else None
+                if producer is None and gradient == "full":
+                    own_gradient = "straight_through"
+                    own_window = window if compensation == "none" else min(window, UNBOUND_WINDOW)
+                exact = compensation == "projection" and producer is not None and exact_is_smaller(producer)
+                if exact:
+                    own_compensation = "exact"
                 norm.__class__ = CONVERTED[type(norm)]  # type: ignore[index]
                 assert isinstance(norm, CrossIterationMixin)
-                producer = model.get_submodule(row.fed_by) if row.status == "compensated" and row.fed_by else None
-                exact = compensation == "projection" and producer is not None and exact_is_smaller(producer)
-                norm.set_window(window, "exact" if exact else compensation, own, history, burn_in, sync)
+                norm.set_window(own_window, own_compensation, own_gradient, history, burn_in, sync)
                 if exact:
                     row = replace(row, reason=f"{row.reason}, variance exact")
                 if producer is not None:
