@@ -210,13 +210,14 @@ class CrossIterationMixin(_BatchNorm):
         self._check_input_dim(x)
         if not self.training:
             return self._normalize_by_running_statistics(x)
-        return self._normalize_by_window(x)
+        y: Tensor = self._normalize_by_window(x)
+        return y
 
     def _normalize_by_running_statistics(self, x: Tensor) -> Tensor:
         by_batch = self.running_mean is None and self.running_var is None
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, by_batch, 0.0, self.eps)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _normalize_by_window(self, x: Tensor) -> Tensor:
         source_input = None if self._tap is None else self._tap.take()
         source = None
