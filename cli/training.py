@@ -37,7 +37,13 @@ def finetune(
         int | None, typer.Option(min=1, help="End after so many steps.", rich_help_panel=o.TRAINING)
     ] = None,
     batch_size: o.BatchSize = 2,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=o.TRAINING)] = 3e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate; 3e-3 for sgd, 3e-4 for adamw.", rich_help_panel=o.TRAINING),
+    ] = None,
+    clip_grad: Annotated[
+        float, typer.Option(min=0, help="Largest norm of the gradient; 0 for no limit.", rich_help_panel=o.TRAINING)
+    ] = 5.0,
     opt: Annotated[str, typer.Option(help="sgd (momentum 0.9) or adamw.", rich_help_panel=o.TRAINING)] = "sgd",
     weight_decay: Annotated[float, typer.Option(min=0, rich_help_panel=o.TRAINING)] = 1e-4,
     label_smoothing: Annotated[float, typer.Option(min=0, rich_help_panel=o.TRAINING)] = 0.1,
@@ -88,6 +94,7 @@ def finetune(
             config = FinetuneConfig(
                 data=str(data), output=str(output), norm=norm, window=window, compensation=compensation,
                 gradient=gradient, history=history, epochs=epochs, max_steps=max_steps, batch_size=batch_size, lr=lr,
+                clip_grad=clip_grad,
                 opt=opt, weight_decay=weight_decay, label_smoothing=label_smoothing, val_fraction=val_fraction,
                 no_aug=no_aug, seed=seed, workers=workers, device=device, **spec,
             )  # fmt: skip

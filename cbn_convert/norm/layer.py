@@ -44,7 +44,7 @@ class _InputTap:
         self.input: Tensor | None = None
         self.handles = [
             module.register_forward_hook(self, with_kwargs=True),
-            module.register_load_state_dict_post_hook(self.weights_replaced),
+            module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
         ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -207,7 +207,7 @@ class CrossIterationMixin(_BatchNorm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation."""
-        self._check_input_dim(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
         if not self.training:
             return self._normalize_by_running_statistics(x)
         y: Tensor = self._normalize_by_window(x)
@@ -320,8 +320,9 @@ class CrossIterationMixin(_BatchNorm):
     def extra_repr(self) -> str:
         """BatchNorm's arguments and the window's."""
         bound = "" if self._tap is None else f", bound to {type(self._tap.module).__name__}"
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return (
-            f"{super().extra_repr()}, window={self.window}, compensation={self.compensation}, "
+            f"{plain}, window={self.window}, compensation={self.compensation}, "
             f"gradient={self.gradient}, history={self.history}{bound}"
         )
 

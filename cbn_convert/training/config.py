@@ -13,7 +13,8 @@ from ..models import ModelSpec
 from ..norm import check_window_options
 from .norms import NORMS
 
-OPTIMIZERS = ("sgd", "adamw")
+DEFAULT_LR = {"sgd": 3e-3, "adamw": 3e-4}
+OPTIMIZERS = tuple(DEFAULT_LR)
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -24,7 +25,9 @@ class FinetuneConfig:
     data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without val/.
     output: run folder. norm: "cbn", "bn", "frozen" (running statistics fixed), "gn" (GroupNorm), "brn" (Batch
     Renormalization). window to burn_in: as in CrossIterationBatchNorm2d. lr: peak of a cosine schedule that warms up
-    over `warmup_ratio` of the steps. max_steps: ends earlier, the schedule included. no_aug: resize and crop only.
+    over `warmup_ratio` of the steps; by default 3e-3 with "sgd" and 3e-4 with "adamw". clip_grad: largest norm of the
+    gradient, longer ones are shortened to it; 0 lets every length pass. max_steps: ends earlier, the schedule included.
+    no_aug: resize and crop only.
     device: "auto" takes a GPU where there is one.
     """
 
@@ -47,7 +50,8 @@ class FinetuneConfig:
     epochs: int = 10
     max_steps: int | None = None
     batch_size: int = 2
-    lr: float = 3e-4
+    lr: float | None = None
+    clip_grad: float = 5.0
     opt: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -58,6 +62,10 @@ class FinetuneConfig:
     seed: int = 0
     workers: int = 2
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            self.lr = DEFAULT_LR.get(self.opt)
 
     def check(self) -> None:
         """Raises RunError for the first argument that is out of range."""
@@ -72,13 +80,14 @@ class FinetuneConfig:
                 raise RunError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
             raise RunError(f"seed must be at least 0 and below 2147483648, got {self.seed}")
-        if not self.lr > 0:
+        if self.lr is None or not self.lr > 0:
             raise RunError(f"lr must be above 0, got {self.lr}")
         for name in ("warmup_ratio", "label_smoothing", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise RunError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise RunError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "clip_grad"):
+            if not getattr(self, name) >= 0:
+                raise RunError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise RunError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
         try:

@@ -172,7 +172,8 @@ class _Trainer:
         validation: Split,
         data_config: dict[str, Any],
     ) -> None:
-        self.config, self.run, self.classes = config, run, training.classes
+        assert config.lr is not None
+        self.config, self.run, self.classes, self.lr = config, run, training.classes, config.lr
         self.data_config = data_config
         self.order = torch.Generator()
         self.loader = make_loader(
@@ -188,7 +189,7 @@ class _Trainer:
 
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         optimizer = create_optimizer_v2(
-            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+            model, opt=config.opt, lr=self.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         warmup = min(round(config.warmup_ratio * self.steps), self.steps - 1)
@@ -196,7 +197,7 @@ class _Trainer:
             optimizer,
             t_initial=self.steps - warmup,
             warmup_t=warmup,
-            warmup_lr_init=config.lr / max(warmup, 1),
+            warmup_lr_init=self.lr / max(warmup, 1),
             warmup_prefix=True,
             t_in_epochs=False,
         )
@@ -236,6 +237,8 @@ class _Trainer:
             logits = self.model(x)
             loss = self.loss(logits, y)
             self.accelerator.backward(loss)
+            if self.config.clip_grad:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
@@ -255,8 +258,7 @@ class _Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss is no longer finite at step {self.step} with lr {lr:.2g}; "
-                f"lower --lr (now {self.config.lr:g})"
+                f"the loss is no longer finite at step {self.step} with lr {lr:.2g}; lower --lr (now {self.lr:g})"
             )
         self.log.write(event="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=loss, top1=top1)
         progress_bar.show(loss, top1)

@@ -179,3 +179,26 @@ def test_damaged_runs(colors: Path, tmp_path: Path) -> None:
         FinetuneConfig.of_run(run)
     with pytest.raises(RunError, match="is not a run folder"):
         FinetuneConfig.of_run(tmp_path)
+
+
+def test_no_gradient_is_longer_than_clip_grad(colors: Path, tmp_path: Path, monkeypatch) -> None:
+    lengths = []
+    step = torch.optim.SGD.step
+
+    def spy(self, *args, **kwargs):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        lengths.append(float(torch.stack([g.norm() for g in grads]).norm()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    for limit in (0.01, 0.0):
+        cbn.finetune(config(colors, tmp_path / f"run{limit}", clip_grad=limit, max_steps=6), quiet=True)
+    assert max(lengths[:6]) <= 0.0101
+    assert max(lengths[6:]) > 0.02
+
+
+def test_default_rates_are_those_of_the_optimizer() -> None:
+    settings = {"data": "d", "model": "m", "output": "o"}
+    assert cbn.FinetuneConfig(**settings).lr == 3e-3
+    assert cbn.FinetuneConfig(**settings, opt="adamw").lr == 3e-4
+    assert cbn.FinetuneConfig(**settings, opt="adamw", lr=1e-2).lr == 1e-2
