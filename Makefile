@@ -2,7 +2,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: test demo lint format clean
+.PHONY: test demo lint format stability estimation clean
 
 $(STAMP): pyproject.toml
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -23,6 +23,14 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# long studies on ../shared/data, whose JSON is committed: about two hours and ten minutes of one core
+stability: $(STAMP)
+	$(PY) benchmarks/stability.py --data ../shared/data
+	$(PY) benchmarks/readme.py
+
+estimation: $(STAMP)
+	$(PY) benchmarks/estimation.py --data ../shared/data
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo

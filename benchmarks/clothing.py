@@ -2,7 +2,7 @@
 
     python benchmarks/clothing.py --data ../shared/data
 
-One epoch of 3,068 images at 96 px, SGD, one cell per norm and learning rate, one thread per cell. Writes
+One epoch of 3,068 images at 96 px, SGD without gradient clipping, one cell per norm and learning rate, one thread per cell. Writes
 benchmarks/results/clothing_batch2.json after every cell; cells that are there already are not run again. Timings are
 not recorded: cells run side by side.
 """
@@ -57,6 +57,7 @@ def run_cell(data: Path, norm: str, lr: float, seed: int) -> dict[str, object]:
             "norm": norm.partition("-")[0],
             **VARIANTS.get(norm, {}),
             "lr": lr,
+            "clip_grad": 0.0,
             "seed": seed,
             "workers": 0,
             "output": f"{folder}/run",

@@ -143,10 +143,11 @@ def draw(rows: list[dict[str, Any]]) -> None:
         for axis, quantity, label in zip(column, ("mean", "var"), ("error of μ [σ]", "error of log σ²"), strict=True):
             for (estimate, name), style in zip(ESTIMATES.items(), (":", "-", "--", "-."), strict=True):
                 axis.plot([r["step"] for r in own], [r["errors"][estimate][quantity] for r in own], style, label=name)
-            axis.set_ylim(bottom=0)
             axis.set_ylabel(label if rate == RATES[0] else "")
         column[0].set_title(f"learning rate {rate:g}")
         column[1].set_xlabel("step")
+    for axis in axes.flat:
+        axis.set_ylim(bottom=0)
     axes[0, 0].legend()
     figure.savefig(ROOT / "docs" / "estimation.png", dpi=110)
 

@@ -33,6 +33,71 @@ def clothing(names: list[str]) -> str:
     return "\n".join([*lines, "", f"*{source}*"])
 
 
+NAMES = {
+    "cbn": "CBN (default)",
+    "cbn-ring8": "CBN, ring of 8",
+    "cbn-no-exact": "CBN, projection everywhere",
+    "taylor-full": "Taylor, full gradient",
+    "published": "as published: Taylor, current gradient, ring of 8",
+    "none": "averaging only",
+    "none-w2": "averaging only, window 2",
+    "bn": "BN",
+    "frozen": "frozen BN",
+    "unbound-bn": "BN there, CBN elsewhere",
+    "unbound-straight-2": "window 2, whole gradient (default)",
+    "unbound-straight-4": "window 4, whole gradient",
+    "unbound-straight-16": "window 16, whole gradient",
+    "unbound-current": "window 16, gradient's share 1/16",
+}
+
+
+def stability(task: str, columns: list[str], keys: list[tuple[int, str, float | None]], lrs: list[float]) -> str:
+    """One row per column of the study and (batch, optimizer, clip); cells are means over seeds."""
+    report = json.loads((RESULTS / "stability.json").read_text())
+    several = len({k[0] for k in keys}) > 1
+    lines = ["| top-1 [%] at lr | " + ("batch | " if several else "") + " | ".join(f"{lr:g}" for lr in lrs) + " |"]
+    lines.append("|---|" + ("---|" if several else "") + "---|" * len(lrs))
+    seeds = set()
+    for key in keys:
+        for column in columns:
+            own = [
+                c
+                for c in report["cells"]
+                if (c["task"], c["column"], c["batch"], c["opt"], c["clip"]) == (task, column, *key) and c["lr"] in lrs
+            ]
+            if not own:
+                continue
+            row = []
+            for lr in lrs:
+                values = [c["top1"] for c in own if c["lr"] == lr]
+                seeds.add(len(values))
+                row.append("" if not values else "NaN" if None in values else f"{sum(values) / len(values):.1f}")
+            lines.append(f"| {NAMES[column]} | " + (f"{key[0]} | " if several else "") + " | ".join(row) + " |")
+    count = "one seed" if seeds <= {0, 1} else f"mean of up to {max(seeds)} seeds"
+    source = f"{count}; `{report['command']}`, [JSON](BASE/benchmarks/results/stability.json)"
+    return "\n".join([*lines, "", f"*{source}*"])
+
+
+def studies() -> dict[str, str]:
+    main = ["cbn", "cbn-ring8", "taylor-full", "published", "none", "bn"]
+    tuned = [3e-4, 1e-3, 3e-3, 1e-2]
+    rates = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    tables = {
+        "scratch": stability("digits", main, [(b, "sgd", None) for b in (1, 2, 32)], rates),
+        "unbound": stability(
+            "digits-residual",
+            ["unbound-straight-2", "unbound-straight-4", "unbound-straight-16", "unbound-current", "unbound-bn", "bn"],
+            [(b, "sgd", None) for b in (1, 2, 32)],
+            [3e-3, 3e-2],
+        ),
+    }
+    for task in ("sign_digits", "clothing"):
+        columns = [*main[:-1], "cbn-no-exact", "none-w2", "bn", "frozen"]
+        tables[f"{task}-clip"] = stability(task, columns, [(2, "sgd", 5.0), (32, "sgd", 5.0)], tuned)
+        tables[f"{task}-free"] = stability(task, columns, [(2, "sgd", None), (32, "sgd", None)], tuned)
+    return tables
+
+
 def demo() -> str:
     result = json.loads((RESULTS / "demo.json").read_text())
     lines = ["| | top-1 [%] | median time per step [ms] | over BN |", "|---|---|---|---|"]
@@ -58,5 +123,13 @@ def fill(path: Path, tables: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    fill(ROOT / "README.md", {"clothing": clothing(["bn", "frozen", "cbn"]), "demo": demo()})
-    fill(ROOT / "docs" / "method.md", {"variants": clothing(["cbn", "cbn-ring8", "cbn-published"])})
+    study = studies()
+    fill(
+        ROOT / "README.md",
+        {
+            "clothing": clothing(["bn", "frozen", "cbn"]),
+            "demo": demo(),
+            **{name: study[name] for name in ("sign_digits-clip", "clothing-clip")},
+        },
+    )
+    fill(ROOT / "docs" / "method.md", study)
