@@ -2,9 +2,9 @@
 
     python benchmarks/clothing.py --data ../shared/data
 
-One epoch of 3,068 images at 96 px, SGD without gradient clipping, one cell per norm and learning rate, one thread per cell. Writes
-benchmarks/results/clothing_batch2.json after every cell; cells that are there already are not run again. Timings are
-not recorded: cells run side by side.
+One epoch of 3,068 images at 96 px, SGD without gradient clipping, one cell per norm and learning rate, one thread per
+cell. Writes benchmarks/results/clothing_batch2.json after every cell; cells that are there already are not run again.
+Timings are not recorded: cells run side by side.
 """
 
 from __future__ import annotations
