@@ -28,7 +28,7 @@ from ..norm import (
 )
 from ..norm.functional import Compensation, Gradient
 from ..norm.history import HistoryKind
-from ..norm.moments import exact_is_smaller
+from ..norm.moments import exact_is_possible, exact_is_smaller
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, trace_norms
 
@@ -75,9 +75,9 @@ def convert(
     size in its pretrained_cfg) to find the module that feeds each layer. Its eval output, state_dict keys and module
     tree do not change. `include` and `exclude` choose layers by glob pattern on the name, or by a predicate
     (name, module). Layers that are converted already stay as they are. The other arguments are those of
-    CrossIterationBatchNorm2d; "projection" gives way to "exact" where that needs less memory. Where
-    compensation and gradient are the default ones, layers without a weight of their own get a window of at most 2 and
-    gradient "straight_through". `sync` shares the statistics of each batch among the ranks of a process group.
+    CrossIterationBatchNorm2d; "projection" gives way to "exact" where that needs less memory. With
+    gradient "full", layers without a weight of their own get gradient "straight_through" and, unless compensation is
+    "none", a window of at most 2. `sync` shares the statistics of each batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
@@ -103,6 +103,13 @@ def convert(
     todo = {name: norms[name] for name in chosen if type(norms[name]) in CONVERTED}
     calls = trace_norms(model, todo, example_input) if todo else {}
 
+    if compensation == "exact":
+        for name, call in calls.items():
+            if call.producer is not None and not exact_is_possible(model.get_submodule(call.producer)):
+                raise ConversionError(
+                    f'compensation "exact" is not known for {call.producer!r}, a transposed conv; use "projection" or '
+                    f"leave its norm as it is with exclude={name!r}"
+                )
     plans = {name: _plan(model, name, norm, calls[name], compensation) for name, norm in todo.items()}
     rows = []
     for name, norm in norms.items():
@@ -120,6 +127,8 @@ def convert(
                 norm.__class__ = CONVERTED[type(norm)]  # type: ignore[index]
                 assert isinstance(norm, CrossIterationMixin)
                 norm.set_window(own_window, own_compensation, own_gradient, history, burn_in, sync)
+                if own_window != window:
+                    row = replace(row, reason=f"{row.reason}; window {own_window}")
                 if exact:
                     row = replace(row, reason=f"{row.reason}, variance exact")
                 if producer is not None:

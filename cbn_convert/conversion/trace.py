@@ -37,6 +37,7 @@ class _Origin:
     label: str
     producer: str | None = None
     consumers: int = 0
+    version: int = 0  # writes to the tensor when it was met
     viewed: _Origin | None = None  # what this tensor is a rearrangement of
 
 
@@ -64,17 +65,23 @@ class _Provenance(TorchFunctionMode):
         if getattr(func, "__name__", "").endswith("_") and made and made[0]._base is not None:
             made.append(made[0]._base)
         if made:
-            name = getattr(func, "__name__", str(func)).strip("_")
+            called = getattr(func, "__name__", str(func))
+            name = called.strip("_")
+            rearranged = name in _REARRANGING and not called.endswith("_") and bool(args)
+            if rearranged and made[0] is args[0]:
+                return out
             read = args[:1] if name in _LIKE else (args, kwargs)
             for t in {id(t): t for t in tree_leaves(read) if isinstance(t, Tensor)}.values():
                 if (origin := self.origins.get(id(t))) is not None:
                     origin.consumers += 1
-            viewed = self.origins.get(id(args[0])) if name in _REARRANGING and args else None
+            viewed = self.origins.get(id(args[0])) if rearranged else None
             for t in made:
                 if viewed is None:
                     self.origins[id(t)] = _Origin(t, name)
-                elif t is not viewed.tensor:
-                    self.origins[id(t)] = _Origin(t, viewed.label, viewed.producer, viewed=viewed)
+                else:
+                    self.origins[id(t)] = _Origin(
+                        t, viewed.label, viewed.producer, version=viewed.version, viewed=viewed
+                    )
         return out
 
 
@@ -132,7 +139,8 @@ def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: An
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             runs[name] = runs.get(name, 0) + 1
             if isinstance(output, Tensor):
-                provenance.origins[id(output)] = _Origin(output, type(module).__name__, producer=name)
+                version = 0 if output.is_inference() else output._version
+                provenance.origins[id(output)] = _Origin(output, type(module).__name__, producer=name, version=version)
 
         return hook
 
@@ -183,14 +191,16 @@ def _aligned(x: Tensor, origin: _Origin, module: nn.Module) -> bool:
     """Whether axis 1 of x holds the channels that the module made, in the order that its positions have.
 
     BatchNorm1d normalises axis 1, which is the features of a Linear only in [N, C] or after a rearrangement. That x has
-    the output's values is checked by comparing them.
+    the output's values is checked by comparing them, which a constant output leaves open.
     """
     made = origin
     while made.viewed is not None:
         made = made.viewed
+    if not made.tensor.is_inference() and made.tensor._version != made.version:
+        return False  # written to in the meantime, perhaps through a view
     if not isinstance(module, nn.Linear):
         return x is made.tensor
     channels = made.tensor.shape[-1]
-    if x.dim() < 2 or x.shape[1] != channels:
+    if x.dim() < 2 or x.shape[1] != channels or bool((made.tensor == made.tensor.flatten()[:1]).all()):
         return False
     return torch.equal(x.movedim(1, -1).reshape(-1, channels), made.tensor.reshape(-1, channels))

@@ -222,6 +222,8 @@ class WindowNormalize(torch.autograd.Function):
             slope = 2 * ctx.share * every_S
             g_x.addcmul_(xs, per_channel(slope, x)).add_(per_channel(ctx.share * every_M - slope * M, x))
         g_theta = g_b = None
+        if not x.numel():  # statistics that no rank could compute must not reach the weights
+            dM, dS, dS_db = (None if t is None else torch.zeros_like(t) for t in (dM, dS, dS_db))
         if ctx.needs_input_grad[1] and dS is not None:
             g_theta = (by_group(g_M, dM.shape[0])[:, :, None] * dM[:, None]).flatten(0, 1) + g_S[:, None] * dS
         if ctx.needs_input_grad[2] and dS_db is not None:

@@ -78,7 +78,7 @@ class History:
         if self._slots is not None and not _alike(self._slots, new):
             self.clear()
         # A batch with NaN or inf counts as the one before once more; decided on the device, without waiting for it.
-        finite = torch.isfinite(new.mean + new.var).all()
+        finite = torch.isfinite(torch.stack([t.sum() for t in new if t is not None])).all()
         if self._slots is None:
             if not finite:
                 return
@@ -97,11 +97,20 @@ class History:
                 _zip(lambda stored, value: stored[:, slot].copy_(value), self._slots, new)
         self.seen += 1
 
+    @property
+    def compensated(self) -> bool:
+        """Whether the last iteration was recorded with what compensation needs."""
+        last = self._slots if self._staged is None else self._staged
+        return last is not None and last.patch_mean is not None
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit-identically, as tensors and numbers; for training checkpoints."""
-        self._commit()
-        tensors = {} if self._slots is None else {k: v for k, v in self._slots._asdict().items() if v is not None}
-        return {"window": self.window, "kind": self.kind, "seen": self.seen, "slots": tensors}
+        """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
+        after = History(self.window, self.kind)
+        after.seen, after._staged = self.seen, self._staged
+        after._slots = None if self._slots is None else _map(torch.clone, self._slots)
+        after._commit()
+        tensors = {} if after._slots is None else {k: v for k, v in after._slots._asdict().items() if v is not None}
+        return {"window": self.window, "kind": self.kind, "seen": after.seen, "slots": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError if it was taken with another window or kind."""

@@ -42,23 +42,49 @@ class _InputTap:
         self.module = module
         self.norm = norm
         self.input: Tensor | None = None
+        self.output: Tensor | None = None
+        self.version: int | None = None
         self.handles = [
             module.register_forward_hook(self, with_kwargs=True),
             module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
         ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.norm.training and learns(module):
+        if self.norm.training and self.followed:
             self.input = (args[0] if args else kwargs["input"]).detach()
+            self.output = output.detach()
+            self.version = _version(output)
 
     def weights_replaced(self, module: nn.Module, incompatible_keys: Any) -> None:
         """Weights that were loaded have no past."""
         self.norm.reset_history()
 
+    @property
+    def followed(self) -> bool:
+        """Whether past statistics need compensation: θ or b may change, or could when the past was recorded."""
+        return learns(self.module) or self.norm._history.compensated
+
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
         stored, self.input = self.input, None
         return stored
+
+    def check_output(self, x: Tensor) -> None:
+        """Raises RuntimeError unless x [N, C, ...] holds what the module made, its positions in the same order."""
+        made, self.output = self.output, None
+        if made is None:
+            return
+        rows = x.detach()
+        if isinstance(self.module, nn.Linear):
+            rows, made = rows.movedim(1, -1).flatten(0, -2), made.flatten(0, -2)
+        if rows.shape == made.shape:
+            same = (rows.data_ptr(), rows.stride()) == (made.data_ptr(), made.stride())
+            if self.version in (None, _version(x)) if same else _nearly_equal(rows, made):
+                return
+        raise RuntimeError(
+            f"{type(self.norm).__name__} is bound to a {type(self.module).__name__} whose output is changed before it "
+            "arrives; leave the layer unbound, or exclude it from the conversion"
+        )
 
     def remove(self) -> None:
         """Takes the hooks off the module."""
@@ -66,7 +92,19 @@ class _InputTap:
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "input": None}
+        return {**self.__dict__, "input": None, "output": None}
+
+
+def _nearly_equal(copy: Tensor, original: Tensor) -> bool:
+    """Whether a copy, perhaps in another dtype, has the original's values; the device is waited for."""
+    original = original.to(copy.dtype)
+    size = float(original.abs().mean().nan_to_num(0))
+    return torch.allclose(copy, original, rtol=1e-2, atol=1e-2 * size, equal_nan=True)
+
+
+def _version(t: Tensor) -> int | None:
+    """How often the tensor, or what it is a view of, was written to; None where nobody counts."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
 def _as_it_is(t: Tensor) -> Tensor:
@@ -200,8 +238,11 @@ class CrossIterationMixin(_BatchNorm):
     def load_history_state(self, state: dict[str, Any]) -> None:
         """Restores `history_state`; load weights first, since that empties the history.
 
-        Raises ValueError if it was taken with another window or kind of history.
+        Raises ValueError if it was taken with another window, kind of history or number of channels.
         """
+        channels = {len(t) for name, t in state["slots"].items() if name in ("mean", "var")}
+        if channels - {self.num_features}:
+            raise ValueError(f"history is of a layer with {channels.pop()} channels, this one has {self.num_features}")
         self._history.load_state_dict(state)
         self.iteration = int(state["iteration"])
 
@@ -221,8 +262,9 @@ class CrossIterationMixin(_BatchNorm):
     def _normalize_by_window(self, x: Tensor) -> Tensor:
         source_input = None if self._tap is None else self._tap.take()
         source = None
-        if self._tap is not None and self.compensation != "none" and learns(self._tap.module):
+        if self._tap is not None and self.compensation != "none" and self._tap.followed:
             source = self._tap.module
+            self._tap.check_output(x)
         ranks = world_size() if self.sync else 1
         if x.numel() == 0 and ranks == 1:
             return self._normalize_by_running_statistics(x)
@@ -248,10 +290,12 @@ class CrossIterationMixin(_BatchNorm):
                 window = window_statistics(
                     mean, var, past, newest_weight, theta, bias, self.compensation, self.gradient
                 )
+                if single and not self.track_running_stats:
+                    raise ValueError(f"expected more than 1 value per channel in training, got input size {x.shape}")
                 if not recomputing:
                     self.iteration += 1
                     if not single:
-                        self._update_running_statistics(window.mean, window.var, count)
+                        self._update_running_statistics(window.mean, window.var, count, mean, var)
                     if self.window > 1:
                         moments = Moments(mean, var)
                         if source is not None and theta is not None:
@@ -295,23 +339,33 @@ class CrossIterationMixin(_BatchNorm):
         covariance -= (rest[:, :, None] * patch_mean[:, None]).flatten(0, 1)
         return moments._replace(covariance=covariance)
 
-    def _update_running_statistics(self, mean: Tensor, var: Tensor, count: float | Tensor) -> None:
+    def _update_running_statistics(
+        self, mean: Tensor, var: Tensor, count: float | Tensor, batch_mean: Tensor, batch_var: Tensor
+    ) -> None:
         """Moves the running statistics towards the window's, var with Bessel's correction for `count` values.
 
-        A batch with NaN or inf moves nothing.
+        With momentum None they become those of all batches together, each counted once and with the variance between
+        them, as recalibration needs it. A batch with NaN or inf moves nothing.
         """
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        share: float | Tensor
+        if self.momentum is None and self.window > 1:
+            share = (self.num_batches_tracked + 1).to(batch_mean.dtype).reciprocal()
+            step = batch_mean - self.running_mean.to(batch_mean.dtype)
+            between = (1 - share) * step * step
+            mean, var = batch_mean, batch_var + between
+        else:
+            var = var * (count / (count - 1))
+            share = (
+                (self.num_batches_tracked + 1).to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
+            )
         finite = torch.isfinite(mean + var).all()
-        momentum = self.momentum
-        for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+        self.num_batches_tracked.add_(finite)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
             new = torch.where(finite, new.to(running.dtype), running)
-            if momentum is None:
-                running.lerp_(new, self.num_batches_tracked.to(running.dtype).reciprocal())
-            else:
-                running.lerp_(new, momentum)
+            running.lerp_(new, share.to(running.dtype) if isinstance(share, Tensor) else share)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape: [N, C] or [N, C, ...], as the BatchNorm it stands for; output like input in shape and dtype."""
@@ -335,7 +389,8 @@ class CrossIterationBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
     """nn.BatchNorm2d whose training statistics are those of the last `window` iterations (arXiv 2002.05712).
 
     CrossIterationBatchNorm2d(num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, *, window=8,
-    compensation="projection", gradient="full", history="ring", burn_in=0), the first five as in nn.BatchNorm2d:
+    compensation="projection", gradient="full", history="ring", burn_in=0, sync=False), the first five as in
+    nn.BatchNorm2d:
 
         norm = CrossIterationBatchNorm2d(64, window=8).bind(conv)
         y = norm(conv(x))
@@ -348,6 +403,7 @@ class CrossIterationBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
         current batch, "straight_through" gives the current batch the whole window's gradient.
     history: "ring" stores window - 1 iterations, "ema" one exponential average.
     burn_in: iterations at the start that use their own batch only.
+    sync: statistics of the joined batch of all ranks of torch.distributed's default group, as in SyncBatchNorm.
 
     Input and output [N, C, H, W]; statistics and history in float32 (float64 for float64 input). state_dict keys,
     evaluation and the meaning of momentum are nn.BatchNorm2d's; the history is in no state_dict, see `history_state`.

@@ -150,9 +150,16 @@ def _weight_gradient(
     shape = (inputs, channels) if transposed else (conv.out_channels, inputs // conv.groups)
     # only the shape of this weight is read
     weight = y.new_empty(()).expand(*shape, *conv.kernel_size)
+    output_padding = [0] * len(conv.kernel_size)
+    if transposed:  # as the output is, whatever output_size was asked for
+        output_padding = [
+            g.shape[2 + d] - (y.shape[2 + d] - 1) * conv.stride[d] + 2 * padding[d]
+            - conv.dilation[d] * (conv.kernel_size[d] - 1) - 1
+            for d in range(len(conv.kernel_size))
+        ]  # fmt: skip
     result: Tensor = torch.ops.aten.convolution_backward(
         g, y, weight, None, conv.stride, padding, conv.dilation, transposed,
-        conv.output_padding, conv.groups, [False, True, False],
+        output_padding, conv.groups, [False, True, False],
     )[1]  # fmt: skip
     return result
 

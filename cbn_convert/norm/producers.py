@@ -41,7 +41,8 @@ def is_transposed(module: nn.Module) -> TypeIs[TransposedConv]:
 
 def applies_stored_weight(module: nn.Module) -> bool:
     """Whether the module applies its weight as it is stored, so that a factor can be multiplied into it."""
-    return is_producer(module) and not isinstance(module, _STANDARDISED) and not is_parametrized(module)
+    # weights that hooks compute, as in prune and the older weight_norm, are no parameters
+    return is_producer(module) and not isinstance(module, _STANDARDISED) and "weight" in module._parameters
 
 
 def groups_of(module: Producer) -> int:

@@ -338,3 +338,27 @@ def test_one_conv_feeding_two_norms_compensates_both() -> None:
     for _ in range(3):
         model(torch.randn(2, 3, 8, 8)).square().mean().backward()
     assert model.a.history_state()["seen"] == model.b.history_state()["seen"] == 3
+
+
+def test_writes_after_the_producer_unpair() -> None:
+    class Hidden(nn.Module):
+        def __init__(self, write) -> None:
+            super().__init__()
+            self.conv, self.bn, self.write = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), write
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            self.write(x)
+            return self.bn(x)
+
+    for write in (lambda h: h.detach().relu_(), lambda h: h.transpose(1, 2).relu_(), lambda h: h.transpose_(2, 3)):
+        report = cbn.convert(Hidden(write), example_input=torch.randn(1, 3, 8, 8))
+        assert [row.status for row in report] == ["window"]
+
+
+def test_exact_for_a_transposed_conv_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ConversionError, match="exact"):
+        cbn.convert(model, compensation="exact", example_input=torch.randn(1, 3, 8, 8))
+    assert type(model[1]) is nn.BatchNorm2d
+    assert not model[0]._forward_hooks

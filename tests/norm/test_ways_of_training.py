@@ -412,3 +412,103 @@ def test_without_running_statistics() -> None:
     torch.testing.assert_close(norm(conv(batch(1))), both[2:])
     x = conv(batch(2))
     torch.testing.assert_close(norm.eval()(x), F.batch_norm(x, None, None, training=True))
+
+
+def test_what_acts_between_conv_and_norm_in_training_is_refused() -> None:
+    """DropPath is nothing in evaluation, where models are traced; its output is not the conv's."""
+    from timm.layers import DropPath
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), DropPath(0.5), nn.BatchNorm2d(4)).train()
+    cbn.convert(net, example_input=X)
+    with pytest.raises(RuntimeError, match="bound to a Conv2d whose output is changed"):
+        net(batch(0, n=20, dtype=torch.float32))
+    inplace = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5, inplace=True), nn.BatchNorm2d(4)).train()
+    inplace[2].__class__ = CrossIterationBatchNorm2d
+    inplace[2].set_window(4, "projection", "full", "ring", 0, False)
+    inplace[2].bind(inplace[0])
+    with pytest.raises(RuntimeError, match="changed"):
+        inplace(batch(0, dtype=torch.float32))
+
+
+def test_a_copy_of_the_conv_output_is_its_output() -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    norm = CrossIterationBatchNorm2d(4, window=3).bind(conv)
+    x = batch(0, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        norm(conv(x).float())
+    norm(conv(x).clone())
+    assert norm.history_state()["seen"] == 2
+
+
+def test_rows_in_another_order_are_refused() -> None:
+    """At batch size 1 a sequence-first layout looks like the right one; training shows the difference."""
+    linear = nn.Linear(5, 6)
+    norm = cbn.CrossIterationBatchNorm1d(6, window=3).bind(linear)
+    norm(linear(torch.randn(7, 1, 5)).permute(1, 2, 0))
+    with pytest.raises(RuntimeError, match="changed"):
+        norm(linear(torch.randn(7, 3, 5)).permute(1, 2, 0))
+
+
+def test_an_input_that_the_conv_skips_may_be_infinite() -> None:
+    net = nn.Sequential(nn.Conv2d(16, 8, 1, stride=2), nn.BatchNorm2d(8)).train()
+    cbn.convert(net, example_input=torch.randn(1, 16, 8, 8))
+    for i in range(8):
+        x = torch.randn(2, 16, 8, 8)
+        if i == 3:
+            x[0, 0, 1, 1] = float("inf")
+        out = net(x)
+        net.zero_grad()
+        out.square().mean().backward()
+        assert torch.isfinite(out).all()
+        assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_freezing_and_unfreezing_keeps_the_history() -> None:
+    net = converted()
+    for i in range(8):
+        net.requires_grad_(i % 2 == 0)
+        net(batch(i))
+    assert {s["seen"] for s in history_state(net).values()} == {8}
+
+
+def test_history_state_is_a_snapshot_and_changes_nothing() -> None:
+    net, twin = converted(), converted()
+    for i in range(4):
+        net.zero_grad()
+        twin.zero_grad()
+        out = net(batch(i))
+        state = history_state(net)
+        before = copy.deepcopy(state)
+        out.pow(3).mean().backward()
+        twin(batch(i)).pow(3).mean().backward()
+        assert_same_history(before, state)
+    assert_same_state(net, twin, rtol=0, atol=0)
+
+
+def test_reset_running_stats_starts_anew() -> None:
+    net = converted()
+    for i in range(3):
+        step(net, batch(i))
+    for layer in layers(net):
+        layer.reset_running_stats()
+        assert layer.history_state()["seen"] == 0
+
+
+def test_momentum_none_counts_every_batch_once() -> None:
+    norm = CrossIterationBatchNorm2d(3, window=8, momentum=None).double()
+    x = [batch(i, n=1) + i for i in range(12)]
+    for part in x:
+        norm(part)
+    norm(torch.full_like(x[0], float("nan")))
+    torch.testing.assert_close(norm.running_mean, torch.cat(x).mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, torch.cat(x).var((0, 2, 3), correction=0))
+    assert norm.num_batches_tracked == 12
+
+
+def test_transposed_conv_with_an_output_size() -> None:
+    conv = nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1).double()
+    norm = CrossIterationBatchNorm2d(4, window=2).double().bind(conv)
+    y = batch(0)
+    norm(conv(y, output_size=(24, 23)))
+    both = F.batch_norm(conv(torch.cat([y, batch(1)]), output_size=(24, 23)), None, None, training=True)
+    torch.testing.assert_close(norm(conv(batch(1), output_size=(24, 23))), both[2:])
