@@ -43,6 +43,7 @@ NAMES = {
     "none-w2": "averaging only, window 2",
     "bn": "BN",
     "frozen": "frozen BN",
+    **{f"cbn-w{k}": f"CBN, window {k}" for k in (1, 2, 4, 8, 32, 64)},
     "unbound-bn": "BN there, CBN elsewhere",
     "unbound-straight-2": "window 2, whole gradient (default)",
     "unbound-straight-4": "window 4, whole gradient",
@@ -83,7 +84,14 @@ def studies() -> dict[str, str]:
     tuned = [3e-4, 1e-3, 3e-3, 1e-2]
     rates = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     tables = {
-        "scratch": stability("digits", main, [(b, "sgd", None) for b in (1, 2, 32)], rates),
+        "scratch": stability("digits", main, [(b, "sgd", None) for b in (1, 2, 8, 32)], rates),
+        "scratch-adamw": stability("digits", main, [(2, "adamw", None)], [1e-4, 1e-3, 1e-2]),
+        "scratch-windows": stability(
+            "digits",
+            [*(f"cbn-w{k}" for k in (1, 2, 4, 8)), "cbn", "cbn-w32", "cbn-w64"],
+            [(2, "sgd", None)],
+            [3e-3, 3e-2],
+        ),
         "unbound": stability(
             "digits-residual",
             ["unbound-straight-2", "unbound-straight-4", "unbound-straight-16", "unbound-current", "unbound-bn", "bn"],

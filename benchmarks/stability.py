@@ -75,6 +75,9 @@ def grid() -> Iterator[dict[str, Any]]:
     scratch = [c for c in MAIN if c != "frozen"]
     unbound = [c for c in COLUMNS if c.startswith("unbound")]
     yield from cells("digits", scratch, rates, (2, 32))
+    yield from cells("digits", [c for c in COLUMNS if c.startswith("cbn-w")], (3e-3, 3e-2))
+    yield from cells("digits", scratch, (1e-4, 1e-3, 1e-2), opt="adamw")
+    yield from cells("digits", scratch, rates, (8, 1))
     yield from cells("digits-residual", [*unbound, "bn"], (3e-3, 3e-2), (2, 1, 32), seeds=3)
     tuned = (3e-4, 1e-3, 3e-3, 1e-2)
     for task in ("sign_digits", "clothing"):
@@ -82,9 +85,6 @@ def grid() -> Iterator[dict[str, Any]]:
         yield from cells(task, ["bn"], tuned, (32,), clip=(5.0, None))
         yield from cells(task, [c for c in MAIN if c not in ("cbn", "bn", "frozen")], tuned[1:], clip=(5.0,))
         yield from cells(task, ["cbn", "bn", "frozen"], (1e-4, 1e-3), opt="adamw", clip=(5.0,))
-    yield from cells("digits", scratch, rates, (1, 8))
-    yield from cells("digits", scratch, (1e-4, 1e-3, 1e-2), opt="adamw")
-    yield from cells("digits", [c for c in COLUMNS if c.startswith("cbn-w")], (3e-3, 3e-2))
     for task in ("sign_digits", "clothing"):
         yield from cells(task, ["cbn", "bn", "frozen"], (1e-3, 3e-3), clip=(5.0,), seeds=3)
         yield from cells(task, ["cbn-no-exact", "none-w2", "cbn-w4", "cbn-w32"], (3e-3,), clip=(5.0,), seeds=2)
