@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: test demo lint format stability estimation clean
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	touch $@

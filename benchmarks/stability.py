@@ -34,16 +34,22 @@ from torchvision.transforms import v2 as transforms
 import cbn_convert as cbn
 from cbn_convert.models import reset_head
 from cbn_convert.norm import CrossIterationMixin
+from cbn_convert.norm.producers import fan_in, groups_of
 from cbn_convert.training.norms import apply_norm
 
 OUTPUT = Path(__file__).parent / "results" / "stability.json"
 IMAGES = {"digits": 1437, "digits-residual": 1437, "sign_digits": 1000, "clothing": 1000}
 SIZES = {"sign_digits": 64, "clothing": 96}
 
-# Options of `convert`, or the name of another norm. "ema 16" is the default.
+# Options of `convert`, or the name of another norm. Moments of patches come from every iteration and all positions
+# unless "turns" says otherwise, and Σ stands in for C in layers where it is smaller unless "exact" is false.
 COLUMNS: dict[str, Any] = {
     "cbn": {},
     "cbn-no-exact": {"exact": False},
+    "cbn-turns-4-512": {"exact": False, "turns": (4, 512)},
+    "cbn-turns-1-512": {"exact": False, "turns": (1, 512)},
+    "cbn-turns-4-all": {"exact": False, "turns": (4, None)},
+    "cbn-turns-16-128": {"exact": False, "turns": (16, 128)},
     "cbn-ring8": {"window": 8, "history": "ring"},
     "taylor-full": {"compensation": "taylor"},
     "published": {"compensation": "taylor", "gradient": "current", "window": 8, "history": "ring"},
@@ -88,6 +94,10 @@ def grid() -> Iterator[dict[str, Any]]:
     for task in ("sign_digits", "clothing"):
         yield from cells(task, ["cbn", "bn", "frozen"], (1e-3, 3e-3), clip=(5.0,), seeds=3)
         yield from cells(task, ["cbn-no-exact", "none-w2", "cbn-w4", "cbn-w32"], (3e-3,), clip=(5.0,), seeds=2)
+    turns = ["cbn-no-exact", *(c for c in COLUMNS if c.startswith("cbn-turns"))]
+    yield from cells("digits", turns, (1e-2, 3e-2), seeds=3)
+    for task in ("sign_digits", "clothing"):
+        yield from cells(task, turns, (3e-3, 1e-2), clip=(5.0,), seeds=3)
 
 
 class Residual(nn.Module):
@@ -130,13 +140,17 @@ def put_norm(model: nn.Module, column: str, example: Tensor) -> None:
         return
     options = dict(options)
     unbound, exact = options.pop("unbound", None), options.pop("exact", True)
-    cbn.convert(model, example_input=example, **options)
+    every, positions = options.pop("turns", (1, None))
+    cbn.convert(model, example_input=example, moments_every=every, moments_positions=positions, **options)
     for layer in model.modules():
         if isinstance(layer, CrossIterationMixin):
             if unbound and layer.producer is None:
                 layer.set_window(unbound[1], "projection", unbound[0], "ema", 0, False)
-            if not exact and layer.compensation == "exact":
-                layer.compensation = "projection"
+            module = layer.producer
+            if not exact or module is None or layer.compensation != "projection":
+                continue
+            if fan_in(module) <= max(layer.num_features // groups_of(module), 25):
+                layer.compensation = "exact"
 
 
 def images(task: str, split: str) -> tuple[Tensor, Tensor]:

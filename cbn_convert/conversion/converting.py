@@ -28,7 +28,7 @@ from ..norm import (
 )
 from ..norm.functional import Compensation, Gradient
 from ..norm.history import HistoryKind
-from ..norm.moments import exact_is_possible, exact_is_smaller
+from ..norm.moments import exact_is_possible
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, trace_norms
 
@@ -38,6 +38,10 @@ DEFAULT_WINDOW = 16
 DEFAULT_HISTORY: HistoryKind = "ema"
 # Without a weight of its own to follow, a layer learns best from the batch and the one before it (docs/method.md).
 UNBOUND_WINDOW = 2
+# How the statistics respond to the weights changes slowly: a part of it, estimated in turn, is enough
+# (docs/performance.md).
+MOMENTS_EVERY = 4
+MOMENTS_POSITIONS = 512
 
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -65,6 +69,8 @@ def convert(
     history: HistoryKind = DEFAULT_HISTORY,
     burn_in: int = 0,
     sync: bool = False,
+    moments_every: int | None = None,
+    moments_positions: int | None = MOMENTS_POSITIONS,
     example_input: Any | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
@@ -75,15 +81,18 @@ def convert(
     size in its pretrained_cfg) to find the module that feeds each layer. Its eval output, state_dict keys and module
     tree do not change. `include` and `exclude` choose layers by glob pattern on the name, or by a predicate
     (name, module). Layers that are converted already stay as they are. The other arguments are those of
-    CrossIterationBatchNorm2d; "projection" gives way to "exact" where that needs less memory. With
-    gradient "full", layers without a weight of their own get gradient "straight_through" and, unless compensation is
-    "none", a window of at most 2. `sync` shares the statistics of each batch among the ranks of a process group.
+    CrossIterationBatchNorm2d; moments_every is by default 4 for history "ema" and 1 for "ring", and the layers take
+    turns. With gradient "full", layers without a weight of their own get gradient "straight_through" and, unless
+    compensation is "none", a window of at most 2. `sync` shares the statistics of each batch among the ranks of a
+    process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
     """
+    if moments_every is None:
+        moments_every = MOMENTS_EVERY if history == "ema" else 1
     try:
-        check_window_options(window, compensation, gradient, history, burn_in)
+        check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions)
     except ValueError as error:
         raise ConversionError(str(error)) from None
     norms = norm_layers(model)
@@ -111,26 +120,24 @@ def convert(
                     f"leave its norm as it is with exclude={name!r}"
                 )
     plans = {name: _plan(model, name, norm, calls[name], compensation) for name, norm in todo.items()}
-    rows = []
+    rows: list[ReportRow] = []
     for name, norm in norms.items():
         if name in todo:
             row = plans[name]
             if row.status != "kept":
-                own_window, own_gradient, own_compensation = window, cast(Gradient, gradient), compensation
+                own_window, own_gradient = window, cast(Gradient, gradient)
                 producer = model.get_submodule(row.fed_by) if row.status == "compensated" and row.fed_by else None
                 if producer is None and gradient == "full":
                     own_gradient = "straight_through"
                     own_window = window if compensation == "none" else min(window, UNBOUND_WINDOW)
-                exact = compensation == "projection" and producer is not None and exact_is_smaller(producer)
-                if exact:
-                    own_compensation = "exact"
                 norm.__class__ = CONVERTED[type(norm)]  # type: ignore[index]
                 assert isinstance(norm, CrossIterationMixin)
-                norm.set_window(own_window, own_compensation, own_gradient, history, burn_in, sync)
+                norm.set_window(
+                    own_window, compensation, own_gradient, history, burn_in, sync, moments_every, moments_positions,
+                    phase=len(rows),
+                )  # fmt: skip
                 if own_window != window:
                     row = replace(row, reason=f"{row.reason}; window {own_window}")
-                if exact:
-                    row = replace(row, reason=f"{row.reason}, variance exact")
                 if producer is not None:
                     norm.bind(producer)
         else:

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import batch_statistics
+from .functional import statistics_dtype
+from .kernels import batch_statistics
 
 
 def world_size() -> int:
@@ -16,7 +17,7 @@ def world_size() -> int:
 
 def total(t: Tensor) -> Tensor:
     """Sum of a tensor over all ranks."""
-    t = t.contiguous()
+    t = t.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(t)
     return t
 
@@ -24,7 +25,8 @@ def total(t: Tensor) -> Tensor:
 def joined_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Number of values per channel, mean and biased variance [C] of x [N, C, ...] over all ranks; N may be 0 here."""
     count = x.numel() // x.shape[1]
-    mean, var = batch_statistics(x) if count else (x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1]))
+    nothing = x.new_zeros(x.shape[1], dtype=statistics_dtype(x))
+    mean, var = batch_statistics(x) if count else (nothing, nothing)
     sums = total(torch.cat([mean * count, mean.new_full((1,), count)]))
     every, joined = sums[-1], sums[:-1] / sums[-1]
     return every, joined, total(count * (var + (mean - joined) ** 2)) / every

@@ -6,28 +6,32 @@ the input patch at one of the m positions of a batch:
 
     mean       μ  = mean(x)                     dμ/dθ  = p̄, the mean input patch
     var        σ² = mean((x - μ)²)              dσ²/dθ = 2C
-    covariance C  = mean((x - μ) p)
+    covariance C  = mean((x - μ) p)             θ·C    = σ²
 
 Everything is centred: the paper's ν = mean(x²) is σ² + μ², and its D = dν/dθ is 2(C + μ p̄), so no expression below
 subtracts two large numbers. An iteration τ of the past, seen from today's weights θ (paper, eqs. 7 to 10), has
 
     μ̃ = μ + p̄·(θ - θ_τ) + (b - b_τ)            exact, because the mean is linear in θ
-    σ̃² = max(2c - σ² - (μ̃ - μ)², 0)            "taylor": the paper's max(ν̃, μ̃²) - μ̃², with c = θ·C
-    σ̃² = c² / σ²                               "projection": Cauchy-Schwarz, var(x') >= cov(x, x')² / var(x)
-    σ̃² = θ·Σ·θ, Σ = cov(p)                     "exact": no approximation, but F² numbers per group
+    σ̃² = max(σ² + 2(c - c_τ) - (μ̃ - μ)², 0)    "taylor": the paper's max(ν̃, μ̃²) - μ̃², with c = θ·C and c_τ = θ_τ·C
+    σ̃² = σ² (c / c_τ)²                         "projection": Cauchy-Schwarz, var(x') >= cov(x, x')² / var(x)
+    σ̃² = σ² (θ·Σ·θ) / (θ_τ·Σ·θ_τ)              "exact": no approximation, but Σ = cov(p) has F² numbers per group
 
 and the window is the average over iterations: M = Σ w μ̃ and S = Σ w (σ̃² + (μ̃ - M)²), the current one included.
+p̄, C and Σ may come from a part of the positions that μ and σ² come from, or from some of the iterations only: they say
+how the statistics respond to θ, relative to what they say of θ_τ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from .kernels import Kernels
 
 Compensation = Literal["projection", "taylor", "exact", "none"]
 Gradient = Literal["full", "current", "straight_through"]
@@ -46,18 +50,10 @@ class Moments(NamedTuple):
     mean: Tensor  # μ [C]
     var: Tensor  # σ² [C], biased
     anchor: Tensor | None = None  # θ_τ·p̄ + b_τ [C]: what the weights of that iteration made of the mean patch
+    explained: Tensor | None = None  # θ_τ·C, or θ_τ·Σ·θ_τ [C]: the variance that they made of the patches
     patch_mean: Tensor | None = None  # p̄ [G, F]
     covariance: Tensor | None = None  # C [C, F], for "projection" and "taylor"
     patch_covariance: Tensor | None = None  # Σ [G, F, F], for "exact"
-
-
-class Compensated(NamedTuple):
-    """Past statistics under today's weights, with the sum over τ of dσ̃²/dθ = slope - Σ_τ across·p̄."""
-
-    mean: Tensor  # μ̃ [C, n]
-    var: Tensor  # σ̃² [C, n]
-    slope: Tensor | None = None  # [C, F]
-    across: Tensor | None = None  # [C, n]
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -76,43 +72,57 @@ def response(patch_mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias[:, None]
 
 
-def compensate(past: Moments, weight: Tensor | None, bias: Tensor | None, compensation: Compensation) -> Compensated:
-    """Carries n past iterations over to today's weights [C, F] and bias [C] (paper, eqs. 7 to 10)."""
-    if weight is None or past.patch_mean is None or past.anchor is None:
-        return Compensated(past.mean, past.var)
-    drift = response(past.patch_mean, weight, bias) - past.anchor
-    mean = past.mean + drift
+class Responses(NamedTuple):
+    """What today's θ [C, F] and b [C] make of past patches: all that is taken from tensors of θ's size."""
 
+    mean: Tensor  # θ·p̄ + b [C, n]
+    along: Tensor  # θ·C, or θ·Σ·θ [C, n]
+    covariance: Tensor  # C, or Σ·θ [C, n, F]
+    patch_mean: Tensor  # p̄ [G, n, F]
+
+
+def responses(past: Moments, theta: Tensor | None, bias: Tensor | None) -> Responses | None:
+    """The responses of past moments [C, n, ...]; None where these have no patches, or no θ is given."""
+    if theta is None or past.patch_mean is None:
+        return None
+    covariance = past.covariance
     if past.patch_covariance is not None:
-        theta = by_group(weight, past.patch_covariance.shape[0])
-        row = torch.einsum("gcf,gnfh->gcnh", theta, past.patch_covariance)
-        var = (row * theta[:, :, None]).sum(3).flatten(0, 1)
-        return Compensated(mean, var, 2 * row.sum(2).flatten(0, 1), torch.zeros_like(var))
+        rows = by_group(theta, len(past.patch_covariance))
+        covariance = torch.einsum("gcf,gnfh->gcnh", rows, past.patch_covariance).flatten(0, 1)
+    assert covariance is not None
+    along = torch.linalg.vecdot(covariance, theta[:, None])
+    return Responses(response(past.patch_mean, theta, bias), along, covariance, past.patch_mean)
 
-    assert past.covariance is not None
-    c = torch.bmm(past.covariance, weight[:, :, None]).squeeze(2)
+
+class PastStatistics(NamedTuple):
+    """n iterations of the past under today's weights; of each, dσ̃²/dθ = 2 (along·covariance - across·p̄)."""
+
+    mean: Tensor  # μ̃ [C, n]
+    var: Tensor  # σ̃² [C, n]
+    along: Tensor | None = None
+    across: Tensor | None = None  # None for zero
+
+
+# a variance that vanishes beside BatchNorm's eps: nothing is known of the slope of a channel that is constant
+NEGLIGIBLE = 1e-15
+
+
+def compensate(past: Moments, seen: Responses | None, compensation: Compensation) -> PastStatistics:
+    """Carries n past iterations over to today's weights (paper, eqs. 7 to 10)."""
+    if seen is None or past.anchor is None or past.explained is None:
+        return PastStatistics(past.mean, past.var)
+    drift, gain = seen.mean - past.anchor, seen.along - past.explained
+    mean = past.mean + drift
     if compensation == "taylor":
-        var = 2 * c - past.var - drift * drift
+        var = past.var + 2 * gain - drift * drift
         unclamped = (var > 0).to(var.dtype)
-        along, across = unclamped, 2 * unclamped * drift
-        var = var.clamp_min(0)
-    else:
-        # A channel that was constant has σ² = 0 and C = 0: nothing is known of its slope.
-        known = past.var > torch.finfo(past.var.dtype).tiny
-        along, across = torch.where(known, c / past.var, 0), torch.zeros_like(c)
-        var = torch.where(known, along * c, past.var)
-    slope = torch.bmm(2 * along[:, None, :], past.covariance).squeeze(1)
-    return Compensated(mean, var, slope, across)
-
-
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of x [N, C, ...]."""
-    if x.is_cpu:
-        # the reduction of nn.BatchNorm itself; var_mean over these axes takes about three times as long on the CPU
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return mean, var
-    var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-    return mean, var
+        return PastStatistics(mean, var.clamp_min(0), unclamped, unclamped * drift)
+    inverse = 1 / past.explained.clamp_min(NEGLIGIBLE)
+    growth = 1 + gain * inverse
+    if compensation == "exact":
+        return PastStatistics(mean, past.var * growth, past.var * inverse)
+    var = past.var * growth
+    return PastStatistics(mean, var * growth, var * inverse)
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -123,17 +133,18 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
 class WindowStatistics(NamedTuple):
     """Mean M and biased variance S [C] over the window, and how they respond to what the layer can influence.
 
-    share: by how much a change of the current batch's statistics moves the window's.
-    dM [G, F], dS [C, F], dM_db, dS_db [C]: their derivatives by θ and b through the past, where these are wanted.
+    share: by how much a change of the current batch's statistics moves the window's. Through the past, with a sum over
+    its n iterations, dM/dθ = Σ w·p̄ and dS/dθ = Σ 2w·(along·covariance + pull·p̄); dM/db and dS/db have no p̄.
     """
 
     mean: Tensor
     var: Tensor
     share: float = 1.0
-    dM: Tensor | None = None
-    dS: Tensor | None = None
-    dM_db: float = 0.0
-    dS_db: Tensor | None = None
+    w: float = 0.0
+    along: Tensor | None = None  # [C, n]
+    pull: Tensor | None = None  # [C, n]
+    covariance: Tensor | None = None  # [C, n, F]
+    patch_mean: Tensor | None = None  # [G, n, F]
 
 
 def window_statistics(
@@ -152,26 +163,87 @@ def window_statistics(
     """
     if past is None:
         return WindowStatistics(mean, var)
-    old = compensate(past, theta, bias, compensation)
-    w0 = newest_weight
-    w = (1 - w0) / old.mean.shape[1]
+    seen = responses(past, theta, bias)
+    old = compensate(past, seen, compensation)
+    w0, w = newest_weight, (1 - newest_weight) / old.mean.shape[1]
     M = w0 * mean + w * old.mean.sum(1)
-    spread = old.mean - M[:, None]
-    S = w0 * (var + (mean - M) ** 2) + w * (old.var + spread * spread).sum(1)
-    if gradient != "full" or past.patch_mean is None or old.slope is None or old.across is None:
+    spread, step = old.mean - M[:, None], mean - M
+    S = w0 * (var + step * step) + w * (old.var + spread * spread).sum(1)
+    if gradient != "full" or seen is None:
         return WindowStatistics(M, S, share=1.0 if gradient == "straight_through" else w0)
-    dM = w * past.patch_mean.sum(1)
-    pull = w * (2 * spread - old.across)
-    dS = w * old.slope + torch.bmm(by_group(pull, dM.shape[0]), past.patch_mean).flatten(0, 1)
-    return WindowStatistics(M, S, share=w0, dM=dM, dS=dS, dM_db=1 - w0, dS_db=pull.sum(1))
+    pull = spread if old.across is None else spread - old.across
+    return WindowStatistics(M, S, w0, w, old.along, pull, seen.covariance, seen.patch_mean)
+
+
+def gradient_through_the_past(window: WindowStatistics, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, Tensor]:
+    """∂L/∂θ [C, F] and ∂L/∂b [C] from ∂L/∂M and 2 ∂L/∂S [C]; for a window that depends on θ."""
+    _, _, _, w, along, pull, covariance, patch_mean = window
+    assert along is not None
+    assert pull is not None
+    assert covariance is not None
+    assert patch_mean is not None
+    grad_mean, grad_var = w * grad_mean[:, None], w * grad_var[:, None]
+    along, pull = grad_var * along, grad_mean + grad_var * pull
+    g_theta = (covariance * along[:, :, None]).sum(1)
+    by_group(g_theta, len(patch_mean)).baddbmm_(by_group(pull, len(patch_mean)), patch_mean)
+    return g_theta, pull.sum(1)
+
+
+class Running(NamedTuple):
+    """Running statistics [C], to move by `momentum` towards the window's mean and `correction` times its var."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float | Tensor
+    correction: float | Tensor
+
+    def update(self, mean: Tensor, var: Tensor, finite: Tensor) -> None:
+        """Moves them, in place, unless a batch with NaN or inf makes `finite` false."""
+        if finite.is_cpu and not finite:
+            return
+        for running, new in ((self.mean, mean), (self.var, var * self.correction)):
+            new = new.to(running.dtype)
+            if not finite.is_cpu:  # decided on the device, without waiting for it
+                new = torch.where(finite, new, running)
+            momentum = self.momentum
+            running.lerp_(new, momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
+
+
+class Reader:
+    """Says whether a backward pass that needs the window's tensors is still to come."""
+
+    def __init__(self) -> None:
+        self.waiting = True
+
+
+class Affine(NamedTuple):
+    """y = act((x - mean)·scale + shift), per channel [C]; act is the name of an activation, or empty."""
+
+    mean: Tensor
+    scale: Tensor
+    shift: Tensor
+    act: str = ""
+
+
+class InputGradient(NamedTuple):
+    """What a backward pass over x finds: ∂L/∂x, γ's and β's gradient, ∂L/∂M and 2 ∂L/∂S, all but the first [C]."""
+
+    x: Tensor | None
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    twice_var: Tensor
 
 
 class WindowNormalize(torch.autograd.Function):
     """y = γ (x - M) / sqrt(S + eps) + β, backpropagated through M and S to x and to the θ and b that made it.
 
-    forward(x, θ, b, γ, β, window, eps, positions, total): x [N, C, ...] of any float dtype; θ [C, F] and b [C], or
-    None; `WindowStatistics`; the number of values per channel in the current batch; `total`, which sums a tensor over
-    the ranks of a process group where the batch is the joined one of all ranks, or None. Returns y in x's dtype.
+    forward(x, θ, b, γ, β, window, eps, positions, total, kernels, spare, reader, act): x [N, C, ...] of any float
+    dtype; θ [C, F] and b [C], or None; `WindowStatistics`; the number of values per channel in the current batch;
+    `total`, which sums a tensor over the ranks of a process group where the batch is the joined one of all ranks, or
+    None; the `Kernels` that make the passes over x, and what their `statistics` left to be overwritten, in a tuple
+    since autograd takes a bare tensor for an input; `act`, one of the kernels' activations to be applied to y, or
+    empty. Returns y in x's dtype.
     """
 
     @staticmethod
@@ -186,13 +258,20 @@ class WindowNormalize(torch.autograd.Function):
         eps: float,
         positions: float | Tensor,
         total: Callable[[Tensor], Tensor] | None,
+        kernels: Kernels,
+        spare: tuple[Tensor | None],
+        reader: Reader,
+        act: str,
     ) -> Tensor:
         """See the class."""
-        M, S = window.mean, window.var
-        ctx.save_for_backward(x, gamma, M, S, window.dM, window.dS, window.dS_db)
-        ctx.share, ctx.dM_db, ctx.eps, ctx.total = window.share / positions, window.dM_db, eps, total
-        gamma, beta = (None if t is None else t.to(M.dtype) for t in (gamma, beta))
-        return F.batch_norm(x.to(M.dtype), M, S, gamma, beta, False, 0.0, eps).to(x.dtype)
+        inv_std = torch.rsqrt(window.var + eps)
+        scale = inv_std if gamma is None else inv_std * gamma
+        shift = torch.zeros_like(scale) if beta is None else beta.to(scale.dtype)
+        affine = Affine(window.mean, scale.to(inv_std.dtype), shift, act)
+        ctx.save_for_backward(x, gamma, inv_std, *affine[:3], *window[4:])
+        ctx.share, ctx.w, ctx.act = window.share / positions, window.w, act
+        ctx.total, ctx.kernels, ctx.reader = total, kernels, reader
+        return kernels.normalize(x, affine, *spare)
 
     @staticmethod
     @once_differentiable
@@ -203,36 +282,24 @@ class WindowNormalize(torch.autograd.Function):
         ∂L/∂x = g γ / sqrt(S + eps) + (w/m) (∂L/∂M + 2 ∂L/∂S (x - M))
         ∂L/∂θ = ∂L/∂M ∂M/∂θ + ∂L/∂S ∂S/∂θ           through the past; what passes through x, autograd adds
         """
-        x, gamma, M, S, dM, dS, dS_db = ctx.saved_tensors
-        xs, factor = x.to(M.dtype), None if gamma is None else gamma.to(M.dtype)
-        inv_std = torch.rsqrt(S + ctx.eps)
-        scale = inv_std if factor is None else inv_std * factor
-        # with statistics held constant: g·scale, Σ g (x - M) / sqrt(S + eps), Σ g
-        if x.numel():
-            g_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
-                g.to(M.dtype), xs, factor, M, S, None, None, False, ctx.eps, [True, True, True]
-            )
-        else:  # a rank without images, where torch's kernel would divide by zero
-            g_x, g_gamma, g_beta = torch.zeros_like(xs), torch.zeros_like(M), torch.zeros_like(M)
-        g_M = -scale * g_beta
-        g_S = -0.5 * scale * inv_std * g_gamma
-
-        if ctx.needs_input_grad[0]:
-            every_M, every_S = (g_M, g_S) if ctx.total is None else ctx.total(torch.stack([g_M, g_S])).unbind()
-            slope = 2 * ctx.share * every_S
-            g_x.addcmul_(xs, per_channel(slope, x)).add_(per_channel(ctx.share * every_M - slope * M, x))
+        x, gamma, inv_std, M, scale, shift, *past = ctx.saved_tensors
+        kernels = ctx.kernels
+        affine = Affine(M, scale, shift, ctx.act)
+        g_x, g_gamma, g_beta, g_M, twice_g_S = kernels.backward(
+            g, x, affine, inv_std, ctx.share if ctx.needs_input_grad[0] else None, ctx.total
+        )
         g_theta = g_b = None
-        if not x.numel():  # statistics that no rank could compute must not reach the weights
-            dM, dS, dS_db = (None if t is None else torch.zeros_like(t) for t in (dM, dS, dS_db))
-        if ctx.needs_input_grad[1] and dS is not None:
-            g_theta = (by_group(g_M, dM.shape[0])[:, :, None] * dM[:, None]).flatten(0, 1) + g_S[:, None] * dS
-        if ctx.needs_input_grad[2] and dS_db is not None:
-            g_b = g_M * ctx.dM_db + g_S * dS_db
+        if past[0] is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            window = WindowStatistics(M, M, 0.0, ctx.w, *past)
+            g_theta, g_b = kernels.gradient_through_the_past(window, g_M, twice_g_S)
+            if not x.numel():  # a rank without images has no part in statistics that perhaps no rank could compute
+                g_theta, g_b = torch.nan_to_num_(g_theta, 0, 0, 0), torch.nan_to_num_(g_b, 0, 0, 0)
+        ctx.reader.waiting = torch._C._autograd._get_current_graph_task_keep_graph()
         return (
-            g_x.to(x.dtype) if ctx.needs_input_grad[0] else None,
-            g_theta,
-            g_b,
+            g_x,
+            g_theta if ctx.needs_input_grad[1] else None,
+            g_b if ctx.needs_input_grad[2] else None,
             None if gamma is None else g_gamma.to(gamma.dtype),
             g_beta.to(gamma.dtype) if gamma is not None and ctx.needs_input_grad[4] else None,
-            *[None] * 4,
+            *[None] * 8,
         )

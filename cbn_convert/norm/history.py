@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .functional import Moments, by_group
+from .functional import Moments, Reader, by_group
 
 HistoryKind = Literal["ring", "ema"]
 HISTORIES: tuple[str, ...] = ("ring", "ema")
@@ -19,46 +20,58 @@ class History:
 
     "ring" keeps the last window - 1 iterations. "ema" keeps one pooled iteration in which the newest counts 1/window;
     its memory does not grow with the window. Both start with what there is: the n-th iteration counts 1/n until the
-    window is full.
+    window is full. With "ema", only every `every`-th iteration, the first of them at `phase`, need bring what
+    compensation needs; it then counts for those that did not.
 
     A new iteration is staged and becomes part of the past when the next one asks for it. Until then a forward pass that
     is computed once more, as activation checkpointing does, finds the same past.
     """
 
-    def __init__(self, window: int, kind: HistoryKind) -> None:
+    def __init__(self, window: int, kind: HistoryKind, every: int = 1, phase: int = 0) -> None:
         self.window = window
         self.kind = kind
+        self.every = every
+        self.phase = phase
         self.capacity = min(1, window - 1) if kind == "ema" else window - 1
         self.clear()
 
     def clear(self) -> None:
         """Forgets all iterations."""
         self.seen = 0
+        self.kept = 1.0  # the share that the last iteration with moments of patches would have kept by now
         self._slots: Moments | None = None  # [C, n, ...]
         self._staged: Moments | None = None
+        self._finite: Tensor | None = None
+        self._reader: weakref.ref[Reader] | None = None
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is trained, averaged or loaded into on its own: what is remembered here is not its past.
-        return {**self.__dict__, "seen": 0, "_slots": None, "_staged": None}
+        return {**self.__dict__, "seen": 0, "kept": 1.0, **dict.fromkeys(("_slots", "_staged", "_finite", "_reader"))}
 
     @property
     def newest_weight(self) -> float:
         """The share of the current iteration in the window, 1/k once the window is full."""
         return 1.0 / (min(self.seen, self.window - 1) + 1)
 
-    def stage(self, new: Moments) -> None:
-        """Records the current iteration."""
+    @property
+    def due(self) -> bool:
+        """Whether the current iteration should bring what compensation needs."""
+        return self._slots is None or (self.seen + self.phase) % self.every == 0
+
+    def stage(self, new: Moments, finite: Tensor) -> None:
+        """Records the current iteration; where `finite` is false it counts as the one before once more."""
         if self.capacity:
-            self._staged = new
+            self._staged, self._finite = new, finite
 
     def past(self, like: Tensor, compensated: bool, recomputing: bool = False) -> Moments | None:
         """The recorded moments [C, n, ...] on the device of `like`, or None where there are none that fit.
 
         Moments of another dtype, or without what compensation needs, are of no use to the caller and are dropped.
-        `recomputing` asks for what the last call returned. The tensors change with the next call that does not.
+        `recomputing` asks for what the last call returned. The tensors change with the next call that does not, unless
+        a `Reader` of theirs is waiting.
         """
         if not recomputing:
             self._commit()
@@ -69,16 +82,21 @@ class History:
             return None
         if self._slots.mean.device != like.device:
             self._slots = _map(lambda t: t.to(like.device), self._slots)
-        return _map(lambda t: t[:, : len(self)], self._slots)
+        full = len(self) == self.capacity
+        return self._slots if full else _map(lambda t: t[:, : len(self)], self._slots)
+
+    def read_by(self, reader: Reader) -> None:
+        """The past as it is now must stay while this reader lives and waits."""
+        self._reader = weakref.ref(reader)
 
     def _commit(self) -> None:
-        new, self._staged = self._staged, None
-        if new is None:
+        new, finite = self._staged, self._finite
+        self._staged = self._finite = None
+        if new is None or finite is None:
             return
-        if self._slots is not None and not _alike(self._slots, new):
+        if self._slots is not None and not self._takes(new):
             self.clear()
-        # A batch with NaN or inf counts as the one before once more; decided on the device, without waiting for it.
-        finite = torch.isfinite(torch.stack([t.sum() for t in new if t is not None])).all()
+        reader = None if self._reader is None else self._reader()
         if self._slots is None:
             if not finite:
                 return
@@ -87,30 +105,45 @@ class History:
                 self._slots = _map(lambda t: t.new_zeros(t.shape[0], self.capacity, *t.shape[1:]), new)
             _zip(lambda stored, value: stored[:, 0].copy_(value), self._slots, new)
         else:
+            if reader is not None and reader.waiting:
+                self._slots = _map(torch.clone, self._slots)
             last = (self.seen - 1) % self.capacity
             previous = _map(lambda t: t[:, last], self._slots)
-            new = _zip(lambda old, value: torch.where(finite, value, old), previous, new)
+            if not finite.is_cpu:  # decided on the device, without waiting for it
+                new = _zip(lambda old, value: torch.where(finite, value, old), previous, new)
+            elif not finite:
+                new = previous
             if self.kind == "ema":
-                _pool(previous, new, self.newest_weight)
+                self.kept *= 1 - self.newest_weight
+                _pool_statistics(previous, new, self.newest_weight)
+                if new.patch_mean is not None:
+                    _pool_patches(previous, new, 1 - self.kept)
+                    self.kept = 1.0
             else:
                 slot = self.seen % self.capacity
                 _zip(lambda stored, value: stored[:, slot].copy_(value), self._slots, new)
         self.seen += 1
 
+    def _takes(self, new: Moments) -> bool:
+        """Whether the new moments are of the same kind, dtype and size as those stored, and on the same device."""
+        assert self._slots is not None
+        if new.patch_mean is None and self.every > 1:
+            return _alike(Moments(*self._slots[:2]), new)
+        return _alike(self._slots, new)
+
     @property
     def compensated(self) -> bool:
-        """Whether the last iteration was recorded with what compensation needs."""
-        last = self._slots if self._staged is None else self._staged
-        return last is not None and last.patch_mean is not None
+        """Whether the past was recorded with what compensation needs."""
+        return any(m is not None and m.patch_mean is not None for m in (self._slots, self._staged))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
-        after = History(self.window, self.kind)
-        after.seen, after._staged = self.seen, self._staged
+        after = History(self.window, self.kind, self.every, self.phase)
+        after.seen, after.kept, after._staged, after._finite = self.seen, self.kept, self._staged, self._finite
         after._slots = None if self._slots is None else _map(torch.clone, self._slots)
         after._commit()
         tensors = {} if after._slots is None else {k: v for k, v in after._slots._asdict().items() if v is not None}
-        return {"window": self.window, "kind": self.kind, "seen": after.seen, "slots": tensors}
+        return {"window": self.window, "kind": self.kind, "seen": after.seen, "kept": after.kept, "slots": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError if it was taken with another window or kind."""
@@ -120,7 +153,7 @@ class History:
                 f"but the layer has window {self.window} ({self.kind}); use the same settings to resume"
             )
         self.clear()
-        self.seen = int(state["seen"])
+        self.seen, self.kept = int(state["seen"]), float(state["kept"])
         self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
 
 
@@ -142,20 +175,29 @@ def _zip(fn: Callable[[Tensor, Tensor], Tensor], a: Moments, b: Moments) -> Mome
     return Moments(*[None if t is None or u is None else fn(t, u) for t, u in pairs])  # type: ignore[arg-type]
 
 
-def _pool(old: Moments, new: Moments, share: float) -> None:
-    """Makes `old` the moments of a mixture with the new population of weight `share` (parallel variance formula)."""
-    between = share * (1 - share)
+def _pool_statistics(old: Moments, new: Moments, share: float) -> None:
+    """Makes `old` the statistics of a mixture with the new population of weight `share` (parallel variance formula)."""
     step = new.mean - old.mean
-    patch_step = None
-    if new.patch_mean is not None and old.patch_mean is not None:
-        patch_step = new.patch_mean - old.patch_mean
-    _zip(lambda stored, value: stored.lerp_(value, share), old, new)
-    old.var.addcmul_(step, step, value=between)
-    if patch_step is None:
-        return
+    old.mean.lerp_(new.mean, share)
+    old.var.lerp_(new.var, share).addcmul_(step, step, value=share * (1 - share))
+
+
+def _pool_patches(old: Moments, new: Moments, share: float) -> None:
+    """The same for the moments of patches, of which the outputs have mean `anchor` and variance `explained`."""
+    between = share * (1 - share)
+    assert old.anchor is not None
+    assert new.anchor is not None
+    assert old.explained is not None
+    assert old.patch_mean is not None
+    assert new.patch_mean is not None
+    step, patch_step = new.anchor - old.anchor, new.patch_mean - old.patch_mean
+    for stored, value in zip(old[2:], new[2:], strict=True):
+        if stored is not None and value is not None:
+            stored.lerp_(value, share)
+    old.explained.addcmul_(step, step, value=between)
     if old.covariance is not None:
         # viewed as [G, C/G, F], a rank-one update per group
-        rows = by_group(step, patch_step.shape[0])[:, :, None]
-        by_group(old.covariance, patch_step.shape[0]).addcmul_(rows, patch_step[:, None], value=between)
+        rows = by_group(step, len(patch_step))[:, :, None]
+        by_group(old.covariance, len(patch_step)).baddbmm_(rows, patch_step[:, None], alpha=between)
     if old.patch_covariance is not None:
         old.patch_covariance.addcmul_(patch_step[:, :, None], patch_step[:, None], value=between)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,15 +20,16 @@ from .functional import (
     Compensation,
     Gradient,
     Moments,
+    Reader,
+    Running,
     WindowNormalize,
-    batch_statistics,
     by_group,
     per_channel,
     response,
     statistics_dtype,
-    window_statistics,
 )
 from .history import HISTORIES, History, HistoryKind
+from .kernels import Kernels, select
 from .moments import InputPatches, exact_is_possible
 from .producers import Producer, is_producer, learns, out_channels, theta_and_bias
 
@@ -62,7 +64,7 @@ class _InputTap:
     @property
     def followed(self) -> bool:
         """Whether past statistics need compensation: θ or b may change, or could when the past was recorded."""
-        return learns(self.module) or self.norm._history.compensated
+        return self.norm.compensation != "none" and (learns(self.module) or self.norm._history.compensated)
 
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
@@ -107,16 +109,46 @@ def _version(t: Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
+def name_of_activation(act: nn.Module | None, known: frozenset[str]) -> str:
+    """The name under which kernels apply an activation module; empty if they cannot, or if somebody watches it."""
+    name = _ACTIVATIONS.get(type(act), "")
+    watched = act is not None and (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks)
+    return name if name in known and not watched else ""
+
+
+_ACTIVATIONS: dict[type | None, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _as_it_is(t: Tensor) -> Tensor:
     return t
 
 
-def check_window_options(window: int, compensation: str, gradient: str, history: str, burn_in: int) -> None:
+def check_window_options(
+    window: int,
+    compensation: str,
+    gradient: str,
+    history: str,
+    burn_in: int,
+    moments_every: int = 1,
+    moments_positions: int | None = None,
+) -> None:
     """Raises ValueError, naming the argument and what it may be, unless all are valid."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window must be an integer of at least 1, got {window!r}")
     if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
         raise ValueError(f"burn_in must be an integer of at least 0, got {burn_in!r}")
+    for name, count in (("moments_every", moments_every), ("moments_positions", moments_positions)):
+        if isinstance(count, bool) or not (isinstance(count, int) or (count is None and count is moments_positions)):
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+    if moments_every > 1 and history == "ring":
+        raise ValueError(f'moments_every={moments_every} needs history="ema"; a ring keeps every iteration as it was')
     for name, value, allowed in (
         ("compensation", compensation, COMPENSATIONS),
         ("gradient", gradient, GRADIENTS),
@@ -138,8 +170,11 @@ class CrossIterationMixin(_BatchNorm):
     gradient: Gradient
     burn_in: int
     sync: bool
+    moments_positions: int | None
 
-    WINDOW_ATTRIBUTES = ("window", "compensation", "gradient", "burn_in", "sync", "iteration", "_history", "_tap")
+    WINDOW_ATTRIBUTES = (
+        "window", "compensation", "gradient", "burn_in", "sync", "moments_positions", "iteration", "_history", "_tap",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -150,10 +185,12 @@ class CrossIterationMixin(_BatchNorm):
         history: HistoryKind = "ring",
         burn_in: int = 0,
         sync: bool = False,
+        moments_every: int = 1,
+        moments_positions: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.set_window(window, compensation, gradient, history, burn_in, sync)
+        self.set_window(window, compensation, gradient, history, burn_in, sync, moments_every, moments_positions)
 
     def set_window(
         self,
@@ -163,16 +200,20 @@ class CrossIterationMixin(_BatchNorm):
         history: HistoryKind,
         burn_in: int,
         sync: bool,
+        moments_every: int = 1,
+        moments_positions: int | None = None,
+        phase: int = 0,
     ) -> None:
-        """Starts with an empty history and unbound."""
-        check_window_options(window, compensation, gradient, history, burn_in)
+        """Starts with an empty history and unbound; `phase` is the first iteration that counts for moments_every."""
+        check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions)
         self.window = window
         self.compensation = compensation
         self.gradient = gradient
         self.burn_in = burn_in
         self.sync = sync
+        self.moments_positions = moments_positions
         self.iteration = 0
-        self._history = History(window, history)
+        self._history = History(window, history, moments_every, phase)
         self._tap: _InputTap | None = None
 
     def remove_window(self) -> None:
@@ -185,6 +226,11 @@ class CrossIterationMixin(_BatchNorm):
     def history(self) -> HistoryKind:
         """The kind of history, "ring" or "ema"."""
         return self._history.kind
+
+    @property
+    def moments_every(self) -> int:
+        """How many iterations share one estimate of how the statistics respond to the weights."""
+        return self._history.every
 
     @property
     def producer(self) -> Producer | None:
@@ -246,126 +292,151 @@ class CrossIterationMixin(_BatchNorm):
         self._history.load_state_dict(state)
         self.iteration = int(state["iteration"])
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation."""
+    def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
+        """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        if not self.training:
-            return self._normalize_by_running_statistics(x)
-        y: Tensor = self._normalize_by_window(x)
-        return y
+        if self.training:
+            if torch.compiler.is_compiling():
+                compiled: Tensor = torch.compiler.disable(self._normalize_by_window)(x, act)
+                return compiled
+            return self._normalize_by_window(x, act)
+        y = self._normalize_by_running_statistics(x)
+        return y if act is None else act(y)
 
     def _normalize_by_running_statistics(self, x: Tensor) -> Tensor:
         by_batch = self.running_mean is None and self.running_var is None
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, by_batch, 0.0, self.eps)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _normalize_by_window(self, x: Tensor) -> Tensor:
-        source_input = None if self._tap is None else self._tap.take()
-        source = None
-        if self._tap is not None and self.compensation != "none" and self._tap.followed:
-            source = self._tap.module
-            self._tap.check_output(x)
+    def _normalize_by_window(self, x: Tensor, act: nn.Module | None) -> Tensor:
+        source, source_input = None, None
+        if self._tap is not None:
+            source_input = self._tap.take()
+            if self._tap.followed:
+                source = self._tap.module
+                self._tap.check_output(x)
+        kernels = select(x)
+        fused = name_of_activation(act, kernels.ACTIVATIONS)
+        # statistics, history and compensation are float32 whatever autocast does
+        with _without_autocast(x):
+            y = self._window_over(x, source, source_input, kernels, fused)
+        return y if act is None or fused else act(y)
+
+    def _window_over(
+        self, x: Tensor, source: Producer | None, source_input: Tensor | None, kernels: Kernels, act: str
+    ) -> Tensor:
         ranks = world_size() if self.sync else 1
         if x.numel() == 0 and ranks == 1:
             return self._normalize_by_running_statistics(x)
         # Inside a backward pass this is activation checkpointing at work: nothing may be counted a second time.
         recomputing = torch._C._current_graph_task_id() != -1
-        # statistics, history and compensation are float32 whatever autocast does
-        with torch.autocast(x.device.type, enabled=False):
-            theta, bias = (None, None) if source is None else theta_and_bias(source, statistics_dtype(x))
-            with torch.no_grad():
-                xs = x.to(statistics_dtype(x))
-                positions: float | Tensor = xs.numel() / xs.shape[1]
-                if ranks == 1:
-                    mean, var = batch_statistics(xs)
-                else:
-                    positions, mean, var = joined_statistics(xs)
-                past = self._history.past(mean, source is not None, recomputing)
-                if self.iteration - recomputing < self.burn_in:
-                    past = None
-                newest_weight = 1.0 if past is None else self._history.newest_weight
-                count = positions / newest_weight
-                # one rank alone can tell without waiting for the device
-                single = ranks == 1 and count == 1
-                window = window_statistics(
-                    mean, var, past, newest_weight, theta, bias, self.compensation, self.gradient
-                )
-                if single and not self.track_running_stats:
-                    raise ValueError(f"expected more than 1 value per channel in training, got input size {x.shape}")
-                if not recomputing:
-                    self.iteration += 1
-                    if not single:
-                        self._update_running_statistics(window.mean, window.var, count, mean, var)
-                    if self.window > 1:
-                        moments = Moments(mean, var)
-                        if source is not None and theta is not None:
-                            moments = self._with_patches(moments, source, source_input, xs, theta, bias, ranks)
-                        self._history.stage(moments)
-            if single:
-                # one value per channel has no variance, but it counts for the window, which fills from here
-                return self._normalize_by_running_statistics(x)
-            y: Tensor = WindowNormalize.apply(
-                x, theta, bias, self.weight, self.bias, window, self.eps, positions, total if ranks > 1 else None
-            )
-            return y
+        theta, bias = (None, None) if source is None else theta_and_bias(source, statistics_dtype(x))
+        with torch.no_grad():
+            positions: float | Tensor = x.numel() / x.shape[1]
+            spare = None
+            if ranks == 1:
+                mean, var, spare = kernels.statistics(x)
+            else:
+                positions, mean, var = joined_statistics(x)
+            past = self._history.past(mean, source is not None, recomputing)
+            if self.iteration - recomputing < self.burn_in:
+                past = None
+            newest_weight = 1.0 if past is None else self._history.newest_weight
+            count = positions / newest_weight
+            # one rank alone can tell without waiting for the device
+            single = ranks == 1 and count == 1
+            if single and not self.track_running_stats:
+                raise ValueError(f"expected more than 1 value per channel in training, got input size {x.shape}")
+            pooled = self.momentum is None and self.window > 1
+            window, finite = kernels.window(
+                mean, var, past, newest_weight, theta, bias, self.compensation, self.gradient,
+                None if recomputing or single or pooled else self._running(count),
+            )  # fmt: skip
+            if not recomputing:
+                self.iteration += 1
+                if pooled and not single:
+                    self._pool_running_statistics(mean, var, finite)
+                if self._running_statistics is not None and not single:
+                    self._running_statistics[2].add_(finite)
+                if self.window > 1:
+                    moments = Moments(mean, var)
+                    if source is not None and theta is not None and self._history.due:
+                        moments = self._with_patches(moments, source, source_input, x, theta, bias, ranks)
+                    self._history.stage(moments, finite)
+        if single:
+            # one value per channel has no variance, but it counts for the window, which fills from here
+            return self._normalize_by_running_statistics(x)
+        reader = Reader()
+        y: Tensor = WindowNormalize.apply(
+            x, theta, bias, self.weight, self.bias, window, self.eps, positions, total if ranks > 1 else None,
+            kernels, (spare,), reader, act,
+        )  # fmt: skip
+        if y.requires_grad and window.covariance is not None:
+            self._history.read_by(reader)
+        return y
 
     def _with_patches(
         self,
         moments: Moments,
         source: Producer,
         y: Tensor | None,
-        xs: Tensor,
+        x: Tensor,
         theta: Tensor,
         bias: Tensor | None,
         ranks: int,
     ) -> Moments:
-        """Adds what compensation will need: `source` made xs from y with θ [C, F] and bias [C]."""
+        """Adds what compensation will need: `source` made x from y with θ [C, F] and bias [C]."""
         if y is None:
             raise RuntimeError(
                 f"{type(self).__name__} is bound to a {type(source).__name__} that has not run since the last forward "
                 "pass; bind it to the module that produces its input, or leave it unbound"
             )
-        mean = moments.mean
-        patches = InputPatches(source, y, xs.shape[2:], mean.dtype)
+        dtype, turn = moments.mean.dtype, self.iteration // self.moments_every
+        patches = InputPatches(source, y, x.shape[2:], dtype, self.moments_positions, turn)
         joined = partial(joined_mean, count=patches.positions) if ranks > 1 else _as_it_is
         patch_mean = joined(patches.mean())
-        moments = moments._replace(anchor=response(patch_mean[:, None], theta, bias).squeeze(1), patch_mean=patch_mean)
+        anchor = response(patch_mean[:, None], theta, bias).squeeze(1)
+        moments = moments._replace(anchor=anchor, patch_mean=patch_mean)
         if self.compensation == "exact":
-            return moments._replace(patch_covariance=joined(patches.covariance(patch_mean)))
-        xc = xs - per_channel(mean, xs)
+            patch_covariance = joined(patches.covariance(patch_mean))
+            rows = by_group(theta, len(patch_mean))
+            explained = torch.linalg.vecdot(rows @ patch_covariance, rows).flatten()
+            return moments._replace(patch_covariance=patch_covariance, explained=explained)
+        xs = patches.outputs(x).to(dtype)
+        xc = xs - (anchor[:, None] if isinstance(source, nn.Linear) else per_channel(anchor, xs))
         # what rounding left of the mean would be multiplied by a patch mean that may be large
-        rest = by_group(joined(xc.mean([0, *range(2, xs.dim())])), len(patch_mean))
+        axes = [1] if isinstance(source, nn.Linear) else [0, *range(2, xc.dim())]
+        rest = by_group(joined(xc.mean(axes)), len(patch_mean))
         covariance = joined(patches.covariance_with(xc))
-        covariance -= (rest[:, :, None] * patch_mean[:, None]).flatten(0, 1)
-        return moments._replace(covariance=covariance)
+        by_group(covariance, len(patch_mean)).baddbmm_(rest[:, :, None], patch_mean[:, None], alpha=-1)
+        return moments._replace(covariance=covariance, explained=torch.linalg.vecdot(covariance, theta))
 
-    def _update_running_statistics(
-        self, mean: Tensor, var: Tensor, count: float | Tensor, batch_mean: Tensor, batch_var: Tensor
-    ) -> None:
-        """Moves the running statistics towards the window's, var with Bessel's correction for `count` values.
-
-        With momentum None they become those of all batches together, each counted once and with the variance between
-        them, as recalibration needs it. A batch with NaN or inf moves nothing.
-        """
+    @property
+    def _running_statistics(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """running_mean, running_var and num_batches_tracked, where there are any to be updated."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
-            return
+            return None
         assert self.num_batches_tracked is not None
-        share: float | Tensor
-        if self.momentum is None and self.window > 1:
-            share = (self.num_batches_tracked + 1).to(batch_mean.dtype).reciprocal()
-            step = batch_mean - self.running_mean.to(batch_mean.dtype)
-            between = (1 - share) * step * step
-            mean, var = batch_mean, batch_var + between
-        else:
-            var = var * (count / (count - 1))
-            share = (
-                (self.num_batches_tracked + 1).to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
-            )
-        finite = torch.isfinite(mean + var).all()
-        self.num_batches_tracked.add_(finite)
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
-            new = torch.where(finite, new.to(running.dtype), running)
-            running.lerp_(new, share.to(running.dtype) if isinstance(share, Tensor) else share)
+        return self.running_mean, self.running_var, self.num_batches_tracked
+
+    def _running(self, count: float | Tensor) -> Running | None:
+        """The running statistics, to move towards the window's with Bessel's correction for `count` values."""
+        if self._running_statistics is None:
+            return None
+        mean, var, batches = self._running_statistics
+        share = (batches + 1).to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
+        return Running(mean, var, share, count / (count - 1))
+
+    def _pool_running_statistics(self, mean: Tensor, var: Tensor, finite: Tensor) -> None:
+        """Makes the running statistics those of all batches together, as recalibration with momentum None needs them.
+
+        Each batch counts once, and the variance between them counts as well.
+        """
+        if self._running_statistics is None:
+            return
+        running_mean, running_var, batches = self._running_statistics
+        share = (batches + 1).to(mean.dtype).reciprocal()
+        step = mean - running_mean.to(mean.dtype)
+        Running(running_mean, running_var, share, 1.0).update(mean, var + (1 - share) * step * step, finite)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape: [N, C] or [N, C, ...], as the BatchNorm it stands for; output like input in shape and dtype."""
@@ -423,6 +494,8 @@ class CrossIterationBatchNormAct2d(CrossIterationMixin, BatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape: [N, C, H, W], output like input in shape and dtype."""
+        if isinstance(self.drop, nn.Identity):
+            return self.normalize(x, self.act)
         y: Tensor = self.act(self.drop(self.normalize(x)))
         return y
 

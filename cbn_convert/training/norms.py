@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..conversion import convert, norm_layers
 from ..conversion.converting import CONVERTED
 from ..errors import ConversionError
-from ..norm.functional import batch_statistics, statistics_dtype
+from ..norm.functional import statistics_dtype
+from ..norm.kernels import batch_statistics
 
 NORMS = ("cbn", "bn", "frozen", "gn", "brn")
 

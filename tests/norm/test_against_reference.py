@@ -120,7 +120,7 @@ def test_float32_follows_float64() -> None:
 
 
 def test_projection_is_exact_when_weights_are_only_rescaled_and_never_below_taylor() -> None:
-    from cbn_convert.norm.functional import compensate
+    from cbn_convert.norm.functional import compensate, responses
     from cbn_convert.norm.history import History
     from cbn_convert.norm.layer import Moments
     from cbn_convert.norm.moments import InputPatches
@@ -133,28 +133,29 @@ def test_projection_is_exact_when_weights_are_only_rescaled_and_never_below_tayl
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
         patches = InputPatches(conv, y, x.shape[2:], torch.float64)
         patch_mean, covariance = patches.mean(), patches.covariance_with(x - mean.view(1, -1, 1, 1))
-        return Moments(mean, var, conv.weight.flatten(1) @ patch_mean[0], patch_mean, covariance)
+        theta = conv.weight.flatten(1)
+        return Moments(mean, var, theta @ patch_mean[0], (theta * covariance).sum(1), patch_mean, covariance)
 
     with torch.no_grad():
         history = History(2, "ring")
-        history.stage(moments())
+        history.stage(moments(), torch.tensor(True))
         past = history.past(y, True)
         conv.weight *= torch.linspace(0.2, 3, 5, dtype=torch.float64).view(-1, 1, 1, 1)
-        now, guess = moments(), compensate(past, conv.weight.flatten(1), None, "projection")
+        now, guess = moments(), compensate(past, responses(past, conv.weight.flatten(1), None), "projection")
         torch.testing.assert_close(guess.mean[:, 0], now.mean)
         torch.testing.assert_close(guess.var[:, 0], now.var)
 
         conv.weight += 0.3 * torch.randn_like(conv.weight)
         now = moments()
-        projection = compensate(past, conv.weight.flatten(1), None, "projection").var[:, 0]
-        taylor = compensate(past, conv.weight.flatten(1), None, "taylor").var[:, 0]
+        projection = compensate(past, responses(past, conv.weight.flatten(1), None), "projection").var[:, 0]
+        taylor = compensate(past, responses(past, conv.weight.flatten(1), None), "taylor").var[:, 0]
         assert (projection >= taylor).all()
         assert (projection <= now.var * (1 + 1e-12)).all()
         assert (projection < now.var * 0.999).any()
 
 
 def test_compensation_error_is_second_order_in_the_weight_change() -> None:
-    from cbn_convert.norm.functional import Moments, compensate
+    from cbn_convert.norm.functional import Moments, compensate, responses
     from cbn_convert.norm.moments import InputPatches
 
     conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).double()
@@ -166,13 +167,14 @@ def test_compensation_error_is_second_order_in_the_weight_change() -> None:
         patches = InputPatches(conv, y, x.shape[2:], torch.float64)
         patch_mean, covariance = patches.mean(), patches.covariance_with(x - mean.view(1, -1, 1, 1))
         anchor = (conv.weight.flatten(1) @ patch_mean[0])[:, None]
-        past = Moments(mean[:, None], var[:, None], anchor, patch_mean[:, None], covariance[:, None])
+        now = [t[:, None] for t in (mean, var, patch_mean, covariance)]
+        past = Moments(now[0], now[1], anchor, now[1], now[2], now[3])
         for compensation in ("projection", "taylor"):
             errors = []
             for step in (1e-2, 1e-3):
                 weight = conv.weight + step * direction
                 new = F.conv2d(y, weight, padding=1)
-                guess = compensate(past, weight.flatten(1), None, compensation)
+                guess = compensate(past, responses(past, weight.flatten(1), None), compensation)
                 torch.testing.assert_close(guess.mean[:, 0], new.mean((0, 2, 3)))
                 errors.append((guess.var[:, 0] - new.var((0, 2, 3), correction=0)).abs().max())
             assert 80 < errors[0] / errors[1] < 120

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from cbn_convert.norm import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d
-from cbn_convert.norm.functional import WindowNormalize, batch_statistics, window_statistics
+from cbn_convert.norm.functional import Reader, WindowNormalize, window_statistics
+from cbn_convert.norm.kernels import batch_statistics, select
 from cbn_convert.norm.moments import InputPatches
 
 
@@ -34,7 +35,8 @@ def test_gradcheck(compensation: str, history: str, affine: bool, groups: int) -
         theta = weight.flatten(1)
         with torch.no_grad():
             window = window_statistics(*batch_statistics(x), past, 1 / 3, theta, bias, compensation, "full")
-        return WindowNormalize.apply(x, theta, bias, gamma, beta, window, 1e-5, x.numel() / 4, None)
+        rest = (1e-5, x.numel() / 4, None, select(x), (None,), Reader(), "")
+        return WindowNormalize.apply(x, theta, bias, gamma, beta, window, *rest)
 
     inputs = [torch.randn(2, 4, 5, 5), conv.weight, conv.bias]
     if affine:
