@@ -2,7 +2,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: test demo lint format stability estimation clean
+.PHONY: test test-gpu demo lint format bench-cpu bench-gpu stability estimation clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -11,6 +11,10 @@ $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 
 test: $(STAMP)
 	$(PY) -m pytest
+
+# on a machine with a GPU: the kernels compiled instead of interpreted, and the layer on CUDA
+test-gpu: $(STAMP)
+	$(PY) -m pytest tests/norm
 
 demo: $(STAMP)
 	$(VENV)/bin/cbn demo -o demo --overwrite
@@ -23,6 +27,17 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# 15 minutes on a machine that does nothing else; README's and docs/performance.md's tables come from the JSON
+bench-cpu: $(STAMP)
+	$(PY) benchmarks/step_time.py --again
+	$(PY) benchmarks/layer.py
+	$(PY) benchmarks/readme.py
+
+bench-gpu: $(STAMP)
+	$(PY) benchmarks/step_time.py --device cuda --again
+	$(PY) benchmarks/layer.py --device cuda
+	$(PY) benchmarks/readme.py
 
 # long studies on ../shared/data, whose JSON is committed: about two hours and ten minutes of one core
 stability: $(STAMP)

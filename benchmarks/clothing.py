@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+
+from report import provenance
 
 OUTPUT = Path(__file__).parent / "results" / "clothing_batch2.json"
 GRID = {
@@ -73,22 +74,13 @@ def run_cell(data: Path, norm: str, lr: float, seed: int) -> dict[str, object]:
 
 
 def main() -> None:
-    import timm
-    import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/ and weights/")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    report = {
-        "command": "python " + " ".join(["benchmarks/clothing.py", *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, one per cell",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-        "commit": commit,
-        "cells": [],
-    }
+    report = {**provenance("python " + " ".join(["benchmarks/clothing.py", *sys.argv[1:]])), "cells": []}
     if OUTPUT.is_file():
         report["cells"] = json.loads(OUTPUT.read_text())["cells"]
     OUTPUT.parent.mkdir(exist_ok=True)

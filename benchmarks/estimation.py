@@ -14,20 +14,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import stability
-import timm
 import torch
 import torch.nn.functional as F
+from report import provenance
 from torch import Tensor, nn
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationMixin
-from cbn_convert.norm.functional import Moments, batch_statistics, window_statistics
+from cbn_convert.norm.functional import Moments, window_statistics
+from cbn_convert.norm.kernels import batch_statistics
 from cbn_convert.norm.producers import theta_and_bias
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,16 +159,7 @@ def main() -> None:
     if not arguments.draw_only:
         torch.set_num_threads(1)
         rows = [row for rate in RATES for row in train(rate)]
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        report = {
-            "command": "python benchmarks/estimation.py --data ../shared/data",
-            "machine": platform.processor() or platform.machine(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-            "commit": commit,
-            "rows": rows,
-        }
+        report = {**provenance("python benchmarks/estimation.py --data ../shared/data"), "rows": rows}
         OUTPUT.write_text(json.dumps(report, indent=1) + "\n")
     draw(json.loads(OUTPUT.read_text())["rows"])
 

@@ -13,8 +13,6 @@ import argparse
 import fcntl
 import json
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from report import provenance
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -246,16 +245,8 @@ def save(cell: dict[str, Any]) -> None:
     with OUTPUT.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         report = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {"cells": []}
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        report = {
-            "command": "python benchmarks/stability.py --data ../shared/data",
-            "machine": f"{platform.processor() or platform.machine()}, one thread per cell, cells side by side",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-            "commit": commit,
-            "cells": [*report["cells"], cell],
-        }
+        head = provenance("python benchmarks/stability.py --data ../shared/data")
+        report = {**head, "cells": [*report["cells"], cell]}
         OUTPUT.write_text(json.dumps(report, indent=None).replace('}, {"task"', '},\n{"task"') + "\n")
 
 

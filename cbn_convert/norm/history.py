@@ -136,6 +136,10 @@ class History:
         """Whether the past was recorded with what compensation needs."""
         return any(m is not None and m.patch_mean is not None for m in (self._slots, self._staged))
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the past, as they are."""
+        return [] if self._slots is None else [t for t in self._slots if t is not None]
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
         after = History(self.window, self.kind, self.every, self.phase)

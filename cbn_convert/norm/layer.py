@@ -277,6 +277,10 @@ class CrossIterationMixin(_BatchNorm):
         super()._load_from_state_dict(*args, **kwargs)
         self.reset_history()
 
+    def history_tensors(self) -> list[Tensor]:
+        """The tensors that hold the past, to account for their memory."""
+        return self._history.tensors()
+
     def history_state(self) -> dict[str, Any]:
         """What a bit-identical resume needs beside the state_dict; tensors and numbers only."""
         return {"iteration": self.iteration, **self._history.state_dict()}

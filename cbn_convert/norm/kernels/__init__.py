@@ -1,8 +1,8 @@
 """The passes over activations that a layer makes, and the per-channel work between them, for each device.
 
 `select` is the one place that chooses. On the CPU: "compiled", the C++ of passes.cpp, where it was built and the layout
-is NCHW, else "cpu", ATen's own BatchNorm passes. On CUDA: "triton" where Triton is installed, else "native", the kernels of
-torch's SyncBatchNorm. "plain", for everything else, is the reference for all.
+is NCHW, else "cpu", ATen's own BatchNorm passes. On CUDA: "triton" where Triton is installed, else "native", the
+kernels of torch's SyncBatchNorm. "plain", for everything else, is the reference for all.
 """
 
 from __future__ import annotations

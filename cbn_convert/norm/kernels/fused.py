@@ -166,7 +166,7 @@ def _window(
     s = newest_weight * (var + step * step) + rest * spreads / n
     tl.store(m_ptr + c, center)
     tl.store(s_ptr + c, s)
-    if RUNNING:
+    if RUNNING:  # decided when compiled
         if finite:
             old = tl.load(running_mean + c).to(tl.float32)
             tl.store(running_mean + c, old + momentum * (center - old))
@@ -278,15 +278,15 @@ class _Layout(NamedTuple):
     positions: int
     strides: tuple[int, int, int]  # of image, channel and position
     tile: tuple[int, int]  # positions and channels
-    count: int  # values per channel
+    values: int  # per channel
 
     @property
     def tiles(self) -> int:
-        return self.images * triton.cdiv(self.positions, self.tile[0])
+        return self.images * -(-self.positions // self.tile[0])
 
     @property
     def columns(self) -> int:
-        return triton.cdiv(self.channels, self.tile[1])
+        return -(-self.channels // self.tile[1])
 
     @property
     def options(self) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def _splits(layout: _Layout) -> int:
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `Kernels`."""
-    layout, splits = _layout(x), 0
+    layout = _layout(x)
     splits, channels = _splits(layout), layout.channels
     sums = torch.empty(splits, 3, channels, device=x.device)
     mean, var = torch.empty(2, channels, device=x.device).unbind()
@@ -339,7 +339,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         _sums_of_x[layout.columns, splits](
             layout.x, sums, channels, layout.positions, layout.tiles, *layout.strides, **layout.options
         )
-        _merge_statistics[(triton.cdiv(channels, 128),)](sums, mean, var, channels, splits, layout.count, BC=128)
+        _merge_statistics[(triton.cdiv(channels, 128),)](sums, mean, var, channels, splits, layout.values, BC=128)
     return mean, var, None
 
 

@@ -1,0 +1,80 @@
+"""Training steps with BN, frozen BN, CBN, averaging, GN and the published algorithm, side by side.
+
+    python benchmarks/step_time.py [--device cuda] [--only mobilenetv2_100]
+
+Writes benchmarks/results/step_time_cpu.json or step_time_cuda.json after every cell; a cell that is there already is
+measured again only with --again. "over_bn" is the median over rounds of the ratio to BN's step of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from report import RESULTS, provenance
+
+from cbn_convert.bench import COLUMNS, bench_inference, bench_step
+
+SMALL = ["bn", "frozen", "cbn"]
+
+
+def cpu_cells() -> Iterator[dict[str, Any]]:
+    for arch in ("mobilenetv2_100", "resnet50"):
+        for batch, steps in ((2, 15), (8, 7)):
+            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": list(COLUMNS), "steps": steps}
+            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": "inference", "steps": 25}
+        for batch in (1, 4):
+            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": SMALL, "steps": 9}
+        yield {"arch": arch, "batch_size": 2, "img_size": 512, "columns": SMALL, "steps": 4}
+    for arch in ("efficientnet_b0", "regnety_016", "densenet121"):
+        yield {"arch": arch, "batch_size": 2, "img_size": 224, "columns": [*SMALL, "published"], "steps": 7}
+
+
+def cuda_cells() -> Iterator[dict[str, Any]]:
+    fast = {"dtype": "bfloat16", "channels_last": True}
+    for arch in ("resnet50", "mobilenetv2_100", "efficientnet_b0", "regnety_016", "densenet121"):
+        for batch in (1, 2, 4, 8):
+            for size in (224, 512):
+                base = {"arch": arch, "batch_size": batch, "img_size": size, "steps": 20}
+                yield {**base, **fast, "columns": list(COLUMNS)}
+                if batch in (2, 8):
+                    yield {**base, "columns": SMALL}
+                    if size == 224:
+                        yield {**base, **fast, "compile": True, "columns": SMALL}
+                        yield {**base, "columns": "inference"}
+
+
+def run(cell: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    options = {k: v for k, v in cell.items() if k not in ("columns", "arch")}
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    if cell["columns"] == "inference":
+        milliseconds, ratio = bench_inference(cell["arch"], device=device, **options)
+        return [{"plain_ms": milliseconds, "folded_over_plain": ratio}]
+    return [r._asdict() for r in bench_step(cell["arch"], cell["columns"], device=device, **options)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", default="", help="architectures, separated by commas")
+    parser.add_argument("--again", action="store_true", help="measure cells that the report has already")
+    arguments = parser.parse_args()
+    output = RESULTS / f"step_time_{arguments.device}.json"
+    cells = json.loads(output.read_text())["cells"] if output.is_file() and not arguments.again else []
+    for cell in cpu_cells() if arguments.device == "cpu" else cuda_cells():
+        known = [{k: v for k, v in c.items() if k != "results"} for c in cells]
+        if cell in known or (arguments.only and cell["arch"] not in arguments.only.split(",")):
+            continue
+        cells.append({**cell, "results": run(cell, arguments.device)})
+        command = f"python benchmarks/step_time.py --device {arguments.device}"
+        output.write_text(json.dumps({**provenance(command), "cells": cells}, indent=1) + "\n")
+        print(json.dumps(cells[-1]), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The algorithm as published, as a baseline for its cost; the layer to train with is CrossIterationBatchNorm2d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..norm import CrossIterationMixin
+
+
+class PublishedBatchNorm2d(nn.BatchNorm2d):
+    """CBN as in arXiv 2002.05712, section 3, taken literally, and organised as the authors' layer is.
+
+    autograd.grad runs twice in every forward pass, for dμ/dθ and dν/dθ; the past is a list of (μ, ν, their
+    derivatives, a copy of the weights) of the last window - 1 iterations; the gradient passes through the current
+    batch alone. Input [N, C, H, W], made by `conv` with its weight requiring a gradient.
+    """
+
+    conv: nn.Conv2d
+    window: int
+    past: list[tuple[Tensor, ...]]
+
+    def bind(self, conv: nn.Conv2d, window: int) -> None:
+        """Names the conv that makes the input; not registered as a submodule."""
+        self.__dict__.update(conv=conv, window=window, past=[])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises over the window in training, as BatchNorm in evaluation."""
+        if not self.training:
+            return super().forward(x)
+        weight = self.conv.weight
+        mean, square = x.mean((0, 2, 3)), (x * x).mean((0, 2, 3))
+        (d_mean,) = torch.autograd.grad(mean.sum(), weight, retain_graph=True)
+        (d_square,) = torch.autograd.grad(square.sum(), weight, retain_graph=True)
+        means, squares = [mean], [square]
+        for old_mean, old_square, slope_mean, slope_square, old_weight in self.past:
+            step = weight.detach() - old_weight
+            means.append(old_mean + (slope_mean * step).flatten(1).sum(1))
+            squares.append(old_square + (slope_square * step).flatten(1).sum(1))
+        every = torch.stack(means)
+        M = every.mean(0)
+        S = torch.maximum(torch.stack(squares), every * every).mean(0) - M * M
+        entry = (mean.detach(), square.detach(), d_mean, d_square, weight.detach().clone())
+        self.__dict__["past"] = [entry, *self.past][: self.window - 1]
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        with torch.no_grad():
+            self.running_mean.lerp_(M, self.momentum or 0.0)
+            self.running_var.lerp_(S, self.momentum or 0.0)
+        scale = torch.rsqrt(S + self.eps) * self.weight
+        return x * scale[:, None, None] + (self.bias - M * scale)[:, None, None]
+
+
+class PublishedBatchNormAct2d(PublishedBatchNorm2d):
+    """With timm's drop and act behind it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`PublishedBatchNorm2d`, then drop and act."""
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+def use_published(model: nn.Module, window: int) -> None:
+    """Turns every converted layer with a conv of its own into the published one, in place; others stay."""
+    for module in model.modules():
+        if isinstance(module, CrossIterationMixin) and isinstance(module.producer, nn.Conv2d):
+            conv = module.producer
+            module.remove_window()
+            published: Any = module
+            published.__class__ = PublishedBatchNormAct2d if hasattr(module, "act") else PublishedBatchNorm2d
+            published.bind(conv, window)

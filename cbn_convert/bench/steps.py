@@ -1,0 +1,197 @@
+"""Times training steps of one model with several norms, taking turns, so that a busy machine disturbs all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..conversion import convert
+from ..deploy import fold
+from ..errors import CbnError
+from ..models import ModelSpec, create_model
+from ..norm import CrossIterationMixin
+from ..training.norms import apply_norm
+from .published import use_published
+
+PAPER: dict[str, Any] = {"window": 8, "history": "ring", "compensation": "taylor", "gradient": "current"}
+
+
+def _published(model: nn.Module, example: Tensor) -> None:
+    convert(model, example_input=example, **PAPER)
+    use_published(model, 8)
+
+
+COLUMNS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "bn": lambda model, example: None,
+    "frozen": lambda model, example: apply_norm(model, "frozen"),
+    "cbn": lambda model, example: convert(model, example_input=example),
+    "cbn-every": lambda model, example: convert(model, example_input=example, moments_every=1, moments_positions=None),
+    "cbn-paper": lambda model, example: convert(model, example_input=example, **PAPER),
+    "average": lambda model, example: convert(model, example_input=example, compensation="none"),
+    "gn": lambda model, example: apply_norm(model, "gn"),
+    "published": _published,
+}
+
+
+class BenchResult(NamedTuple):
+    """Medians over the steps of one column; times in ms, memory in MB (10^6 bytes)."""
+
+    column: str
+    step: float
+    forward: float
+    backward: float
+    optimizer: float
+    over_bn: float  # median over rounds of the ratio to BN's step in the same round
+    memory: float | None  # what lives between steps, and on CUDA the peak beside it, else what the graph holds
+    history: float
+
+
+class _Column:
+    def __init__(self, name: str, arch: str, example: Tensor, device: torch.device, options: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.name, self.options = name, options
+        self.times: list[tuple[float, float, float]] = []
+        self.model = _model(arch).train()
+        COLUMNS[name](self.model, example.cpu())
+        self.model.to(device)
+        if options["channels_last"]:
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9)
+        self.runner: Any = torch.compile(self.model) if options["compile"] else self.model
+
+    def step(self, x: Tensor, y: Tensor) -> tuple[float, float, float]:
+        """Seconds of the forward pass, the backward pass and the optimizer's step."""
+        dtype = self.options["dtype"]
+        cast: AbstractContextManager[object] = (
+            nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, dtype)
+        )
+        marks = [_now(x.device)]
+        with cast:
+            loss = F.cross_entropy(self.runner(x), y)
+        marks.append(_now(x.device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        marks.append(_now(x.device))
+        self.optimizer.step()
+        marks.append(_now(x.device))
+        return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
+
+    def history(self) -> list[Tensor]:
+        """The tensors of the window's past."""
+        own = (m.history_tensors() for m in self.model.modules() if isinstance(m, CrossIterationMixin))
+        published = (e for m in self.model.modules() for e in getattr(m, "past", ()))
+        return [t for tensors in (*own, *published) for t in tensors]
+
+    def memory(self, x: Tensor, y: Tensor) -> float:
+        """MB of what lives between steps and of what a step adds to it; see BenchResult."""
+        states = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        between = [*self.model.parameters(), *self.model.buffers(), *states, *self.history()]
+        self.optimizer.zero_grad()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.step(x, y)
+            return (_bytes(between) + torch.cuda.max_memory_allocated() - before) / 1e6
+        known = {t.untyped_storage().data_ptr() for t in between}
+        held: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in known:
+                held[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            self.model(x)
+        return (_bytes(between) + sum(held.values())) / 1e6
+
+
+def bench_step(
+    arch: str,
+    columns: list[str],
+    *,
+    batch_size: int = 2,
+    img_size: int = 224,
+    steps: int = 10,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    compile: bool = False,
+    memory: bool = True,
+    warm_up: int = 4,
+) -> list[BenchResult]:
+    """Times a training step (SGD with momentum, cross-entropy, random images) of a timm model for each column.
+
+    One round runs one step of every column; `steps` rounds count, after `warm_up` that do not. "bn" is always among
+    the columns, as what `over_bn` refers to. Raises CbnError for an unknown column or architecture.
+    """
+    unknown = [c for c in columns if c not in COLUMNS]
+    if unknown:
+        raise CbnError(f"unknown norm {unknown[0]!r} for the benchmark; choose from {', '.join(COLUMNS)}")
+    place = torch.device(device)
+    x = torch.randn(batch_size, 3, img_size, img_size, device=place)
+    y = torch.arange(batch_size, device=place) % 10
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    options = {"dtype": dtype, "channels_last": channels_last, "compile": compile}
+    order = ["bn", *(c for c in columns if c != "bn")]
+    running = [_Column(name, arch, torch.randn(2, 3, img_size, img_size), place, options) for name in order]
+    for i in range(warm_up + steps):
+        for column in running:
+            times = column.step(x, y)
+            if i >= warm_up:
+                column.times.append(times)
+    base = [sum(t) for t in running[0].times]
+    results = []
+    for column in running:
+        totals = [sum(t) for t in column.times]
+        forward, backward, optimizer = (1000 * median(part) for part in zip(*column.times, strict=True))
+        ratio = median(t / b for t, b in zip(totals, base, strict=True))
+        step, history = 1000 * median(totals), _bytes(column.history()) / 1e6
+        most = column.memory(x, y) if memory else None
+        results.append(BenchResult(column.name, step, forward, backward, optimizer, ratio, most, history))
+    return results
+
+
+@torch.no_grad()
+def bench_inference(
+    arch: str, *, batch_size: int = 2, img_size: int = 224, steps: int = 20, device: str = "cpu"
+) -> tuple[float, float]:
+    """Median ms of timm's own model in eval, and the median ratio of the same model converted and folded into convs."""
+    plain, converted = _model(arch).eval(), _model(arch).eval()
+    x = torch.randn(batch_size, 3, img_size, img_size)
+    convert(converted, example_input=x)
+    folded = fold(converted, into="conv", example_input=x)
+    plain, folded, x = plain.to(device), folded.to(device).eval(), x.to(device)
+    times: list[tuple[float, float]] = []
+    for i in range(steps + 3):
+        pair = []
+        for model in (plain, folded):
+            start = _now(x.device)
+            model(x)
+            pair.append(_now(x.device) - start)
+        if i >= 3:
+            times.append((pair[0], pair[1]))
+    return 1000 * median(a for a, _ in times), median(b / a for a, b in times)
+
+
+def _model(arch: str) -> Any:
+    return create_model(ModelSpec(arch, pretrained=False), num_classes=10)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

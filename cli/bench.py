@@ -1,0 +1,84 @@
+"""cbn bench."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as o
+from .session import Session
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEFAULT_NORMS = "bn,frozen,cbn,average,published"
+LABELS = {
+    "bn": "BN",
+    "frozen": "frozen BN",
+    "cbn": "CBN (default)",
+    "cbn-every": "CBN, moments every step, all positions",
+    "cbn-paper": "CBN, the paper's settings",
+    "average": "averaging only",
+    "gn": "GroupNorm",
+    "published": "as published, literally",
+}
+
+
+def bench(
+    arch: Annotated[str, typer.Option(help="timm name; random weights.", rich_help_panel=o.WEIGHTS)] = "resnet50",
+    norms: Annotated[
+        str, typer.Option(help=f"Any of {', '.join(LABELS)}; BN is always there.", rich_help_panel=o.METHOD)
+    ] = DEFAULT_NORMS,
+    batch_size: o.BatchSize = 2,
+    img_size: Annotated[
+        int, typer.Option(min=1, help="Height and width of the input.", rich_help_panel=o.WEIGHTS)
+    ] = 224,
+    steps: Annotated[int, typer.Option(min=1, help="Rounds that count.", rich_help_panel=o.TRAINING)] = 10,
+    device: o.Device = "auto",
+    amp: Annotated[bool, typer.Option("--amp", help="bfloat16 autocast.", rich_help_panel=o.TRAINING)] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Memory format of images and weights.", rich_help_panel=o.TRAINING)
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile.", rich_help_panel=o.TRAINING)] = False,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Time and memory of a training step with each norm, beside BN and the algorithm as published.
+
+    All take turns in one process, a step each, so that a busy machine disturbs all alike; medians, and the median of
+    the ratios to BN's step of the same round.
+    """
+    with Session(as_json, debug, quiet) as session:
+        import torch
+
+        from cbn_convert.bench import bench_step
+        from cbn_convert.training.evaluation import resolve_device
+
+        place = str(resolve_device(device))
+        results = bench_step(
+            arch, [n.strip() for n in norms.split(",") if n.strip()], batch_size=batch_size, img_size=img_size,
+            steps=steps, device=place, dtype=torch.bfloat16 if amp else torch.float32, channels_last=channels_last,
+            compile=compile,
+        )  # fmt: skip
+        rows = [r._asdict() for r in results]
+        session.print(_table(rows))
+        threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        session.print(f"{arch}, batch {batch_size}, {img_size} px, {place}, {threads}")
+        session.result({"arch": arch, "batch_size": batch_size, "img_size": img_size, "device": place, "norms": rows})
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("norm")
+    for header in ("step [ms]", "forward", "backward", "optimizer", "over BN", "memory [MB]", "history [MB]"):
+        table.add_column(header, justify="right")
+    for row in rows:
+        times = [f"{row[k]:.1f}" for k in ("step", "forward", "backward", "optimizer")]
+        memory = "" if row["memory"] is None else f"{row['memory']:.0f}"
+        table.add_row(LABELS[row["column"]], *times, f"{row['over_bn']:.2f}", memory, f"{row['history']:.1f}")
+    return table
