@@ -108,7 +108,7 @@ class History:
             if reader is not None and reader.waiting:
                 self._slots = _map(torch.clone, self._slots)
             last = (self.seen - 1) % self.capacity
-            previous = _map(lambda t: t[:, last], self._slots)
+            previous = _zip(lambda t, _: t[:, last], self._slots, new)
             if not finite.is_cpu:  # decided on the device, without waiting for it
                 new = _zip(lambda old, value: torch.where(finite, value, old), previous, new)
             elif not finite:
@@ -127,9 +127,12 @@ class History:
     def _takes(self, new: Moments) -> bool:
         """Whether the new moments are of the same kind, dtype and size as those stored, and on the same device."""
         assert self._slots is not None
+        old, mean = self._slots.mean, new.mean
+        if (old.dtype, old.device, len(old)) != (mean.dtype, mean.device, len(mean)):
+            return False
         if new.patch_mean is None and self.every > 1:
-            return _alike(Moments(*self._slots[:2]), new)
-        return _alike(self._slots, new)
+            return True
+        return [t is None for t in self._slots] == [t is None for t in new]
 
     @property
     def compensated(self) -> bool:
@@ -159,15 +162,6 @@ class History:
         self.clear()
         self.seen, self.kept = int(state["seen"]), float(state["kept"])
         self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
-
-
-def _alike(slots: Moments, new: Moments) -> bool:
-    """Whether the new moments are of the same kind, dtype and size as those stored, and on the same device."""
-    return all(
-        (a is None) == (b is None)
-        and (a is None or b is None or (a.dtype, a.device, a.shape[0]) == (b.dtype, b.device, b.shape[0]))
-        for a, b in zip(slots, new, strict=True)
-    )
 
 
 def _map(fn: Callable[[Tensor], Tensor], moments: Moments) -> Moments:

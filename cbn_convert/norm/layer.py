@@ -31,82 +31,8 @@ from .functional import (
 from .history import HISTORIES, History, HistoryKind
 from .kernels import Kernels, select
 from .moments import InputPatches, exact_is_possible
-from .producers import Producer, is_producer, learns, out_channels, theta_and_bias
-
-
-class _InputTap:
-    """Forward hook on the producing module that hands its last input over to the norm layer.
-
-    A plain object, so that the norm layer can refer to the producer without registering it as a submodule.
-    """
-
-    def __init__(self, module: Producer, norm: CrossIterationMixin) -> None:
-        self.module = module
-        self.norm = norm
-        self.input: Tensor | None = None
-        self.output: Tensor | None = None
-        self.version: int | None = None
-        self.handles = [
-            module.register_forward_hook(self, with_kwargs=True),
-            module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
-        ]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.norm.training and self.followed:
-            self.input = (args[0] if args else kwargs["input"]).detach()
-            self.output = output.detach()
-            self.version = _version(output)
-
-    def weights_replaced(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """Weights that were loaded have no past."""
-        self.norm.reset_history()
-
-    @property
-    def followed(self) -> bool:
-        """Whether past statistics need compensation: θ or b may change, or could when the past was recorded."""
-        return self.norm.compensation != "none" and (learns(self.module) or self.norm._history.compensated)
-
-    def take(self) -> Tensor | None:
-        """The stored input, which is released here so that no activation outlives its step."""
-        stored, self.input = self.input, None
-        return stored
-
-    def check_output(self, x: Tensor) -> None:
-        """Raises RuntimeError unless x [N, C, ...] holds what the module made, its positions in the same order."""
-        made, self.output = self.output, None
-        if made is None:
-            return
-        rows = x.detach()
-        if isinstance(self.module, nn.Linear):
-            rows, made = rows.movedim(1, -1).flatten(0, -2), made.flatten(0, -2)
-        if rows.shape == made.shape:
-            same = (rows.data_ptr(), rows.stride()) == (made.data_ptr(), made.stride())
-            if self.version in (None, _version(x)) if same else _nearly_equal(rows, made):
-                return
-        raise RuntimeError(
-            f"{type(self.norm).__name__} is bound to a {type(self.module).__name__} whose output is changed before it "
-            "arrives; leave the layer unbound, or exclude it from the conversion"
-        )
-
-    def remove(self) -> None:
-        """Takes the hooks off the module."""
-        for handle in self.handles:
-            handle.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "input": None, "output": None}
-
-
-def _nearly_equal(copy: Tensor, original: Tensor) -> bool:
-    """Whether a copy, perhaps in another dtype, has the original's values; the device is waited for."""
-    original = original.to(copy.dtype)
-    size = float(original.abs().mean().nan_to_num(0))
-    return torch.allclose(copy, original, rtol=1e-2, atol=1e-2 * size, equal_nan=True)
-
-
-def _version(t: Tensor) -> int | None:
-    """How often the tensor, or what it is a view of, was written to; None where nobody counts."""
-    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
+from .producers import Producer, is_producer, out_channels, theta_and_bias
+from .tap import InputTap
 
 
 def name_of_activation(act: nn.Module | None, known: frozenset[str]) -> str:
@@ -138,15 +64,14 @@ def check_window_options(
     moments_positions: int | None = None,
 ) -> None:
     """Raises ValueError, naming the argument and what it may be, unless all are valid."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window must be an integer of at least 1, got {window!r}")
-    if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
-        raise ValueError(f"burn_in must be an integer of at least 0, got {burn_in!r}")
-    for name, count in (("moments_every", moments_every), ("moments_positions", moments_positions)):
-        if isinstance(count, bool) or not (isinstance(count, int) or (count is None and count is moments_positions)):
-            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+    numbers: list[tuple[str, int, int]] = [
+        ("window", window, 1), ("burn_in", burn_in, 0), ("moments_every", moments_every, 1),
+    ]  # fmt: skip
+    if moments_positions is not None:
+        numbers.append(("moments_positions", moments_positions, 1))
+    for name, number, least in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
     if moments_every > 1 and history == "ring":
         raise ValueError(f'moments_every={moments_every} needs history="ema"; a ring keeps every iteration as it was')
     for name, value, allowed in (
@@ -214,7 +139,7 @@ class CrossIterationMixin(_BatchNorm):
         self.moments_positions = moments_positions
         self.iteration = 0
         self._history = History(window, history, moments_every, phase)
-        self._tap: _InputTap | None = None
+        self._tap: InputTap | None = None
 
     def remove_window(self) -> None:
         """Removes every trace of the window from the instance and the hook from its producer."""
@@ -254,7 +179,7 @@ class CrossIterationMixin(_BatchNorm):
         if channels != self.num_features:
             raise ValueError(f"cannot bind: the module has {channels} output channels, the norm {self.num_features}")
         self._unbind()
-        self._tap = _InputTap(module, self)
+        self._tap = InputTap(module, self)
         self._history.clear()
         return self
 
@@ -351,16 +276,17 @@ class CrossIterationMixin(_BatchNorm):
             if single and not self.track_running_stats:
                 raise ValueError(f"expected more than 1 value per channel in training, got input size {x.shape}")
             pooled = self.momentum is None and self.window > 1
+            buffers = None if recomputing or single else self._running_statistics
             window, finite = kernels.window(
                 mean, var, past, newest_weight, theta, bias, self.compensation, self.gradient,
-                None if recomputing or single or pooled else self._running(count),
+                None if pooled or buffers is None else self._running(buffers, count),
             )  # fmt: skip
             if not recomputing:
                 self.iteration += 1
-                if pooled and not single:
-                    self._pool_running_statistics(mean, var, finite)
-                if self._running_statistics is not None and not single:
-                    self._running_statistics[2].add_(finite)
+                if buffers is not None:
+                    if pooled:
+                        _pool_running_statistics(buffers, mean, var, finite)
+                    buffers[2].add_(finite)
                 if self.window > 1:
                     moments = Moments(mean, var)
                     if source is not None and theta is not None and self._history.due:
@@ -422,25 +348,11 @@ class CrossIterationMixin(_BatchNorm):
         assert self.num_batches_tracked is not None
         return self.running_mean, self.running_var, self.num_batches_tracked
 
-    def _running(self, count: float | Tensor) -> Running | None:
+    def _running(self, buffers: tuple[Tensor, Tensor, Tensor], count: float | Tensor) -> Running:
         """The running statistics, to move towards the window's with Bessel's correction for `count` values."""
-        if self._running_statistics is None:
-            return None
-        mean, var, batches = self._running_statistics
+        mean, var, batches = buffers
         share = (batches + 1).to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
         return Running(mean, var, share, count / (count - 1))
-
-    def _pool_running_statistics(self, mean: Tensor, var: Tensor, finite: Tensor) -> None:
-        """Makes the running statistics those of all batches together, as recalibration with momentum None needs them.
-
-        Each batch counts once, and the variance between them counts as well.
-        """
-        if self._running_statistics is None:
-            return
-        running_mean, running_var, batches = self._running_statistics
-        share = (batches + 1).to(mean.dtype).reciprocal()
-        step = mean - running_mean.to(mean.dtype)
-        Running(running_mean, running_var, share, 1.0).update(mean, var + (1 - share) * step * step, finite)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape: [N, C] or [N, C, ...], as the BatchNorm it stands for; output like input in shape and dtype."""
@@ -454,6 +366,17 @@ class CrossIterationMixin(_BatchNorm):
             f"{plain}, window={self.window}, compensation={self.compensation}, "
             f"gradient={self.gradient}, history={self.history}{bound}"
         )
+
+
+def _pool_running_statistics(buffers: tuple[Tensor, Tensor, Tensor], mean: Tensor, var: Tensor, finite: Tensor) -> None:
+    """Makes the running statistics those of all batches together, as recalibration with momentum None needs them.
+
+    Each batch counts once, and the variance between them counts as well.
+    """
+    running_mean, running_var, batches = buffers
+    share = (batches + 1).to(mean.dtype).reciprocal()
+    step = mean - running_mean.to(mean.dtype)
+    Running(running_mean, running_var, share, 1.0).update(mean, var + (1 - share) * step * step, finite)
 
 
 class CrossIterationBatchNorm1d(CrossIterationMixin, nn.BatchNorm1d):

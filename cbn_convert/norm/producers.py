@@ -64,7 +64,8 @@ def fan_in(module: Producer) -> int:
 
 def learns(module: nn.Module) -> bool:
     """Whether θ or b may change; where they do not, past statistics need no compensation."""
-    return any(p.requires_grad for p in module.parameters())
+    own = any(p is not None and p.requires_grad for p in module._parameters.values())
+    return own or any(learns(child) for child in module._modules.values() if child is not None)
 
 
 def as_rows(weight: Tensor, module: Producer) -> Tensor:

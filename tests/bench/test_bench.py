@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
+from cbn_convert.cli.main import app
+from reference import ReferenceCBN
 from torch import nn
 
 import cbn_convert as cbn
 from cbn_convert.bench import COLUMNS, bench_inference, bench_step
 from cbn_convert.bench.published import PublishedBatchNorm2d
-from cbn_convert.cli.main import app
 from cbn_convert.errors import CbnError
-from reference import ReferenceCBN
 
 
 def test_the_published_baseline_is_the_paper() -> None:
@@ -67,7 +67,7 @@ def test_folded_inference_is_compared_with_timm() -> None:
 
 
 def test_unknown_norm_is_one_sentence() -> None:
-    with pytest.raises(CbnError, match="unknown norm 'layernorm'.*choose from bn, frozen"):
+    with pytest.raises(CbnError, match=r"unknown norm 'layernorm'.*choose from bn, frozen"):
         bench_step("test_resnet", ["layernorm"], img_size=32, steps=1)
 
 

@@ -114,6 +114,49 @@ def test_moments_are_the_gradients_of_mean_and_var(groups: int, stride: int) -> 
     torch.testing.assert_close(2 * covariance, d_var.flatten(1))
 
 
+@pytest.mark.parametrize("at_most", [40, 9, 1])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 8, (3, 2), stride=2, padding=(2, 1), dilation=(2, 1), groups=2),
+        nn.Conv2d(4, 8, 3, padding=1, groups=4),
+        nn.Conv2d(4, 8, 3, padding="same", bias=False),
+        nn.Conv2d(4, 8, 3, padding=2, padding_mode="reflect"),
+        nn.Conv2d(4, 8, 1, stride=2),
+        nn.Conv1d(4, 8, 5, padding=4),
+        nn.Conv3d(4, 8, 2, padding=1),
+        nn.Linear(4, 8),
+    ],
+    ids=lambda conv: f"{type(conv).__name__}-{getattr(conv, 'kernel_size', '')}",
+)
+def test_moments_of_some_positions(conv: nn.Module, at_most: int) -> None:
+    """Oracle: autograd on the outputs that were chosen; in turn, every position is."""
+    conv = copy.deepcopy(conv).double()
+    size = [] if isinstance(conv, nn.Linear) else [11, 10, 9][: conv.weight.dim() - 2]
+    y = torch.randn(24 if isinstance(conv, nn.Linear) else 2, 4, *size, dtype=torch.float64) + 1
+    x = conv(y)
+    visits = torch.zeros_like(x)
+    for turn in range(2000):
+        patches = InputPatches(conv, y, x.shape[2:], torch.float64, at_most, turn)
+        with torch.no_grad():
+            patches.outputs(visits).add_(1)
+        if turn < 4:
+            own = patches.outputs(x)
+            axes = [1] if isinstance(conv, nn.Linear) else [0, *range(2, x.dim())]
+            mean, var = own.mean(axes, keepdim=True), own.var(axes, correction=0)
+            assert patches.positions == own.numel() // 8
+            (d_mean,) = torch.autograd.grad(mean.sum(), conv.weight, retain_graph=True)
+            (d_var,) = torch.autograd.grad(var.sum(), conv.weight, retain_graph=True)
+            with torch.no_grad():
+                patch_mean = patches.mean()
+                repeats = 8 // len(patch_mean)
+                torch.testing.assert_close(patch_mean.repeat_interleave(repeats, 0), d_mean.flatten(1))
+                torch.testing.assert_close(2 * patches.covariance_with(own - mean), d_var.flatten(1))
+        if visits.min() > 0:
+            break
+    assert visits.min() == visits.max() == 1
+
+
 def test_scale_invariance_of_the_full_gradient() -> None:
     """BN makes the loss blind to the scale of a filter, θ·dL/dθ = 0; the published gradient loses that."""
 

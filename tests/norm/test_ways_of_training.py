@@ -8,70 +8,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
+from ways import X, assert_same_state, batch, converted, layers, step
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationMixin, history_state
-
-X = torch.randn(1, 3, 12, 12)
-
-
-class Net(nn.Module):
-    """Three convs with norms, a residual sum with a norm of its own, and a head; `around` wraps the middle part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.body = nn.Sequential(
-            nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8),
-        )  # fmt: skip
-        self.last = nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 4)
-        self.around = lambda function, x: function(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.around(self.stem, x)
-        x = x + self.around(self.body, x)
-        return self.head(F.relu(self.last(x)).mean((2, 3)))
-
-
-def converted(seed: int = 0, double: bool = True, **options) -> Net:
-    torch.manual_seed(seed)
-    net = Net().double() if double else Net()
-    cbn.convert(net, window=4, example_input=X.to(net.head.weight.dtype), **options)
-    return net.train()
-
-
-def batch(seed: int, n: int = 2, size: int = 12, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def step(net: nn.Module, x: Tensor, lr: float = 0.05) -> Tensor:
-    net.zero_grad()
-    out = net(x)
-    out.pow(3).mean().backward()
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.grad is not None:
-                p -= lr * p.grad
-    return out.detach()
-
-
-def layers(net: nn.Module) -> list[CrossIterationMixin]:
-    return [m for m in net.modules() if isinstance(m, CrossIterationMixin)]
-
-
-def assert_same_state(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
-    for key, value in a.state_dict().items():
-        torch.testing.assert_close(value, b.state_dict()[key], **tolerance)
-    for one, other in zip(history_state(a).values(), history_state(b).values(), strict=True):
-        assert one["seen"] == other["seen"]
-        for key, value in one["slots"].items():
-            torch.testing.assert_close(value, other["slots"][key], **tolerance)
 
 
 @pytest.mark.parametrize("history", ["ring", "ema"])
@@ -100,15 +43,6 @@ def _each_layer_alone(part: nn.Sequential, x: Tensor) -> Tensor:
     for module in part:
         x = checkpoint(module, x, use_reentrant=False)
     return x
-
-
-def test_no_grad_in_train_mode_counts_like_a_step() -> None:
-    with_grad, without = converted(), converted()
-    for i in range(3):
-        with_grad(batch(i))
-        with torch.no_grad():
-            without(batch(i))
-    assert_same_state(with_grad, without)
 
 
 def test_gradient_accumulation_gives_the_statistics_of_the_whole_batch() -> None:
@@ -143,20 +77,6 @@ def test_empty_batch_is_ignored() -> None:
     assert_same_state(net, twin, rtol=0, atol=0)
 
 
-def test_loaded_weights_have_no_past() -> None:
-    net = converted()
-    for i in range(3):
-        step(net, batch(i))
-    other = converted(seed=1)
-    net.load_state_dict(other.state_dict())
-    assert {s["seen"] for s in history_state(net).values()} == {0}
-    assert torch.equal(step(net, batch(9)), step(other, batch(9)))
-
-    step(net, batch(10))
-    net.stem[0].load_state_dict(converted(seed=2).stem[0].state_dict())
-    assert [layer.history_state()["seen"] for layer in layers(net)] == [0, 2, 2, 2]
-
-
 def test_weights_that_jump_leave_statistics_finite_and_positive() -> None:
     for compensation in ("projection", "taylor", "none"):
         for history in ("ring", "ema"):
@@ -170,52 +90,6 @@ def test_weights_that_jump_leave_statistics_finite_and_positive() -> None:
                 for layer in layers(net):
                     assert torch.isfinite(layer.running_mean).all()
                     assert (layer.running_var > 0).all()
-
-
-@pytest.mark.parametrize("history", ["ring", "ema"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_batch_that_is_not_finite_is_not_recorded(bad: float, history: str) -> None:
-    conv = nn.Conv2d(3, 4, 3).double()
-    norm = CrossIterationBatchNorm2d(4, window=3, history=history).double().bind(conv)
-    norm(conv(torch.full((2, 3, 6, 6), bad, dtype=torch.float64)))
-    for i in range(4):
-        norm(conv(batch(i)))
-    before = copy.deepcopy(norm.state_dict())
-    spoiled = batch(5)
-    spoiled[0, 0, 0, 0] = bad
-    norm(conv(spoiled))
-    for key in ("running_mean", "running_var"):
-        assert torch.equal(norm.state_dict()[key], before[key])
-    outputs = [norm(conv(batch(6 + i))) for i in range(4)]
-    assert torch.isfinite(torch.stack(outputs)).all()
-    # window 3: two batches later nothing is left of what came before, so a twin without the bad batch agrees
-    if history == "ring":
-        twin = CrossIterationBatchNorm2d(4, window=3).double().bind(conv)
-        for i in range(4):
-            out = twin(conv(batch(6 + i)))
-        torch.testing.assert_close(outputs[-1], out)
-
-
-def test_ema_copies_carry_no_history_and_leave_the_model_alone() -> None:
-    net = converted(double=False)
-    for i in range(3):
-        step(net, batch(i, dtype=torch.float32))
-    before = copy.deepcopy(history_state(net))
-    for average in (ModelEmaV3(net, decay=0.5), AveragedModel(net)):
-        assert {s["seen"] for s in history_state(average.module).values()} == {0}
-        assert all(
-            p.producer is not q.producer for p, q in zip(layers(net)[:3], layers(average.module)[:3], strict=True)
-        )
-        average.update(net) if isinstance(average, ModelEmaV3) else average.update_parameters(net)
-        average.module.eval()(batch(7, dtype=torch.float32))
-    assert_same_history(before, history_state(net))
-
-
-def assert_same_history(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name]["seen"] == b[name]["seen"]
-        assert all(torch.equal(v, b[name]["slots"][k]) for k, v in a[name]["slots"].items())
 
 
 def test_update_bn_recalibrates() -> None:
@@ -461,37 +335,6 @@ def test_an_input_that_the_conv_skips_may_be_infinite() -> None:
         out.square().mean().backward()
         assert torch.isfinite(out).all()
         assert all(torch.isfinite(p.grad).all() for p in net.parameters())
-
-
-def test_freezing_and_unfreezing_keeps_the_history() -> None:
-    net = converted()
-    for i in range(8):
-        net.requires_grad_(i % 2 == 0)
-        net(batch(i))
-    assert {s["seen"] for s in history_state(net).values()} == {8}
-
-
-def test_history_state_is_a_snapshot_and_changes_nothing() -> None:
-    net, twin = converted(), converted()
-    for i in range(4):
-        net.zero_grad()
-        twin.zero_grad()
-        out = net(batch(i))
-        state = history_state(net)
-        before = copy.deepcopy(state)
-        out.pow(3).mean().backward()
-        twin(batch(i)).pow(3).mean().backward()
-        assert_same_history(before, state)
-    assert_same_state(net, twin, rtol=0, atol=0)
-
-
-def test_reset_running_stats_starts_anew() -> None:
-    net = converted()
-    for i in range(3):
-        step(net, batch(i))
-    for layer in layers(net):
-        layer.reset_running_stats()
-        assert layer.history_state()["seen"] == 0
 
 
 def test_momentum_none_counts_every_batch_once() -> None:

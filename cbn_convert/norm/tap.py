@@ -1,0 +1,89 @@
+"""How a norm layer gets the input of the module that feeds it, and checks that it is the one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .producers import Producer, learns
+
+if TYPE_CHECKING:
+    from .layer import CrossIterationMixin
+
+
+class InputTap:
+    """Forward hook on the producing module that hands its last input over to the norm layer.
+
+    A plain object, so that the norm layer can refer to the producer without registering it as a submodule.
+    """
+
+    def __init__(self, module: Producer, norm: CrossIterationMixin) -> None:
+        self.module = module
+        self.norm = norm
+        self.input: Tensor | None = None
+        self.output: Tensor | None = None
+        self.version: int | None = None
+        self.handles = [
+            module.register_forward_hook(self, with_kwargs=True),
+            module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
+        ]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Runs behind the module's forward pass."""
+        if self.norm.training and self.followed:
+            self.input = (args[0] if args else kwargs["input"]).detach()
+            self.output = output.detach()
+            self.version = _version(output)
+
+    def weights_replaced(self, module: nn.Module, incompatible_keys: Any) -> None:
+        """Weights that were loaded have no past."""
+        self.norm.reset_history()
+
+    @property
+    def followed(self) -> bool:
+        """Whether past statistics need compensation: θ or b may change, or could when the past was recorded."""
+        return self.norm.compensation != "none" and (learns(self.module) or self.norm._history.compensated)
+
+    def take(self) -> Tensor | None:
+        """The stored input, which is released here so that no activation outlives its step."""
+        stored, self.input = self.input, None
+        return stored
+
+    def check_output(self, x: Tensor) -> None:
+        """Raises RuntimeError unless x [N, C, ...] holds what the module made, its positions in the same order."""
+        made, self.output = self.output, None
+        if made is None:
+            return
+        rows = x.detach()
+        if isinstance(self.module, nn.Linear):
+            rows, made = rows.movedim(1, -1).flatten(0, -2), made.flatten(0, -2)
+        if rows.shape == made.shape:
+            same = (rows.data_ptr(), rows.stride()) == (made.data_ptr(), made.stride())
+            if self.version in (None, _version(x)) if same else _nearly_equal(rows, made):
+                return
+        raise RuntimeError(
+            f"{type(self.norm).__name__} is bound to a {type(self.module).__name__} whose output is changed before it "
+            "arrives; leave the layer unbound, or exclude it from the conversion"
+        )
+
+    def remove(self) -> None:
+        """Takes the hooks off the module."""
+        for handle in self.handles:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "input": None, "output": None}
+
+
+def _nearly_equal(copy: Tensor, original: Tensor) -> bool:
+    """Whether a copy, perhaps in another dtype, has the original's values; the device is waited for."""
+    original = original.to(copy.dtype)
+    size = float(original.abs().mean().nan_to_num(0))
+    return torch.allclose(copy, original, rtol=1e-2, atol=1e-2 * size, equal_nan=True)
+
+
+def _version(t: Tensor) -> int | None:
+    """How often the tensor, or what it is a view of, was written to; None where nobody counts."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
