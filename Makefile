@@ -32,6 +32,7 @@ format: $(STAMP)
 bench-cpu: $(STAMP)
 	$(PY) benchmarks/step_time.py --again
 	$(PY) benchmarks/layer.py
+	$(PY) benchmarks/bounds.py
 	$(PY) benchmarks/readme.py
 
 bench-gpu: $(STAMP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,9 +35,13 @@ def clothing(names: list[str]) -> str:
 
 
 NAMES = {
-    "cbn": "CBN (default)",
+    "cbn": "CBN, moments every step, exact where small",
+    "cbn-turns-4-512": "CBN (default)",
     "cbn-ring8": "CBN, ring of 8",
-    "cbn-no-exact": "CBN, projection everywhere",
+    "cbn-no-exact": "CBN, moments every step, all positions",
+    "cbn-turns-1-512": "every step, about 512 positions",
+    "cbn-turns-4-all": "every 4th step, all positions",
+    "cbn-turns-16-128": "every 16th step, about 128 positions",
     "taylor-full": "Taylor, full gradient",
     "published": "as published: Taylor, current gradient, ring of 8",
     "none": "averaging only",
@@ -80,7 +85,7 @@ def stability(task: str, columns: list[str], keys: list[tuple[int, str, float | 
 
 
 def studies() -> dict[str, str]:
-    main = ["cbn", "cbn-ring8", "taylor-full", "published", "none", "bn"]
+    main = ["cbn-turns-4-512", "cbn", "cbn-ring8", "taylor-full", "published", "none", "bn"]
     tuned = [3e-4, 1e-3, 3e-3, 1e-2]
     rates = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     tables = {
@@ -104,6 +109,132 @@ def studies() -> dict[str, str]:
         tables[f"{task}-clip"] = stability(task, columns, [(2, "sgd", 5.0), (32, "sgd", 5.0)], tuned)
         tables[f"{task}-free"] = stability(task, columns, [(2, "sgd", None), (32, "sgd", None)], tuned)
     return tables
+
+
+def turns() -> str:
+    """Top-1 with moments of patches in turn and of some positions."""
+    report = json.loads((RESULTS / "stability.json").read_text())
+    columns = ["cbn-no-exact", "cbn-turns-4-512", "cbn-turns-1-512", "cbn-turns-4-all", "cbn-turns-16-128"]
+    places = [("digits", 1e-2, None), ("digits", 3e-2, None)]
+    places += [(task, lr, 5.0) for task in ("sign_digits", "clothing") for lr in (3e-3, 1e-2)]
+    lines = ["| top-1 [%] | " + " | ".join(f"{task}, {lr:g}" for task, lr, _ in places) + " |"]
+    lines.append("|---|" + "---|" * len(places))
+    for column in columns:
+        row = []
+        for task, lr, clip in places:
+            values = [
+                c["top1"]
+                for c in report["cells"]
+                if (c["task"], c["column"], c["lr"], c["clip"], c["batch"], c["opt"])
+                == (task, column, lr, clip, 2, "sgd")
+            ]
+            spread = f" ({min(values)} to {max(values)})" if len(values) > 1 else ""
+            row.append(f"{sum(values) / len(values):.1f}{spread}" if values else "")
+        lines.append(f"| {NAMES[column]} | " + " | ".join(row) + " |")
+    source = f"mean (lowest to highest seed); `{report['command']}`, [JSON](BASE/benchmarks/results/stability.json)"
+    return "\n".join([*lines, "", f"*{source}*"])
+
+
+def _cells(report: dict[str, Any]) -> tuple[dict[Any, dict[str, Any]], dict[Any, float]]:
+    """Rows of each (arch, batch, size) by column, and the ratio of folded inference."""
+    steps, folded = {}, {}
+    for cell in report["cells"]:
+        key = (cell["arch"], cell["batch_size"], cell["img_size"])
+        if cell["columns"] == "inference":
+            folded[key] = cell["results"][0]["folded_over_plain"]
+        else:
+            steps[key] = {r["column"]: r for r in cell["results"]}
+    return steps, folded
+
+
+def speed() -> dict[str, str]:
+    report = json.loads((RESULTS / "step_time_cpu.json").read_text())
+    steps, folded = _cells(report)
+    link = "[JSON](BASE/benchmarks/results/step_time_cpu.json)"
+    source = f"*`make bench-cpu`, {link}; {report['machine']}, torch {report['versions']['torch']}, float32*"
+
+    main = [
+        "| | BN step [ms] | CBN over BN | frozen BN over BN | averaging only over BN | published over BN "
+        "| published over CBN | folded inference over timm's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (arch, batch, size), row in steps.items():
+        if size == 224 and batch in (2, 8) and "gn" in row:
+            ratios = [f"{row[c]['over_bn']:.2f}" for c in ("frozen", "average", "published")]
+            gain = row["published"]["step"] / row["cbn"]["step"]
+            main.append(
+                f"| {arch}, batch {batch} | {row['bn']['step']:.0f} | **{row['cbn']['over_bn']:.2f}** | "
+                + " | ".join(ratios)
+                + f" | {gain:.1f} | {folded[arch, batch, size]:.2f} |"
+            )
+    every = [
+        "| | norm | step [ms] | over BN | forward | backward | optimizer | memory [MB] | history [MB] |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (arch, batch, size), row in steps.items():
+        for i, (name, r) in enumerate(row.items()):
+            where = f"{arch}, batch {batch}, {size} px" if i == 0 else ""
+            times = " | ".join(f"{r[k]:.1f}" for k in ("forward", "backward", "optimizer"))
+            every.append(
+                f"| {where} | {BENCH[name]} | {r['step']:.1f} | {r['over_bn']:.2f} | {times} | {r['memory']:.0f} | "
+                f"{r['history']:.1f} |"
+            )
+    return {"speed": "\n".join([*main, "", source]), "speed-all": "\n".join([*every, "", source])}
+
+
+BENCH = {
+    "bn": "BN", "frozen": "frozen BN", "cbn": "CBN (default)", "cbn-every": "CBN, moments every step, all positions",
+    "cbn-paper": "CBN, the paper's settings", "average": "averaging only", "gn": "GroupNorm",
+    "published": "as published, literally",
+}  # fmt: skip
+
+
+def layers() -> str:
+    report = json.loads((RESULTS / "layer_cpu.json").read_text())
+    names = ["nn.BatchNorm2d", "CBN, unbound", "chosen: forward", "chosen: backward", "cpu: forward", "cpu: backward"]
+    lines = [
+        "| shape | batch | MB | nn.BatchNorm2d | CBN, unbound | compiled: forward | backward | ATen: forward "
+        "| backward | share of copy: forward | backward |",
+        "|---|" + "---|" * 10,
+    ]
+    for cell in report["cells"]:
+        times = " | ".join(f"{cell['ms'][n]:.2f}" for n in names)
+        shares = " | ".join(f"{cell['share of copy'][k]:.2f}" for k in ("forward", "backward"))
+        lines.append(f"| {cell['shape']} | {cell['size'][0]} | {cell['megabytes']:.1f} | {times} | {shares} |")
+    link = "[JSON](BASE/benchmarks/results/layer_cpu.json)"
+    source = f"*ms; copy {report['copy_gb_per_s']:.0f} GB/s; `{report['command']}`, {link}, {report['machine']}*"
+    return "\n".join([*lines, "", source])
+
+
+def limits() -> dict[str, str]:
+    report = json.loads((RESULTS / "bounds.json").read_text())
+    lines = [
+        "| | step of all convs [GMAC] | C every step, all positions | C by default | BN's passes [MB] "
+        "| passes over weights [MB] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for b in report["bounds"]:
+        lines.append(
+            f"| {b['arch']}, batch {b['batch_size']} | {b['step_gmacs']:.1f} | +{100 * b['moments_of_all']:.0f} % | "
+            f"+{100 * b['moments_default']:.1f} % | {b['bn_mb']:.0f} | {b['weight_passes_mb']:.0f} |"
+        )
+    parts = {
+        "step": "whole step",
+        "statistics": "statistics",
+        "window": "window: compensation, running statistics",
+        "normalize": "normalise, with ReLU6 in MobileNetV2",
+        "with_patches": "moments of patches (mean over steps)",
+        "past": "history",
+        "python": "the rest of the layers' forward pass",
+        "backward": "backward",
+        "gradient_through_the_past": "gradient for the weights through the past",
+    }
+    where = ["| ms per step, batch 2 | " + " | ".join(p["arch"] for p in report["profile"]) + " |"]
+    where.append("|---|" + "---|" * len(report["profile"]))
+    for key, label in parts.items():
+        where.append(f"| {label} | " + " | ".join(f"{p['ms'][key]:.1f}" for p in report["profile"]) + " |")
+    source = f"*`{report['command']}`, [JSON](BASE/benchmarks/results/bounds.json), {report['machine']}*"
+    return {"bounds": "\n".join([*lines, "", source]), "profile": "\n".join([*where, "", source])}
 
 
 def demo() -> str:
@@ -132,12 +263,15 @@ def fill(path: Path, tables: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     study = studies()
+    performance = {**speed(), **limits(), "layers": layers(), "turns": turns()}
     fill(
         ROOT / "README.md",
         {
             "clothing": clothing(["bn", "frozen", "cbn"]),
             "demo": demo(),
+            "speed": performance["speed"],
             **{name: study[name] for name in ("sign_digits-clip", "clothing-clip")},
         },
     )
     fill(ROOT / "docs" / "method.md", study)
+    fill(ROOT / "docs" / "performance.md", {k: v for k, v in performance.items() if k != "speed"})
