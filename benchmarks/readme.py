@@ -41,6 +41,7 @@ NAMES = {
     "cbn-no-exact": "CBN, moments every step, all positions",
     "cbn-turns-1-512": "every step, about 512 positions",
     "cbn-turns-4-all": "every 4th step, all positions",
+    "cbn-turns-8-512": "every 8th step, about 512 positions",
     "cbn-turns-16-128": "every 16th step, about 128 positions",
     "taylor-full": "Taylor, full gradient",
     "published": "as published: Taylor, current gradient, ring of 8",
@@ -114,7 +115,14 @@ def studies() -> dict[str, str]:
 def turns() -> str:
     """Top-1 with moments of patches in turn and of some positions."""
     report = json.loads((RESULTS / "stability.json").read_text())
-    columns = ["cbn-no-exact", "cbn-turns-4-512", "cbn-turns-1-512", "cbn-turns-4-all", "cbn-turns-16-128"]
+    columns = [
+        "cbn-no-exact",
+        "cbn-turns-4-512",
+        "cbn-turns-1-512",
+        "cbn-turns-4-all",
+        "cbn-turns-8-512",
+        "cbn-turns-16-128",
+    ]
     places = [("digits", 1e-2, None), ("digits", 3e-2, None)]
     places += [(task, lr, 5.0) for task in ("sign_digits", "clothing") for lr in (3e-3, 1e-2)]
     lines = ["| top-1 [%] | " + " | ".join(f"{task}, {lr:g}" for task, lr, _ in places) + " |"]

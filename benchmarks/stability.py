@@ -48,6 +48,7 @@ COLUMNS: dict[str, Any] = {
     "cbn-turns-4-512": {"exact": False, "turns": (4, 512)},
     "cbn-turns-1-512": {"exact": False, "turns": (1, 512)},
     "cbn-turns-4-all": {"exact": False, "turns": (4, None)},
+    "cbn-turns-8-512": {"exact": False, "turns": (8, 512)},
     "cbn-turns-16-128": {"exact": False, "turns": (16, 128)},
     "cbn-ring8": {"window": 8, "history": "ring"},
     "taylor-full": {"compensation": "taylor"},

@@ -189,6 +189,11 @@ def gradient_through_the_past(window: WindowStatistics, grad_mean: Tensor, grad_
     return g_theta, pull.sum(1)
 
 
+def is_known(condition: Tensor) -> bool:
+    """Whether a condition can be looked at without waiting for a device: not on one, and no FakeTensor."""
+    return condition.is_cpu and type(condition) is Tensor
+
+
 class Running(NamedTuple):
     """Running statistics [C], to move by `momentum` towards the window's mean and `correction` times its var."""
 
@@ -199,11 +204,12 @@ class Running(NamedTuple):
 
     def update(self, mean: Tensor, var: Tensor, finite: Tensor) -> None:
         """Moves them, in place, unless a batch with NaN or inf makes `finite` false."""
-        if finite.is_cpu and not finite:
+        known = is_known(finite)
+        if known and not finite:
             return
         for running, new in ((self.mean, mean), (self.var, var * self.correction)):
             new = new.to(running.dtype)
-            if not finite.is_cpu:  # decided on the device, without waiting for it
+            if not known:  # decided on the device, without waiting for it
                 new = torch.where(finite, new, running)
             momentum = self.momentum
             running.lerp_(new, momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
@@ -265,9 +271,10 @@ class WindowNormalize(torch.autograd.Function):
     ) -> Tensor:
         """See the class."""
         inv_std = torch.rsqrt(window.var + eps)
-        scale = inv_std if gamma is None else inv_std * gamma
-        shift = torch.zeros_like(scale) if beta is None else beta.to(scale.dtype)
-        affine = Affine(window.mean, scale.to(inv_std.dtype), shift, act)
+        dtype = inv_std.dtype
+        scale = inv_std if gamma is None else (inv_std * gamma).to(dtype)
+        shift = torch.zeros_like(inv_std) if beta is None else beta.to(dtype).contiguous()
+        affine = Affine(window.mean, scale, shift, act)
         ctx.save_for_backward(x, gamma, inv_std, *affine[:3], *window[4:])
         ctx.share, ctx.w, ctx.act = window.share / positions, window.w, act
         ctx.total, ctx.kernels, ctx.reader = total, kernels, reader

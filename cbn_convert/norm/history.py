@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .functional import Moments, Reader, by_group
+from .functional import Moments, Reader, by_group, is_known
 
 HistoryKind = Literal["ring", "ema"]
 HISTORIES: tuple[str, ...] = ("ring", "ema")
@@ -20,8 +20,8 @@ class History:
 
     "ring" keeps the last window - 1 iterations. "ema" keeps one pooled iteration in which the newest counts 1/window;
     its memory does not grow with the window. Both start with what there is: the n-th iteration counts 1/n until the
-    window is full. With "ema", only every `every`-th iteration, the first of them at `phase`, need bring what
-    compensation needs; it then counts for those that did not.
+    window is full. With "ema", only every `every`-th iteration needs to bring what compensation needs, and counts for
+    those that did not: the first, and those whose number plus `phase` is a multiple of `every`.
 
     A new iteration is staged and becomes part of the past when the next one asks for it. Until then a forward pass that
     is computed once more, as activation checkpointing does, finds the same past.
@@ -81,7 +81,8 @@ class History:
             self.clear()
             return None
         if self._slots.mean.device != like.device:
-            self._slots = _map(lambda t: t.to(like.device), self._slots)
+            with torch.inference_mode(False):
+                self._slots = _map(lambda t: t.to(like.device), self._slots)
         full = len(self) == self.capacity
         return self._slots if full else _map(lambda t: t[:, : len(self)], self._slots)
 
@@ -106,10 +107,11 @@ class History:
             _zip(lambda stored, value: stored[:, 0].copy_(value), self._slots, new)
         else:
             if reader is not None and reader.waiting:
-                self._slots = _map(torch.clone, self._slots)
+                with torch.inference_mode(False):
+                    self._slots = _map(torch.clone, self._slots)
             last = (self.seen - 1) % self.capacity
             previous = _zip(lambda t, _: t[:, last], self._slots, new)
-            if not finite.is_cpu:  # decided on the device, without waiting for it
+            if not is_known(finite):  # decided on the device, without waiting for it
                 new = _zip(lambda old, value: torch.where(finite, value, old), previous, new)
             elif not finite:
                 new = previous
@@ -160,7 +162,7 @@ class History:
                 f"but the layer has window {self.window} ({self.kind}); use the same settings to resume"
             )
         self.clear()
-        self.seen, self.kept = int(state["seen"]), float(state["kept"])
+        self.seen, self.kept = int(state["seen"]), float(state.get("kept", 1.0))
         self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
 
 

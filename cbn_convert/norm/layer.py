@@ -38,7 +38,9 @@ from .tap import InputTap
 def name_of_activation(act: nn.Module | None, known: frozenset[str]) -> str:
     """The name under which kernels apply an activation module; empty if they cannot, or if somebody watches it."""
     name = _ACTIVATIONS.get(type(act), "")
-    watched = act is not None and (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks)
+    watched = act is not None and any(
+        (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks)
+    )
     return name if name in known and not watched else ""
 
 
@@ -129,7 +131,7 @@ class CrossIterationMixin(_BatchNorm):
         moments_positions: int | None = None,
         phase: int = 0,
     ) -> None:
-        """Starts with an empty history and unbound; `phase` is the first iteration that counts for moments_every."""
+        """Starts with an empty history and unbound; `phase` shifts the iterations that bring moments (`History`)."""
         check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions)
         self.window = window
         self.compensation = compensation
@@ -224,6 +226,8 @@ class CrossIterationMixin(_BatchNorm):
     def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        if x.shape[1] != self.num_features:
+            raise ValueError(f"expected input with {self.num_features} channels, got {tuple(x.shape)}")
         if self.training:
             if torch.compiler.is_compiling():
                 compiled: Tensor = torch.compiler.disable(self._normalize_by_window)(x, act)

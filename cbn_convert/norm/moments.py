@@ -77,6 +77,7 @@ class InputPatches:
             y, self.padding = _input_of(self.grid, self.out_size, module, y, self.padding), (0,) * len(self.grid)
         if self.pointwise:
             y = y[(slice(None), slice(None), *(slice(None, None, s) for s in self.stride))]
+            self.stride = (1,) * len(self.stride)
         self.y = y.to(dtype)
 
     def outputs(self, x: Tensor) -> Tensor:
@@ -153,8 +154,11 @@ def _input_of(
         first = g.start * conv.stride[d] - padding[d]
         last = first + (out - 1) * conv.stride[d] * g.step + conv.dilation[d] * (conv.kernel_size[d] - 1) + 1
         size = y.shape[2 + d]
-        y = y.narrow(2 + d, max(0, first), max(0, min(size, last) - max(0, first)))
-        pads.append((max(0, -first), max(0, last - size)))
+        start, end = (min(max(i, 0), size) for i in (first, last))
+        y = y.narrow(2 + d, start, end - start)
+        # what lies outside on either side; all of it on one side where nothing lies inside
+        before = min(last, 0) - min(first, 0)
+        pads.append((before, last - first - (end - start) - before))
     return F.pad(y, [p for pair in reversed(pads) for p in pair]) if any(map(any, pads)) else y
 
 

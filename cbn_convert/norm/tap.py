@@ -54,7 +54,7 @@ class InputTap:
     def check_output(self, x: Tensor) -> None:
         """Raises RuntimeError unless x [N, C, ...] holds what the module made, its positions in the same order."""
         made, self.output = self.output, None
-        if made is None:
+        if made is None or type(made) is not Tensor:  # what only stands for a tensor has no values to compare
             return
         rows = x.detach()
         if isinstance(self.module, nn.Linear):

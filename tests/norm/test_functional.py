@@ -123,11 +123,13 @@ def test_moments_are_the_gradients_of_mean_and_var(groups: int, stride: int) -> 
         nn.Conv2d(4, 8, 3, padding="same", bias=False),
         nn.Conv2d(4, 8, 3, padding=2, padding_mode="reflect"),
         nn.Conv2d(4, 8, 1, stride=2),
+        nn.Conv2d(4, 8, 1, stride=2, groups=2),
+        nn.Conv2d(4, 8, 1, padding=3),
         nn.Conv1d(4, 8, 5, padding=4),
         nn.Conv3d(4, 8, 2, padding=1),
         nn.Linear(4, 8),
     ],
-    ids=lambda conv: f"{type(conv).__name__}-{getattr(conv, 'kernel_size', '')}",
+    ids=str,
 )
 def test_moments_of_some_positions(conv: nn.Module, at_most: int) -> None:
     """Oracle: autograd on the outputs that were chosen; in turn, every position is."""

@@ -132,6 +132,20 @@ def test_two_forward_passes_before_one_backward() -> None:
         assert_same_state(together, apart)
 
 
+@pytest.mark.parametrize("history", ["ring", "ema"])
+def test_inference_mode_while_a_backward_pass_is_to_come(history: str) -> None:
+    net = converted(history=history)
+    for i in range(5):
+        step(net, batch(i))
+    out = net(batch(5))
+    with torch.inference_mode():
+        net(batch(6))
+        net(batch(7))
+    out.sum().backward()
+    for i in range(3):
+        step(net, batch(i))
+
+
 def test_a_graph_that_is_kept_gives_its_gradient_again() -> None:
     net = converted()
     for i in range(5):

@@ -102,6 +102,57 @@ def test_passes(name, dtype, channels_last, size, batch, channels) -> None:
         assert kernels.backward(g, x, affine, inv_std, None, None).x is None
 
 
+@pytest.mark.parametrize("name", [*NAMES, "plain"])
+def test_a_rank_without_images(name: str) -> None:
+    kernels, x = named(name), torch.zeros(0, 3, 4, 5, device=device_of(name))
+    ones = torch.ones(3, device=x.device)
+    affine = Affine(ones, ones, ones)
+    assert kernels.normalize(x, affine, None).shape == x.shape
+    found = kernels.backward(x, x, affine, ones, 0.5, lambda t: t)
+    assert found.x is not None
+    assert found.x.shape == x.shape
+    assert all(t.abs().max() == 0 for t in found[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_global_default_dtype_does_not_matter(name: str) -> None:
+    x = torch.randn(2, 3, 4, 4, device=device_of(name))
+    torch.set_default_dtype(torch.float64)
+    try:
+        mean, var, _ = named(name).statistics(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert mean.dtype == var.dtype == torch.float32
+    close(mean, x.double().mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", ["compiled", "cpu", "triton"])
+@pytest.mark.parametrize("layout", ["strided", "expanded", "wide"])
+def test_parameters_of_any_layout(name: str, layout: str) -> None:
+    """What reaches a kernel as a bare pointer must be dense and of the kernel's dtype."""
+    device = device_of(name)
+    conv, norm = nn.Conv2d(3, 8, 1), CrossIterationBatchNorm2d(8, window=3)
+    net = nn.Sequential(conv, norm).to(device)
+    norm.bind(conv)
+    given = {
+        "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+        "expanded": lambda t: t[:1].expand(t.shape),
+        "wide": lambda t: t.double(),
+    }[layout]
+    values = {k: given(torch.rand_like(v) + 0.5) for k, v in net.named_parameters() if "0.weight" not in k}
+    if layout == "wide":
+        values = {k: v for k, v in values.items() if k.startswith("1.")}
+    reference = copy.deepcopy(net)
+    reference[1].bind(reference[0])
+    for _ in range(3):
+        x = torch.randn(2, 3, 5, 5, device=device)
+        with forced(name):
+            got = torch.func.functional_call(net, values, (x,))
+        with forced("plain"):
+            want = torch.func.functional_call(reference, values, (x,))
+        close(got, want)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_variance_beside_a_large_mean(name: str) -> None:
     x = (1000 + torch.randn(2, 5, 40, 41)).to(device_of(name))

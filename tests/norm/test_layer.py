@@ -226,6 +226,21 @@ def test_a_batch_that_is_not_finite_does_not_poison_the_history(history: str) ->
         assert torch.isfinite(model(torch.randn(2, 3, 6, 6))).all()
 
 
+def test_another_number_of_channels_is_refused() -> None:
+    for norm in (CrossIterationBatchNorm2d(4), CrossIterationBatchNorm2d(1, affine=False, track_running_stats=False)):
+        with pytest.raises(ValueError, match=r"expected input with \d channels, got \(2, 8, 3, 3\)"):
+            norm(torch.randn(2, 8, 3, 3))
+
+
+def test_fake_tensors_have_no_memory_to_look_at() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        conv = torch.nn.Conv2d(3, 4, 3)
+        norm = CrossIterationBatchNorm2d(4).bind(conv)
+        assert norm(conv(torch.randn(2, 3, 8, 8))).shape == (2, 4, 6, 6)
+
+
 def test_one_value_per_channel_is_normalised_by_running_statistics_at_first() -> None:
     layer = CrossIterationBatchNorm2d(4, window=3)
     layer.running_mean.normal_()

@@ -7,8 +7,10 @@ kernels of torch's SyncBatchNorm. "plain", for everything else, is the reference
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol, cast
@@ -79,8 +81,24 @@ def select(x: Tensor) -> Kernels:
     if x.is_cpu:
         return cast(Kernels, compiled if compiled.suits(x) else cpu)
     if x.is_cuda and x.dtype != torch.float64:
-        return named("triton" if find_spec("triton") else "native")
+        return named("triton" if _triton_runs(x.get_device()) else "native")
     return cast(Kernels, plain)
+
+
+@lru_cache
+def _triton_runs(device: int) -> bool:
+    """Whether Triton is installed and can compile for this GPU, which takes a C compiler; warns if it cannot."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        named("triton").statistics(torch.zeros(1, 1, 1, 1, device=f"cuda:{device}"))
+    except Exception as error:  # whatever a compiler may raise
+        warnings.warn(
+            f"Triton does not run on cuda:{device} ({type(error).__name__}: {error}); CBN uses torch's kernels there",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def named(name: str) -> Kernels:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import (
     Affine,
@@ -31,6 +32,7 @@ ACTIVATIONS = frozenset(_ACTS) - {""}
 _TRUE, _FALSE = torch.tensor(True), torch.tensor(False)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
+_VERSION = 1  # of the signatures, as in passes.cpp
 _p, _n, _i, _d = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 _SIGNATURES = {
     "statistics": [_p] * 3 + [_n] * 3 + [_i],
@@ -44,21 +46,22 @@ _SIGNATURES = {
 
 def _load() -> dict[tuple[str, torch.dtype], Callable[..., int]]:
     """The functions of the library by name and dtype; none where it was not built or does not run here."""
-    if platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    if on_x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return {}  # built for AVX2
-    for path in Path(__file__).parent.glob("_passes*.so"):
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError:  # built for another machine, or without its OpenMP
-            continue
-        functions = {}
-        for name, arguments in _SIGNATURES.items():
-            for dtype, suffix in _DTYPES.items():
-                function = getattr(library, f"cbn_{name}_{suffix}")
-                function.argtypes, function.restype = arguments, _i if name == "window" else None
-                functions[name, dtype] = function
-        return functions
-    return {}
+    try:
+        library = ctypes.CDLL(str(Path(__file__).with_name(f"_passes{sysconfig.get_config_var('EXT_SUFFIX')}")))
+        if library.cbn_version() != _VERSION:
+            raise AttributeError
+    except (OSError, AttributeError):  # not built; for another machine; from another version of passes.cpp
+        return {}
+    functions = {}
+    for name, arguments in _SIGNATURES.items():
+        for dtype, suffix in _DTYPES.items():
+            function = getattr(library, f"cbn_{name}_{suffix}")
+            function.argtypes, function.restype = arguments, _i if name == "window" else None
+            functions[name, dtype] = function
+    return functions
 
 
 _functions = _load()
@@ -66,7 +69,8 @@ _functions = _load()
 
 def suits(x: Tensor) -> bool:
     """Whether the library was built and x is laid out as it needs it."""
-    return bool(_functions) and x.is_contiguous() and x.dim() > 1
+    # of tensors that only stand for one, as under FakeTensorMode, there is no memory to look at
+    return bool(_functions) and type(x) in (Tensor, nn.Parameter) and x.is_contiguous() and x.dim() > 1
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -98,7 +102,7 @@ def window(
         past, theta, bias = past._replace(anchor=None, explained=None, patch_mean=None, covariance=None), None, None
         width, groups = 0, 1
     else:
-        theta = _dense(theta, mean.dtype)
+        theta, bias = _dense(theta, mean.dtype), None if bias is None else _dense(bias, mean.dtype)
         width, groups = theta.shape[1], past.patch_mean.shape[0]
     out = mean.new_empty(2 + 2 * n, channels)
     M, S = out[0], out[1]
@@ -193,7 +197,8 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 def _updates(running: Running | None, dtype: torch.dtype) -> bool:
     """Whether the library can update these running statistics."""
     return running is None or (
-        running.mean.dtype == dtype
+        running.mean.dtype == running.var.dtype == dtype
+        and running.mean.is_cpu
         and running.mean.is_contiguous()
         and running.var.is_contiguous()
         and not isinstance(running.momentum, Tensor)

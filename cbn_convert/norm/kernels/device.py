@@ -43,7 +43,7 @@ def tile_at(tile, c, C, P, sn, sc, sp, BP: tl.constexpr, WIDE: tl.constexpr):
     image, p = tile // blocks, (tile % blocks) * BP + tl.arange(0, BP)
     mask = (p < P)[:, None] & (c < C)[None, :]
     if WIDE:
-        return image.to(tl.int64) * sn + p.to(tl.int64)[:, None] * sp + c.to(tl.int64)[None, :] * sc, mask
+        image, p, c = image.to(tl.int64), p.to(tl.int64), c.to(tl.int64)
     return image * sn + p[:, None] * sp + c[None, :] * sc, mask
 
 
@@ -91,7 +91,7 @@ def window(
     BF: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """One program per channel; see functional.window_statistics."""
-    c = tl.program_id(0)
+    c = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, ALL)
     both = tl.load(mean_ptr + every, mask=every < C, other=0.0) + tl.load(var_ptr + every, mask=every < C, other=0.0)
     finite = tl.sum((tl.abs(both) < float("inf")).to(tl.int32)) == ALL
@@ -238,7 +238,7 @@ def through_the_past(
     C, F, per_group, n, slots, pm_slots, w, BF: tl.constexpr,
 ):  # fmt: skip
     """One program per channel and block of F; see functional.gradient_through_the_past."""
-    c, f = tl.program_id(0), tl.program_id(1) * BF + tl.arange(0, BF)
+    c, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
     g_mean, g_var = w * tl.load(grad_mean + c), w * tl.load(grad_var + c)
     row, b = tl.zeros([BF], tl.float32), g_mean * 0.0
     for i in range(n):

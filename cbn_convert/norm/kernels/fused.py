@@ -59,7 +59,7 @@ def _layout(x: Tensor) -> _Layout:
         channels = min(64, triton.next_power_of_2(c))
         tile = (max(1, min(_TILE // channels, triton.next_power_of_2(n * p))), channels)
         return _Layout(x, 1, c, n * p, (0, 1, c), tile, n * p)
-    positions = min(_TILE, triton.next_power_of_2(p))
+    positions = max(1, min(_TILE, triton.next_power_of_2(p)))
     tile = (positions, max(1, min(_TILE // positions, triton.next_power_of_2(c), 16)))
     return _Layout(x, n, c, p, (c * p, p, 1), tile, n * p)
 
@@ -88,8 +88,8 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `Kernels`."""
     layout = _layout(x)
     splits, channels = _splits(layout), layout.channels
-    sums = torch.empty(splits, 3, channels, device=x.device)
-    mean, var = torch.empty(2, channels, device=x.device).unbind()
+    sums = torch.empty(splits, 3, channels, dtype=torch.float32, device=x.device)
+    mean, var = torch.empty(2, channels, dtype=torch.float32, device=x.device).unbind()
     with _on(x):
         device.sums_of_x[layout.columns, splits](
             layout.x, sums, channels, layout.positions, layout.tiles, *layout.strides, **layout.options
@@ -118,8 +118,9 @@ def window(
     width, groups = 1, 1
     if theta is not None and past.patch_mean is not None:
         theta, width, groups = theta.contiguous(), theta.shape[1], past.patch_mean.shape[0]
-    M, S = torch.empty(2, channels, device=mean.device).unbind()
-    along, pull = torch.empty(2, channels, n, device=mean.device).unbind()
+        bias = None if bias is None else bias.contiguous()
+    M, S = torch.empty(2, channels, dtype=torch.float32, device=mean.device).unbind()
+    along, pull = torch.empty(2, channels, n, dtype=torch.float32, device=mean.device).unbind()
     finite = torch.empty((), dtype=torch.bool, device=mean.device)
 
     def given(t: Tensor | None) -> Tensor:
@@ -168,8 +169,8 @@ def backward(
     """See `Kernels`."""
     layout = _layout(x)
     g, splits, channels = _like(g, layout), _splits(layout), layout.channels
-    sums = torch.empty(splits, 2, channels, device=x.device)
-    out = torch.empty(6, channels, device=x.device)
+    sums = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
+    out = torch.empty(6, channels, dtype=torch.float32, device=x.device)
     act = _ACTS[affine.act]
     at_once = total is None and isinstance(share, (int, float))
     with _on(x):

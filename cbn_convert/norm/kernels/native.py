@@ -18,7 +18,7 @@ ACTIVATIONS: frozenset[str] = frozenset()
 def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `Kernels`."""
     mean, inv_std = torch.batch_norm_stats(x, 0.0)
-    return mean, inv_std.pow(-2), None
+    return mean, torch.where(inv_std == 0, 0, inv_std.pow(-2)), None  # the kernel says 0 where the variance is 0
 
 
 def normalize(x: Tensor, affine: Affine, spare: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 // The CPU's passes over activations x [N, C, P], contiguous, and the per-channel work between them. What they compute is
-// written down in cbn_convert/norm/functional.py; kernels/compiled.py calls them. Sums are in the type of x within a
-// block and in double beyond, so that they are as exact as pairwise summation.
+// written down in cbn_convert/norm/functional.py; kernels/compiled.py calls them. Sums over positions are in the type of
+// x within a block and in double beyond, so that they are as exact as pairwise summation.
 
 #include <cmath>
 #include <cstdint>
@@ -264,6 +264,7 @@ void through_the_past(const T* covariance, const T* patch_mean, const T* along, 
   }
 
 extern "C" {
+int cbn_version() { return 1; }  // to be raised with every change of a signature
 EXPORT(float, f32)
 EXPORT(double, f64)
 }
