@@ -40,7 +40,7 @@ DEFAULT_HISTORY: HistoryKind = "ema"
 UNBOUND_WINDOW = 2
 # How the statistics respond to the weights changes slowly: a part of it, estimated in turn, is enough
 # (docs/performance.md).
-MOMENTS_EVERY = 4
+MOMENTS_EVERY = 8
 MOMENTS_POSITIONS = 512
 
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -81,7 +81,7 @@ def convert(
     size in its pretrained_cfg) to find the module that feeds each layer. Its eval output, state_dict keys and module
     tree do not change. `include` and `exclude` choose layers by glob pattern on the name, or by a predicate
     (name, module). Layers that are converted already stay as they are. The other arguments are those of
-    CrossIterationBatchNorm2d; moments_every is by default 4 for history "ema" and 1 for "ring", and the layers take
+    CrossIterationBatchNorm2d; moments_every is by default 8 for history "ema" and 1 for "ring", and the layers take
     turns. With gradient "full", layers without a weight of their own get gradient "straight_through" and, unless
     compensation is "none", a window of at most 2. `sync` shares the statistics of each batch among the ranks of a
     process group.

@@ -7,7 +7,7 @@ that a gradient for θ reaches the parameters behind it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def as_rows(weight: Tensor, module: Producer) -> Tensor:
 
 def theta_and_bias(module: Producer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(θ [C, F], b [C] or None) that the module applies now, in dtype, connected to its parameters by autograd."""
-    with _without_side_effects(module):
+    with _without_side_effects(module) if is_parametrized(module) else nullcontext():
         weight, bias = module.weight, module.bias
     if isinstance(module, _STANDARDISED):
         gain = (module.gain * module.scale).flatten() if isinstance(module, _SCALED) else None
@@ -89,9 +89,6 @@ def theta_and_bias(module: Producer, dtype: torch.dtype) -> tuple[Tensor, Tensor
 @contextmanager
 def _without_side_effects(module: nn.Module) -> Iterator[None]:
     """Lets parametrisations such as spectral_norm answer with what the last forward pass used."""
-    if not is_parametrized(module):
-        yield
-        return
     parametrizations: Any = module.parametrizations
     modes = [(m, m.training) for m in parametrizations.modules()]
     try:

@@ -230,5 +230,5 @@ def test_moments_every_needs_an_exponential_window() -> None:
             CrossIterationBatchNorm2d(4, history="ema", **{name: 0})
     with pytest.raises(ValueError, match="moments_every must be an integer"):
         CrossIterationBatchNorm2d(4, history="ema", moments_every=None)
-    assert {m.moments_every for m in layers(converted())} == {4}
+    assert {m.moments_every for m in layers(converted())} == {8}
     assert {m.moments_every for m in layers(converted(history="ring"))} == {1}
