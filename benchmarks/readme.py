@@ -12,7 +12,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 LABELS = {
     "bn": "BN",
     "frozen": "frozen BN",
-    "cbn": "CBN (default)",
+    "cbn": "CBN, moments every step",
     "cbn-ring8": "CBN, ring of 8",
     "cbn-published": "CBN as published",
 }
@@ -36,12 +36,12 @@ def clothing(names: list[str]) -> str:
 
 NAMES = {
     "cbn": "CBN, moments every step, exact where small",
-    "cbn-turns-4-512": "CBN (default)",
+    "cbn-turns-8-512": "CBN (default)",
     "cbn-ring8": "CBN, ring of 8",
     "cbn-no-exact": "CBN, moments every step, all positions",
     "cbn-turns-1-512": "every step, about 512 positions",
     "cbn-turns-4-all": "every 4th step, all positions",
-    "cbn-turns-8-512": "every 8th step, about 512 positions",
+    "cbn-turns-4-512": "every 4th step, about 512 positions",
     "cbn-turns-16-128": "every 16th step, about 128 positions",
     "taylor-full": "Taylor, full gradient",
     "published": "as published: Taylor, current gradient, ring of 8",
@@ -86,7 +86,7 @@ def stability(task: str, columns: list[str], keys: list[tuple[int, str, float | 
 
 
 def studies() -> dict[str, str]:
-    main = ["cbn-turns-4-512", "cbn", "cbn-ring8", "taylor-full", "published", "none", "bn"]
+    main = ["cbn-turns-8-512", "cbn", "cbn-ring8", "taylor-full", "published", "none", "bn"]
     tuned = [3e-4, 1e-3, 3e-3, 1e-2]
     rates = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     tables = {
@@ -117,10 +117,10 @@ def turns() -> str:
     report = json.loads((RESULTS / "stability.json").read_text())
     columns = [
         "cbn-no-exact",
+        "cbn-turns-8-512",
         "cbn-turns-4-512",
         "cbn-turns-1-512",
         "cbn-turns-4-all",
-        "cbn-turns-8-512",
         "cbn-turns-16-128",
     ]
     places = [("digits", 1e-2, None), ("digits", 3e-2, None)]

@@ -15,7 +15,7 @@ class PublishedBatchNorm2d(nn.BatchNorm2d):
 
     autograd.grad runs twice in every forward pass, for dμ/dθ and dν/dθ; the past is a list of (μ, ν, their
     derivatives, a copy of the weights) of the last window - 1 iterations; the gradient passes through the current
-    batch alone. Input [N, C, H, W], made by `conv` with its weight requiring a gradient.
+    batch alone; activations are copied to channels first and normalised one operation at a time. Input [N, C, H, W], made by `conv` with its weight requiring a gradient.
     """
 
     conv: nn.Conv2d
@@ -31,14 +31,15 @@ class PublishedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         weight = self.conv.weight
-        mean, square = x.mean((0, 2, 3)), (x * x).mean((0, 2, 3))
+        swapped = x.transpose(0, 1)
+        y = swapped.contiguous().flatten(1)
+        mean, square, var = y.mean(1), torch.pow(y, 2).mean(1), y.var(1)
         (d_mean,) = torch.autograd.grad(mean.sum(), weight, retain_graph=True)
         (d_square,) = torch.autograd.grad(square.sum(), weight, retain_graph=True)
         means, squares = [mean], [square]
         for old_mean, old_square, slope_mean, slope_square, old_weight in self.past:
-            step = weight.detach() - old_weight
-            means.append(old_mean + (slope_mean * step).flatten(1).sum(1))
-            squares.append(old_square + (slope_square * step).flatten(1).sum(1))
+            means.append(old_mean + (slope_mean * (weight.detach() - old_weight)).flatten(1).sum(1))
+            squares.append(old_square + (slope_square * (weight.detach() - old_weight)).flatten(1).sum(1))
         every = torch.stack(means)
         M = every.mean(0)
         S = torch.maximum(torch.stack(squares), every * every).mean(0) - M * M
@@ -47,10 +48,12 @@ class PublishedBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         with torch.no_grad():
-            self.running_mean.lerp_(M, self.momentum or 0.0)
-            self.running_var.lerp_(S, self.momentum or 0.0)
-        scale = torch.rsqrt(S + self.eps) * self.weight
-        return x * scale[:, None, None] + (self.bias - M * scale)[:, None, None]
+            self.running_mean.lerp_(mean, self.momentum or 0.0)
+            self.running_var.lerp_(var, self.momentum or 0.0)
+        y = y - M[:, None]
+        y = y / (S[:, None] + self.eps) ** 0.5
+        y = self.weight[:, None] * y + self.bias[:, None]
+        return y.view(swapped.shape).transpose(0, 1)
 
 
 class PublishedBatchNormAct2d(PublishedBatchNorm2d):
