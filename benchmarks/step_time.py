@@ -23,15 +23,18 @@ SMALL = ["bn", "frozen", "cbn"]
 
 
 def cpu_cells() -> Iterator[dict[str, Any]]:
-    for arch in ("mobilenetv2_100", "resnet50"):
-        for batch, steps in ((2, 12), (8, 5)):
+    nets = ("mobilenetv2_100", "resnet50")
+    for batch, steps in ((2, 12), (8, 5)):
+        for arch in nets:
             yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": list(COLUMNS), "steps": steps}
-            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": "inference", "steps": 25}
+            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": "inference", "steps": 20}
+    for arch in nets:
         for batch in (1, 4):
-            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": SMALL, "steps": 9}
-        yield {"arch": arch, "batch_size": 2, "img_size": 512, "columns": SMALL, "steps": 3}
+            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": SMALL, "steps": 7}
     for arch in ("efficientnet_b0", "regnety_016", "densenet121"):
-        yield {"arch": arch, "batch_size": 2, "img_size": 224, "columns": [*SMALL, "published"], "steps": 7}
+        yield {"arch": arch, "batch_size": 2, "img_size": 224, "columns": [*SMALL, "published"], "steps": 5}
+    for arch in nets:
+        yield {"arch": arch, "batch_size": 2, "img_size": 512, "columns": SMALL, "steps": 3}
 
 
 def cuda_cells() -> Iterator[dict[str, Any]]:

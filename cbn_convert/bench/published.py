@@ -15,7 +15,8 @@ class PublishedBatchNorm2d(nn.BatchNorm2d):
 
     autograd.grad runs twice in every forward pass, for dμ/dθ and dν/dθ; the past is a list of (μ, ν, their
     derivatives, a copy of the weights) of the last window - 1 iterations; the gradient passes through the current
-    batch alone; activations are copied to channels first and normalised one operation at a time. Input [N, C, H, W], made by `conv` with its weight requiring a gradient.
+    batch alone; activations are copied to channels first and normalised one operation at a time. Input [N, C, H, W],
+    made by `conv` with its weight requiring a gradient.
     """
 
     conv: nn.Conv2d

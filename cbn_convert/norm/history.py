@@ -110,14 +110,18 @@ class History:
                 with torch.inference_mode(False):
                     self._slots = _map(torch.clone, self._slots)
             last = (self.seen - 1) % self.capacity
-            previous = _zip(lambda t, _: t[:, last], self._slots, new)
+            if new.patch_mean is None:
+                previous = Moments(self._slots.mean[:, last], self._slots.var[:, last])
+            else:
+                previous = _zip(lambda t, _: t[:, last], self._slots, new)
             if not is_known(finite):  # decided on the device, without waiting for it
                 new = _zip(lambda old, value: torch.where(finite, value, old), previous, new)
             elif not finite:
                 new = previous
             if self.kind == "ema":
-                self.kept *= 1 - self.newest_weight
-                _pool_statistics(previous, new, self.newest_weight)
+                share = self.newest_weight
+                self.kept *= 1 - share
+                _pool_statistics(previous, new, share)
                 if new.patch_mean is not None:
                     _pool_patches(previous, new, 1 - self.kept)
                     self.kept = 1.0

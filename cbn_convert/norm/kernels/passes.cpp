@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 2048;
-constexpr int64_t SMALL = 16384;  // work that is not worth waking other threads for
+constexpr int64_t SMALL = 65536;  // work that is not worth waking other threads for
 constexpr double NEGLIGIBLE = 1e-15;  // as in functional.py
 
 enum Act { NONE, RELU, RELU6 };
