@@ -63,7 +63,8 @@ class InputPatches:
             self.positions = len(y) * out_size.numel()
             self.out_size: Sequence[int] = out_size
             assert not isinstance(module.padding, str)
-            self.y, self.padding, self.stride = y.to(dtype), module.padding, module.stride
+            self.y, self.padding = y.to(dtype), module.padding
+            self.stride, self.dilation = module.stride, module.dilation
             self.pointwise = False
             return
         self.grid = _grid(out_size, len(y), at_most, turn)
@@ -71,6 +72,7 @@ class InputPatches:
         self.positions = len(y) * math.prod(self.out_size)
         y, self.padding = padded_input(module, y)
         self.stride = tuple(s * g.step for s, g in zip(module.stride, self.grid, strict=True))
+        self.dilation = module.dilation
         # every input position is the patch of one output position
         self.pointwise = set(module.kernel_size) == {1} and set(self.padding) == {0}
         if any(g.step > 1 for g in self.grid):
@@ -78,6 +80,13 @@ class InputPatches:
         if self.pointwise:
             y = y[(slice(None), slice(None), *(slice(None, None, s) for s in self.stride))]
             self.stride = (1,) * len(self.stride)
+        elif any(g.step > 1 for g in self.grid) and _apart(module, self.stride):
+            # nothing but the patches, side by side: most of a large map is not looked at
+            y = _views(y, module.kernel_size, self.stride, self.dilation)
+            rank = len(self.grid)
+            y = y.permute(0, 1, *(2 + i + j for i in range(rank) for j in (0, rank)))
+            y = y.reshape(*y.shape[:2], *(n * k for n, k in zip(self.out_size, module.kernel_size, strict=True)))
+            self.stride, self.dilation = module.kernel_size, (1,) * rank
         self.y = y.to(dtype)
 
     def outputs(self, x: Tensor) -> Tensor:
@@ -96,11 +105,11 @@ class InputPatches:
         if is_transposed(module):
             # the mean over outputs is one more output channel per group: its weight gradient is the mean patch
             ones = y.new_ones(()).expand(len(y), module.groups, *self.out_size)
-            total = _weight_gradient(ones, y, module, self.stride, self.padding, 1)
+            total = _weight_gradient(ones, y, module, self.stride, self.padding, self.dilation, 1)
         elif self.pointwise:
             total = y.sum([0, *range(2, y.dim())])
         else:
-            total = _patch_sum(y, module, self.stride, self.padding, self.out_size)
+            total = _patch_sum(y, module, self.stride, self.padding, self.dilation, self.out_size)
         return total.reshape(module.groups, -1) / self.positions
 
     def covariance_with(self, xc: Tensor) -> Tensor:
@@ -113,7 +122,7 @@ class InputPatches:
         if self.pointwise and module.groups == 1:
             total = torch.bmm(xc.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
         else:
-            total = as_rows(_weight_gradient(xc, y, module, self.stride, self.padding), module)
+            total = as_rows(_weight_gradient(xc, y, module, self.stride, self.padding, self.dilation), module)
         return total.div_(self.positions)
 
     def covariance(self, mean: Tensor) -> Tensor:
@@ -128,7 +137,7 @@ class InputPatches:
             rows = y.flatten(2) - mean.view(1, -1, 1)
             return torch.bmm(rows, rows.transpose(1, 2)).sum(0, keepdim=True) / self.positions
         else:
-            patches = _unfolded(y, module, self.stride, self.padding)
+            patches = _unfolded(y, module, self.stride, self.padding, self.dilation)
         centred = patches - mean[:, None]
         return torch.bmm(centred.transpose(1, 2), centred) / self.positions
 
@@ -162,13 +171,32 @@ def _input_of(
     return F.pad(y, [p for pair in reversed(pads) for p in pair]) if any(map(any, pads)) else y
 
 
-def _patch_sum(y: Tensor, conv: Conv, stride: Sequence[int], padding: Sequence[int], out_size: Sequence[int]) -> Tensor:
+def _apart(conv: Conv, stride: Sequence[int]) -> bool:
+    """Whether patches at this stride share no input."""
+    return all(s >= d * (k - 1) + 1 for s, d, k in zip(stride, conv.dilation, conv.kernel_size, strict=True))
+
+
+def _views(y: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """The input patches as a view [N, C_in, out_1, ..., kernel_1, ...] of y."""
+    for d, (k, s, dil) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        y = y.unfold(2 + d, dil * (k - 1) + 1, s)[..., ::dil]
+    return y
+
+
+def _patch_sum(
+    y: Tensor,
+    conv: Conv,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out_size: Sequence[int],
+) -> Tensor:
     """Sum of the input patches [C_in, K_1, K_2, ...] over all output positions."""
     total = y.sum(0)
     rank = len(conv.kernel_size)
     for d in reversed(range(rank)):
         selector = _selector(
-            y.shape[2 + d], out_size[d], conv.kernel_size[d], stride[d], padding[d], conv.dilation[d], y.dtype, y.device
+            y.shape[2 + d], out_size[d], conv.kernel_size[d], stride[d], padding[d], dilation[d], y.dtype, y.device
         )
         # contracts the last of the untouched axes; the kernel axes collect at the end, first dimension first
         total = torch.tensordot(total, selector, dims=([1 + d], [0]))
@@ -193,6 +221,7 @@ def _weight_gradient(
     conv: Conv | TransposedConv,
     stride: Sequence[int],
     padding: Sequence[int],
+    dilation: Sequence[int],
     outputs: int | None = None,
 ) -> Tensor:
     """Gradient of the conv's weight for input y and output gradient g, `outputs` per group or as many as it has."""
@@ -205,23 +234,21 @@ def _weight_gradient(
     if transposed:  # as the output is, whatever output_size was asked for
         output_padding = [
             g.shape[2 + d] - (y.shape[2 + d] - 1) * stride[d] + 2 * padding[d]
-            - conv.dilation[d] * (conv.kernel_size[d] - 1) - 1
+            - dilation[d] * (conv.kernel_size[d] - 1) - 1
             for d in range(len(conv.kernel_size))
         ]  # fmt: skip
     result: Tensor = torch.ops.aten.convolution_backward(
-        g, y, weight, None, stride, padding, conv.dilation, transposed,
+        g, y, weight, None, stride, padding, dilation, transposed,
         output_padding, conv.groups, [False, True, False],
     )[1]  # fmt: skip
     return result
 
 
-def _unfolded(y: Tensor, conv: Conv, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+def _unfolded(y: Tensor, conv: Conv, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """Input patches [G, m, F] of zero-padded input."""
     y = F.pad(y, [p for p in reversed(padding) for _ in range(2)])
     rank = len(conv.kernel_size)
-    for d in range(rank):
-        span = conv.dilation[d] * (conv.kernel_size[d] - 1) + 1
-        y = y.unfold(2 + d, span, stride[d])[..., :: conv.dilation[d]]
+    y = _views(y, conv.kernel_size, stride, dilation)
     # [N, C_in, out..., kernel...] -> [G, N, out..., C_in / G, kernel...]
     y = y.unflatten(1, (conv.groups, -1))
     order = [1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]
