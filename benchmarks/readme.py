@@ -152,7 +152,7 @@ def _cells(report: dict[str, Any]) -> tuple[dict[Any, dict[str, Any]], dict[Any,
             folded[key] = cell["results"][0]["folded_over_plain"]
         else:
             steps[key] = {r["column"]: r for r in cell["results"]}
-    return steps, folded
+    return dict(sorted(steps.items())), folded
 
 
 def speed() -> dict[str, str]:
