@@ -28,7 +28,7 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# 15 minutes on a machine that does nothing else; README's and docs/performance.md's tables come from the JSON
+# about 25 minutes on a machine that does nothing else; README's and docs/performance.md's tables come from the JSON
 bench-cpu: $(STAMP)
 	$(PY) benchmarks/step_time.py --again
 	$(PY) benchmarks/layer.py
