@@ -194,8 +194,10 @@ def _patch_sum(
     """Sum of the input patches [C_in, K_1, K_2, ...] over all output positions."""
     total = y.sum(0)
     rank = len(conv.kernel_size)
+    # what is made for a FakeTensor is one itself, and of no use to others
+    selector_of = _selector if type(y) is Tensor else _selector.__wrapped__
     for d in reversed(range(rank)):
-        selector = _selector(
+        selector = selector_of(
             y.shape[2 + d], out_size[d], conv.kernel_size[d], stride[d], padding[d], dilation[d], y.dtype, y.device
         )
         # contracts the last of the untouched axes; the kernel axes collect at the end, first dimension first
