@@ -42,8 +42,8 @@ def bounds(arch: str, batch: int) -> dict[str, Any]:
     cbn.convert(model)
     sizes: dict[nn.Module, tuple[int, ...]] = {}
     for module in model.modules():
-        if isinstance(module, CrossIterationMixin) and module.producer is not None:
-            module.producer.register_forward_hook(lambda m, _, out: sizes.update({m: tuple(out.shape[2:])}))
+        if isinstance(module, CrossIterationMixin) and module.producers:
+            module.producers[0].register_forward_hook(lambda m, _, out: sizes.update({m: tuple(out.shape[2:])}))
     model.eval()
     with torch.no_grad():
         model(torch.randn(1, 3, 224, 224))

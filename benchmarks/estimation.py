@@ -54,7 +54,7 @@ class Probe:
         if not (self.active and layer.training):
             return
         mean, var = batch_statistics(args[0])
-        history, producer = self.layer._history, self.layer.producer
+        history, (producer,) = self.layer._sources[0].history, self.layer.producers
         past = history.past(mean, True)
         assert producer is not None
         assert isinstance(past, Moments)

@@ -144,9 +144,9 @@ def put_norm(model: nn.Module, column: str, example: Tensor) -> None:
     cbn.convert(model, example_input=example, moments_every=every, moments_positions=positions, **options)
     for layer in model.modules():
         if isinstance(layer, CrossIterationMixin):
-            if unbound and layer.producer is None:
+            if unbound and not layer.producers:
                 layer.set_window(unbound[1], "projection", unbound[0], "ema", 0, False)
-            module = layer.producer
+            module = next(iter(layer.producers), None)
             if not exact or module is None or layer.compensation != "projection":
                 continue
             if fan_in(module) <= max(layer.num_features // groups_of(module), 25):

@@ -62,6 +62,6 @@ def assert_same_state(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
     for key, value in a.state_dict().items():
         torch.testing.assert_close(value, b.state_dict()[key], **tolerance)
     for one, other in zip(history_state(a).values(), history_state(b).values(), strict=True):
-        assert one["seen"] == other["seen"]
-        for key, value in one["slots"].items():
-            torch.testing.assert_close(value, other["slots"][key], **tolerance)
+        assert one["sources"][0]["seen"] == other["sources"][0]["seen"]
+        for key, value in one["sources"][0]["slots"].items():
+            torch.testing.assert_close(value, other["sources"][0]["slots"][key], **tolerance)

@@ -72,9 +72,8 @@ class PublishedBatchNormAct2d(PublishedBatchNorm2d):
 def use_published(model: nn.Module, window: int) -> None:
     """Turns every converted layer with a conv of its own into the published one, in place; others stay."""
     for module in model.modules():
-        if isinstance(module, CrossIterationMixin) and isinstance(module.producer, nn.Conv2d):
-            conv = module.producer
-            module.remove_window()
-            published: Any = module
+        if isinstance(module, CrossIterationMixin) and [type(m) for m in module.producers] == [nn.Conv2d]:
+            (conv,) = module.producers
+            published: Any = module.restore()
             published.__class__ = PublishedBatchNormAct2d if hasattr(module, "act") else PublishedBatchNorm2d
             published.bind(conv, window)

@@ -1,8 +1,9 @@
 """Converting a model and back: who feeds whom, the change of classes, the report."""
 
 from .converting import DEFAULT_HISTORY, DEFAULT_WINDOW, convert, norm_layers, revert, warm_up
+from .example import run
 from .report import ConversionReport, ReportRow
-from .trace import NormCall, run, trace_norms
+from .trace import NormCall, trace_norms
 
 __all__ = [
     "DEFAULT_HISTORY",

@@ -12,25 +12,29 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.ops.misc import FrozenBatchNorm2d
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..errors import ConversionError
 from ..norm import (
-    CrossIterationBatchNorm1d,
-    CrossIterationBatchNorm2d,
-    CrossIterationBatchNorm3d,
-    CrossIterationBatchNormAct2d,
+    CONVERTED,
+    CrossIterationFrozenBatchNorm2d,
     CrossIterationMixin,
+    OutputChannels,
+    adopt,
     check_window_options,
+    frozen_eps,
+    is_frozen,
+    modes_kept,
 )
 from ..norm.functional import Compensation, Gradient
 from ..norm.history import HistoryKind
 from ..norm.moments import exact_is_possible
+from ..norm.producers import groups_of, is_transposed, learns, out_channels
 from .report import ConversionReport, ReportRow
-from .trace import NormCall, trace_norms
+from .trace import NormCall, Part, trace_norms
 
 # A long exponential window is the better default for pretrained networks (docs/method.md); the layer's own default, a
 # ring of 8, is the paper's.
@@ -45,19 +49,21 @@ MOMENTS_POSITIONS = 512
 
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
-CONVERTED: dict[type[_BatchNorm], type[CrossIterationMixin]] = {
-    nn.BatchNorm1d: CrossIterationBatchNorm1d,
-    nn.BatchNorm2d: CrossIterationBatchNorm2d,
-    nn.BatchNorm3d: CrossIterationBatchNorm3d,
-    BatchNormAct2d: CrossIterationBatchNormAct2d,
-}
-PLAIN = {converted: plain for plain, converted in CONVERTED.items()}
-_FROZEN = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
-
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every BatchNorm of the model by name: plain, converted, frozen or of an unknown subclass; shared ones once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (_BatchNorm, *_FROZEN))}
+    """Every BatchNorm of the model by name: plain, converted, frozen, scripted or unknown; shared ones once."""
+    return {name: m for name, m in model.named_modules() if _is_batch_norm(m)}
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether it normalises by running statistics; known by its class or its buffers as InplaceAbn is."""
+    if isinstance(module, _BatchNorm) or _is_scripted(module):
+        return True
+    return {"running_mean", "running_var"} <= module._buffers.keys() and not isinstance(module, _InstanceNorm)
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in getattr(module, "original_name", "")
 
 
 def convert(
@@ -101,47 +107,44 @@ def convert(
             f"{type(model).__name__} has no BatchNorm layer, so there is nothing to convert; "
             "choose a model with BatchNorm"
         )
-    chosen = [n for n, m in norms.items() if _selected(n, m, include, True) and not _selected(n, m, exclude, False)]
-    for name in chosen:
-        known = isinstance(norms[name], (CrossIterationMixin, *_FROZEN)) or type(norms[name]) in CONVERTED
-        if not known:
-            raise ConversionError(
-                f"layer {name!r} is a {type(norms[name]).__name__}, a kind of BatchNorm that is not known here and "
-                f"whose behaviour a conversion could lose; leave it as it is with exclude={name!r}"
-            )
-    todo = {name: norms[name] for name in chosen if type(norms[name]) in CONVERTED}
-    calls = trace_norms(model, todo, example_input) if todo else {}
-
-    if compensation == "exact":
-        for name, call in calls.items():
-            if call.producer is not None and not exact_is_possible(model.get_submodule(call.producer)):
-                raise ConversionError(
-                    f'compensation "exact" is not known for {call.producer!r}, a transposed conv; use "projection" or '
-                    f"leave its norm as it is with exclude={name!r}"
-                )
+    chosen = {n: m for n, m in norms.items() if _selected(n, m, include, True) and not _selected(n, m, exclude, False)}
+    for name, norm in chosen.items():
+        _check_known(name, norm)
+    todo = {n: m for n, m in chosen.items() if not isinstance(m, CrossIterationMixin) and not _is_scripted(m)}
+    calls = _calls(model, todo, example_input)
     plans = {name: _plan(model, name, norm, calls[name], compensation) for name, norm in todo.items()}
+    if compensation == "exact":
+        for name, row in plans.items():
+            for part in calls[name].parts if row.status == "compensated" else ():
+                if not exact_is_possible(model.get_submodule(part.module)):
+                    raise ConversionError(
+                        f'compensation "exact" is not known for {part.module!r}, a transposed conv; use "projection" '
+                        f"or leave its norm as it is with exclude={name!r}"
+                    )
     rows: list[ReportRow] = []
     for name, norm in norms.items():
-        if name in todo:
-            row = plans[name]
-            if row.status != "kept":
-                own_window, own_gradient = window, cast(Gradient, gradient)
-                producer = model.get_submodule(row.fed_by) if row.status == "compensated" and row.fed_by else None
-                if producer is None and gradient == "full":
-                    own_gradient = "straight_through"
-                    own_window = window if compensation == "none" else min(window, UNBOUND_WINDOW)
-                norm.__class__ = CONVERTED[type(norm)]  # type: ignore[index]
-                assert isinstance(norm, CrossIterationMixin)
-                norm.set_window(
-                    own_window, compensation, own_gradient, history, burn_in, sync, moments_every, moments_positions,
-                    phase=len(rows),
-                )  # fmt: skip
-                if own_window != window:
-                    row = replace(row, reason=f"{row.reason}; window {own_window}")
-                if producer is not None:
-                    norm.bind(producer)
-        else:
-            row = _untouched(model, name, norm)
+        if name not in todo:
+            rows.append(_untouched(model, name, norm))
+            continue
+        row = plans[name]
+        if row.status != "kept":
+            own_window, own_gradient = window, cast(Gradient, gradient)
+            if row.status != "compensated" and gradient == "full":
+                own_gradient = "straight_through"
+                own_window = window if compensation == "none" else min(window, UNBOUND_WINDOW)
+            layer = adopt(norm)
+            layer.set_window(
+                own_window, compensation, own_gradient, history, burn_in, sync or isinstance(norm, nn.SyncBatchNorm),
+                moments_every, moments_positions, phase=len(rows),
+            )  # fmt: skip
+            if row.status == "compensated":
+                layer.bind(*_outputs(model, calls[name].parts))
+            if isinstance(layer, CrossIterationFrozenBatchNorm2d) and layer.producers:
+                # γ and β of a stage that is frozen as a whole stay as they are
+                for parameter in (layer.weight, layer.bias):
+                    parameter.requires_grad_(any(map(learns, layer.producers)))
+            reason = row.reason if own_window == window else f"{row.reason}; window {own_window}"
+            row = replace(row, reason=reason, history_bytes=layer.history_bytes)
         rows.append(row)
     return ConversionReport(tuple(rows))
 
@@ -151,15 +154,12 @@ def revert(model: nn.Module) -> nn.Module:
 
     Parameters and running statistics are the same tensors, so the state_dict is that of the converted model.
     """
-    for module in model.modules():
-        if isinstance(module, CrossIterationMixin):
-            if type(module) not in PLAIN:
-                raise ConversionError(
-                    f"{type(module).__name__} is a subclass with no known plain form; replace it yourself"
-                )
-            plain = PLAIN[type(module)]
-            module.remove_window()
-            module.__class__ = plain  # type: ignore[assignment]
+    layers = [m for m in model.modules() if isinstance(m, CrossIterationMixin)]
+    for layer in layers:
+        if type(layer) not in (*CONVERTED.values(), CrossIterationFrozenBatchNorm2d):
+            raise ConversionError(f"{type(layer).__name__} is a subclass with no known plain form; replace it yourself")
+    for layer in layers:
+        layer.restore()
     return model
 
 
@@ -171,19 +171,43 @@ def warm_up(model: nn.Module, batches: Iterable[Any]) -> None:
     ignored). Runs in training mode under no_grad; modes, parameters and the running statistics of every norm layer
     are afterwards what they were.
     """
-    modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.clone()) for m in norm_layers(model).values() for b in m.buffers(recurse=False)]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with modes_kept(model):
+        model.train()
+        try:
+            for batch in batches:
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                model(images.to(device) if isinstance(images, Tensor) else images)
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _check_known(name: str, norm: nn.Module) -> None:
+    kind = type(norm).__name__
+    if is_frozen(norm):
+        try:
+            frozen_eps(norm)
+        except TypeError as error:
+            raise ConversionError(f"layer {name!r} cannot be converted: {error}; use exclude={name!r}") from None
+    elif not (isinstance(norm, CrossIterationMixin) or type(norm) in CONVERTED or _is_scripted(norm)):
+        raise ConversionError(
+            f"layer {name!r} is a {kind}, a kind of BatchNorm that is not known here and whose behaviour a conversion "
+            f"could lose; leave it as it is with exclude={name!r}"
+        )
+
+
+def _calls(model: nn.Module, norms: dict[str, nn.Module], example_input: Any | None) -> dict[str, NormCall]:
+    """How the layers are reached in training, or in evaluation where training does not reach them or needs more."""
+    if not norms:
+        return {}
     try:
-        for batch in batches:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model.train()
-            model(images.to(device) if isinstance(images, Tensor) else images)
-    finally:
-        for module, training in modes:
-            module.train(training) if isinstance(module, CrossIterationMixin) else setattr(module, "training", training)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        calls = trace_norms(model, norms, example_input, training=True)
+    except ConversionError:
+        calls = {}
+    rest = {name: norm for name, norm in norms.items() if name not in calls or not calls[name].calls}
+    return {**calls, **trace_norms(model, rest, example_input)} if rest else calls
 
 
 def _selected(name: str, module: nn.Module, selector: Selector | None, default: bool) -> bool:
@@ -196,8 +220,14 @@ def _selected(name: str, module: nn.Module, selector: Selector | None, default: 
 
 
 def _row(name: str, norm: nn.Module, fed_by: str | None, status: Any, reason: str) -> ReportRow:
-    channels = norm.num_features if isinstance(norm, _BatchNorm) else len(norm.state_dict()["weight"])
-    return ReportRow(name, type(norm).__name__, channels, fed_by, status, reason)
+    statistics = norm.get_buffer("running_mean") if _is_scripted(norm) or is_frozen(norm) else None
+    channels = len(statistics) if statistics is not None else norm.num_features
+    kind = norm.original_name if _is_scripted(norm) else type(norm).__name__
+    return ReportRow(name, str(kind), int(cast(int, channels)), fed_by, status, reason)
+
+
+def _outputs(model: nn.Module, parts: Iterable[Part]) -> list[OutputChannels]:
+    return [OutputChannels(cast(Any, model.get_submodule(p.module)), p.first, p.channels) for p in parts]
 
 
 def _plan(model: nn.Module, name: str, norm: nn.Module, call: NormCall, compensation: str) -> ReportRow:
@@ -208,26 +238,37 @@ def _plan(model: nn.Module, name: str, norm: nn.Module, call: NormCall, compensa
         return _row(
             name, norm, None, "kept", f"called {call.calls} times per forward pass, one history cannot serve all"
         )
-    if call.producer is None:
+    group = getattr(norm, "process_group", None)
+    if group is not None and group is not getattr(dist.group, "WORLD", None):
+        return _row(name, norm, None, "kept", "synchronises over a part of the processes only")
+    if not call.parts:
         return _row(
             name, norm, None, "window", f"input comes from {call.origin}, not directly from a conv or linear layer"
         )
-    kind = type(model.get_submodule(call.producer)).__name__
+    outputs = _outputs(model, call.parts)
+    fed_by = ", ".join(dict.fromkeys(part.module for part in call.parts))
+    kinds = " and ".join(dict.fromkeys(type(output.module).__name__ for output in outputs))
     if call.producer_calls > 1:
-        return _row(
-            name, norm, None, "window", f"{kind} {call.producer} runs {call.producer_calls} times per forward pass"
-        )
+        return _row(name, norm, None, "window", f"{kinds} {fed_by} runs {call.producer_calls} times per forward pass")
+    if any(not o.whole and (groups_of(o.module) > 1 or is_transposed(o.module)) for o in outputs):
+        return _row(name, norm, fed_by, "window", f"fed by some channels of a {kinds} with groups or transposed")
     if compensation == "none":
-        return _row(name, norm, call.producer, "window", "compensation is off")
-    return _row(name, norm, call.producer, "compensated", f"fed by {kind}")
+        return _row(name, norm, fed_by, "window", "compensation is off")
+    if len(outputs) > 1:
+        return _row(name, norm, fed_by, "compensated", f"fed by a concatenation of {len(outputs)} {kinds}")
+    if not outputs[0].whole:
+        of = f"{outputs[0].channels} of {out_channels(outputs[0].module)} channels of {kinds}"
+        return _row(name, norm, fed_by, "compensated", f"fed by {of}")
+    return _row(name, norm, fed_by, "compensated", f"fed by {kinds}")
 
 
 def _untouched(model: nn.Module, name: str, norm: nn.Module) -> ReportRow:
     if isinstance(norm, CrossIterationMixin):
-        producer = norm.producer
-        fed_by = next((n for n, m in model.named_modules() if m is producer), None) if producer is not None else None
-        status = "compensated" if fed_by is not None else "window"
-        return _row(name, norm, fed_by, status, "converted already, left as it is")
-    if isinstance(norm, _FROZEN):
-        return _row(name, norm, None, "kept", "frozen statistics")
+        names = {id(m): n for n, m in model.named_modules()}
+        fed_by = ", ".join(dict.fromkeys(names[id(m)] for m in norm.producers if id(m) in names)) or None
+        status = "window" if fed_by is None else "compensated"
+        row = _row(name, norm, fed_by, status, "converted already, left as it is")
+        return replace(row, history_bytes=norm.history_bytes)
+    if _is_scripted(norm):
+        return _row(name, norm, None, "kept", "inside a scripted module, which runs without Python")
     return _row(name, norm, None, "kept", "not selected by include and exclude")

@@ -15,7 +15,8 @@ class ReportRow:
     """One norm layer.
 
     status: "compensated" (past statistics follow the weights of the module in `fed_by`), "window" (statistics are
-    averaged without compensation) or "kept" (still the norm layer that it was); `reason` says why.
+    averaged without compensation) or "kept" (still the norm layer that it was); `reason` says why. Several modules in
+    `fed_by` are joined by ", ". history_bytes: what the layer will remember of past iterations.
     """
 
     name: str
@@ -24,6 +25,7 @@ class ReportRow:
     fed_by: str | None
     status: Status
     reason: str
+    history_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,18 @@ class ConversionReport:
         counted = Counter(row.status for row in self.rows)
         return {status: counted[status] for status in ("compensated", "window", "kept")}
 
+    @property
+    def history_bytes(self) -> int:
+        """What all layers together will remember of past iterations."""
+        return sum(row.history_bytes for row in self.rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"counts": self.counts, "layers": [asdict(row) for row in self.rows]}
+        return {
+            "counts": self.counts,
+            "history_bytes": self.history_bytes,
+            "layers": [asdict(row) for row in self.rows],
+        }
 
     def __str__(self) -> str:
         return ", ".join(f"{n} {status}" for status, n in self.counts.items()) + f" of {len(self)} norm layers"

@@ -1,23 +1,35 @@
 """Who feeds whom: runs a model once and follows tensors from producing modules to norm layers.
 
-Matching is by tensor object, never by name or registration order. Every tensor met is kept alive until the trace ends,
-so that no id can belong to two tensors.
+A tensor is known by the memory that it looks at, which is kept alive until the trace ends; never by the name or the
+registration order of modules. Operations are seen as the dispatcher sees them, so that nothing that scripted or
+functional code does goes by unnoticed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ConversionError
-from ..norm.producers import is_producer
+from ..norm import modes_kept
+from ..norm.producers import is_producer, out_channels
+from .example import Arguments, on_example
+
+
+class Part(NamedTuple):
+    """`channels` output channels, from `first` on, of the module of that name."""
+
+    module: str
+    first: int
+    channels: int
 
 
 @dataclass
@@ -25,122 +37,206 @@ class NormCall:
     """How a norm layer was reached: its input's origin, and what a decision about it depends on."""
 
     calls: int = 0
-    producer: str | None = None  # module whose output object is the input
-    origin: str = "the model's input"  # function or module that made the input
-    consumers: int = 0  # how many operations read the producer's output, or a view of it on the way to the norm
-    producer_calls: int = 0
+    parts: tuple[Part, ...] = ()  # the channels of the input, where all of them are outputs of producers
+    origin: str = "the model's input"  # operation or module that made the input
+    consumers: int = 0  # how many operations read one of the outputs, or a copy or view on the way to the norm
+    producer_calls: int = 0  # how often a producer ran
+
+
+_Key = tuple[Any, ...]
 
 
 @dataclass
 class _Origin:
     tensor: Tensor
     label: str
-    producer: str | None = None
+    writes: int  # into its memory, when it was met
+    parts: tuple[Part, ...] = ()  # what its channels are, for an output of a producer, a copy or a concatenation
+    channels_last: bool = False  # as a Linear leaves them
+    root: _Origin | None = None  # the tensor with parts that this one is a view of
+    sources: Sequence[_Origin] = ()  # what it is a view, a copy or a concatenation of
     consumers: int = 0
-    version: int = 0  # writes to the tensor when it was met
-    viewed: _Origin | None = None  # what this tensor is a rearrangement of
+
+    def consumed(self) -> int:
+        """Readers of the tensor, or of one that it was made from without computing anything."""
+        return max([self.consumers, *(source.consumed() for source in self.sources)])
 
 
-# Functions that only rearrange their first argument, and functions that of their second one read the shape alone.
-_REARRANGING = {"flatten", "reshape", "view", "transpose", "permute", "movedim", "contiguous", "squeeze", "unsqueeze"}
-_LIKE = {"reshape_as", "view_as", "expand_as"}
-
-
-class _Provenance(TorchFunctionMode):
-    """Labels every tensor with the function that made it, or last wrote to it, and counts its readers."""
+class _Provenance(TorchDispatchMode):
+    """Labels every tensor with the operation that made it, or last wrote to it, and counts its readers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.origins: dict[int, _Origin] = {}
+        self.origins: dict[_Key, _Origin] = {}
+        self.writes: Counter[int] = Counter()
         self.paused = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.paused:
-            return out
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if func is Tensor.__setitem__:
-            made = [args[0]]
-        # writing to a view changes the tensor it looks at
-        if getattr(func, "__name__", "").endswith("_") and made and made[0]._base is not None:
-            made.append(made[0]._base)
-        if made:
-            called = getattr(func, "__name__", str(func))
-            name = called.strip("_")
-            rearranged = name in _REARRANGING and not called.endswith("_") and bool(args)
-            if rearranged and made[0] is args[0]:
-                return out
-            read = args[:1] if name in _LIKE else (args, kwargs)
-            for t in {id(t): t for t in tree_leaves(read) if isinstance(t, Tensor)}.values():
-                if (origin := self.origins.get(id(t))) is not None:
-                    origin.consumers += 1
-            viewed = self.origins.get(id(args[0])) if rearranged else None
-            for t in made:
-                if viewed is None:
-                    self.origins[id(t)] = _Origin(t, name)
-                else:
-                    self.origins[id(t)] = _Origin(
-                        t, viewed.label, viewed.producer, version=viewed.version, viewed=viewed
-                    )
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self.paused:
+            self._record(func, args, kwargs, out)
         return out
 
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        read = {_key(t): t for t in _tensors((args, kwargs))}
+        made = {_key(t): t for t in _tensors(out)}
+        written = _written(func, args, kwargs)
+        if not written and made.keys() <= read.keys():
+            return  # all of it as it is, under another name
+        sources = [self.origins[key] for key in read if key in self.origins]
+        for source in sources:
+            source.consumers += 1
+        for t in written:
+            self.writes[_memory(t)] += 1
+            made[_key(t)] = t
+        name = func._schema.name.split("::")[-1].strip("_").removeprefix("native_").removesuffix("_with_indices")
+        for key, t in made.items():
+            self.origins[key] = self._origin(t, name, [] if written else sources)
 
-def default_example_input(model: nn.Module) -> Tensor:
-    """Random images [1, C, H, W] of the size in the model's pretrained_cfg, 3x224x224 without one, on its device."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    size = cfg.get("input_size") or (3, 224, 224)
-    reference = next(model.parameters(), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *size, generator=generator).to(reference.device, reference.dtype)
+    def _origin(self, t: Tensor, name: str, sources: Sequence[_Origin]) -> _Origin:
+        new = _Origin(t, name, self.writes[_memory(t)])
+        if name == "cat":
+            parts = [part for source in sources for part in self.parts_of(source.tensor, source)]
+            if all(self.parts_of(source.tensor, source) for source in sources) and _channels(parts) == t.shape[1]:
+                new.parts, new.sources = tuple(parts), sources
+            return new
+        for source in sources:
+            if name == "clone" or _memory(source.tensor) == _memory(t):
+                new.label, new.sources, new.root = source.label, [source], source.root or source
+                if name == "clone":
+                    self._copy_parts(new, source)
+        return new
+
+    def _copy_parts(self, new: _Origin, source: _Origin) -> None:
+        """Gives a copy the parts of the tensor that it has the values of."""
+        root = source.root or source
+        new.root = None
+        if source.tensor.shape == root.tensor.shape and source.tensor.stride() == root.tensor.stride():
+            new.parts, new.channels_last = () if self.written(root) else root.parts, root.channels_last
+        else:
+            new.parts = self.parts_of(source.tensor, source)
+
+    def produced(self, name: str, module: Any, output: Any) -> None:
+        """To be called behind a producing module."""
+        if isinstance(output, Tensor):
+            parts = (Part(name, 0, out_channels(module)),)
+            last = isinstance(module, nn.Linear)
+            writes = self.writes[_memory(output)]
+            self.origins[_key(output)] = _Origin(output, type(module).__name__, writes, parts, last)
+
+    def origin(self, t: Tensor) -> _Origin | None:
+        """What is known of a tensor."""
+        return self.origins.get(_key(t))
+
+    def written(self, origin: _Origin) -> bool:
+        """Whether something wrote into the tensor's memory since it was met."""
+        return self.writes[_memory(origin.tensor)] != origin.writes
+
+    def parts_of(self, t: Tensor, origin: _Origin) -> tuple[Part, ...]:
+        """What the channels on axis 1 are, if t holds outputs of producers, its positions in their order.
+
+        BatchNorm1d normalises axis 1, which is the features of a Linear only in [N, C] or after a rearrangement.
+        """
+        root = origin.root or origin
+        if not root.parts or t.dim() < 2 or self.written(root):
+            return ()
+        paused, self.paused = self.paused, True
+        made = root.tensor
+        if root.channels_last:
+            t, made = t.movedim(1, -1).flatten(0, -2), made.flatten(0, -2)
+        self.paused = paused
+        first = _first_channel(t, made)
+        return () if first is None else _cut(root.parts, first, t.shape[1])
+
+
+def _memory(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)
+
+
+def _key(t: Tensor) -> _Key:
+    return (_memory(t), t.storage_offset(), t.shape, t.stride(), t.dtype)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided]
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation writes to."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return _tensors([given.get(name) for name in writes])
+
+
+def _channels(parts: Iterable[Part]) -> int:
+    return sum(part.channels for part in parts)
+
+
+def _cut(parts: Sequence[Part], first: int, channels: int) -> tuple[Part, ...]:
+    """The parts of `channels` channels from `first` on."""
+    cut, start = [], 0
+    for part in parts:
+        low, high = max(first, start), min(first + channels, start + part.channels)
+        if low < high:
+            cut.append(Part(part.module, part.first + low - start, high - low))
+        start += part.channels
+    return tuple(cut)
+
+
+def _first_channel(t: Tensor, whole: Tensor) -> int | None:
+    """Which channel of `whole` the view t of some of its channels begins with; None if it is none."""
+    axes = [axis for axis in range(whole.dim()) if axis != 1]
+    if _memory(t) != _memory(whole) or t.dim() != whole.dim() or any(t.shape[a] != whole.shape[a] for a in axes):
+        return None
+    if any(t.stride(a) != whole.stride(a) for a in range(t.dim()) if t.shape[a] > 1) or not whole.stride(1):
+        return None
+    first, rest = divmod(int(t.storage_offset() - whole.storage_offset()), whole.stride(1))
+    return first if not rest and 0 <= first <= whole.shape[1] - t.shape[1] else None
+
+
+def trace_norms(
+    model: nn.Module, norms: dict[str, nn.Module], example_input: Any | None, training: bool = False
+) -> dict[str, NormCall]:
+    """Runs the model once without gradients; returns a NormCall per name in `norms`.
+
+    In eval mode, or with `training` in training mode for all but the layers with running statistics. `example_input` as
+    in `on_example`. Parameters, buffers, modes and random state are left as they were. Raises ConversionError if the
+    model cannot run.
+    """
+    with _mode(model, training):
+        return on_example(model, example_input, lambda arguments: _trace(model, norms, arguments))[0]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    buffers = [(b, b.clone()) for b in model.buffers()] if training else []
+    devices = {b.device for b in model.parameters() if b.is_cuda}
+    # dynamo takes seconds to import, and nothing is compiled where nobody did
+    compiling = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
+    with modes_kept(model), torch.no_grad(), torch.random.fork_rng(devices), eager:
+        model.train(training)
+        for module in model.modules():
+            if "running_mean" in module._buffers:
+                module.eval()
+        try:
             yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
-def _arguments(model: nn.Module, example_input: Any | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example_input is None:
-        example_input = default_example_input(model)
-    if isinstance(example_input, dict):
-        return (), example_input
-    return example_input if isinstance(example_input, tuple) else (example_input,), {}
-
-
-def run(model: nn.Module, example_input: Any | None) -> Any:
-    """The model's outputs on the example input, in eval mode without gradients."""
-    args, kwargs = _arguments(model, example_input)
-    with _evaluating(model):
-        return model(*args, **kwargs)
-
-
-def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: Any | None) -> dict[str, NormCall]:
-    """Runs the model once in eval mode without gradients; returns a NormCall per name in `norms`.
-
-    `example_input` is a tensor, a tuple of positional or a dict of keyword arguments, by default
-    `default_example_input`. Parameters, buffers, modes and random state are left as they were. Raises ConversionError
-    if the model cannot run on it.
-    """
-    args, kwargs = _arguments(model, example_input)
+def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) -> dict[str, NormCall]:
     provenance = _Provenance()
     calls = {name: NormCall() for name in norms}
-    inputs: dict[str, Tensor] = {}
-    runs: dict[str, int] = {}
-    handles = []
+    origins: dict[str, _Origin] = {}
+    runs: Counter[str] = Counter()
 
     def after_producer(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            runs[name] = runs.get(name, 0) + 1
-            if isinstance(output, Tensor):
-                version = 0 if output.is_inference() else output._version
-                provenance.origins[id(output)] = _Origin(output, type(module).__name__, producer=name, version=version)
+            runs[name] += 1
+            provenance.produced(name, module, output)
 
         return hook
 
@@ -148,59 +244,27 @@ def trace_norms(model: nn.Module, norms: dict[str, nn.Module], example_input: An
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call, x = calls[name], args[0] if args else next(iter(kwargs.values()))
             call.calls += 1
-            inputs[name] = x
-            if (origin := provenance.origins.get(id(x))) is not None:
+            if (origin := provenance.origin(x)) is not None:
+                origins[name] = origin
                 call.origin = origin.label
-                provenance.paused = True
-                if origin.producer is not None and _aligned(x, origin, model.get_submodule(origin.producer)):
-                    call.producer = origin.producer
-                provenance.paused = False
+                call.parts = provenance.parts_of(x, origin)
 
         return hook
 
-    try:
+    with ExitStack() as hooks:
         for name, module in model.named_modules():
             if is_producer(module):
-                handles.append(module.register_forward_hook(after_producer(name)))
+                hooks.callback(module.register_forward_hook(after_producer(name)).remove)
         for name, module in norms.items():
-            handles.append(module.register_forward_pre_hook(before_norm(name), with_kwargs=True))
-        with _evaluating(model), provenance:
+            hooks.callback(module.register_forward_pre_hook(before_norm(name), with_kwargs=True).remove)
+        args, kwargs = arguments
+        with provenance:
             output = model(*args, **kwargs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        raise ConversionError(
-            f"the model cannot run on the example input of shape {shapes} ({error}); "
-            "pass an example_input that it accepts"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
 
-    returned = {id(t) for t in tree_leaves(output)}
+    for returned in {id(o): o for t in _tensors(output) if (o := provenance.origin(t)) is not None}.values():
+        returned.consumers += 1
     for name, call in calls.items():
-        if call.producer is not None:
-            call.producer_calls = runs[call.producer]
-            origin: _Origin | None = provenance.origins[id(inputs[name])]
-            while origin is not None:
-                call.consumers = max(call.consumers, origin.consumers + (id(origin.tensor) in returned))
-                origin = origin.viewed
+        if call.parts:
+            call.producer_calls = max(runs[part.module] for part in call.parts)
+            call.consumers = origins[name].consumed()
     return calls
-
-
-def _aligned(x: Tensor, origin: _Origin, module: nn.Module) -> bool:
-    """Whether axis 1 of x holds the channels that the module made, in the order that its positions have.
-
-    BatchNorm1d normalises axis 1, which is the features of a Linear only in [N, C] or after a rearrangement. That x has
-    the output's values is checked by comparing them, which a constant output leaves open.
-    """
-    made = origin
-    while made.viewed is not None:
-        made = made.viewed
-    if not made.tensor.is_inference() and made.tensor._version != made.version:
-        return False  # written to in the meantime, perhaps through a view
-    if not isinstance(module, nn.Linear):
-        return x is made.tensor
-    channels = made.tensor.shape[-1]
-    if x.dim() < 2 or x.shape[1] != channels or bool((made.tensor == made.tensor.flatten()[:1]).all()):
-        return False
-    return torch.equal(x.movedim(1, -1).reshape(-1, channels), made.tensor.reshape(-1, channels))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._pytree import tree_leaves
 
 from ..conversion import NormCall, norm_layers, revert, run, trace_norms
-from ..conversion.converting import CONVERTED
 from ..errors import FoldError
-from ..norm.producers import applies_stored_weight, is_transposed
+from ..norm import CONVERTED, frozen_eps, is_frozen
+from ..norm.producers import applies_stored_weight, is_producer, is_transposed, out_channels
 
 FoldTarget = Literal["bn", "affine", "conv"]
 FOLD_TARGETS: tuple[str, ...] = ("bn", "affine", "conv")
@@ -50,30 +50,32 @@ def fold(
     """Returns a copy of the model, in eval mode, with its norm layers folded; the model itself does not change.
 
     into: "bn" gives plain BatchNorm with the running statistics, the same outputs to the bit. "affine" replaces each
-    layer by `ChannelAffine`. "conv" multiplies it into the weight and bias of the conv or linear layer that feeds it.
-    A layer whose input is not the output of one such module, or is also read elsewhere, stays BatchNorm, as does one
-    behind a standardised or parametrised weight or a grouped transposed conv; their names are logged. BatchNormAct2d
-    keeps its drop and act. The new weights are computed in float64.
+    layer by `ChannelAffine`. "conv" multiplies it into the weight and bias of the conv or linear layers that feed it,
+    after timm's reparameterize_model has merged the branches of those blocks that know how to (RepVGG, MobileOne, ...).
+    A layer whose input is not the output of such modules, or is also read elsewhere, stays BatchNorm, as does one
+    behind a standardised or parametrised weight or a grouped transposed conv; their names are logged. drop and act of
+    BatchNormAct2d stay. The new weights are computed in float64.
 
     keep_bn: with "affine" and "conv", leave BatchNorm modules as identities (mean 0, var 1 - eps, γ 1, β what has no
-    other place), so that state_dict keys are those of the original architecture.
+    other place) and branches as they are, so that state_dict keys are those of the original architecture.
 
     Raises FoldError if a folded tensor would not be finite, if the copy's outputs on `example_input` (as in `convert`)
     are not the model's, or for another `into`; ConversionError if the model cannot run on it.
     """
     if into not in FOLD_TARGETS:
         raise FoldError(f"fold must be one of {', '.join(FOLD_TARGETS)}, got {into!r}")
-    folded = revert(deepcopy(model)).eval()
+    folded = revert(_copy(model)).eval()
     if into == "bn":
         return folded
-    norms: dict[str, _BatchNorm] = {}
+    before, (args, kwargs) = run(folded, example_input)
+    example: Any = kwargs or args
+    if into == "conv" and not keep_bn:
+        folded = _merged(folded)
+    norms: dict[str, Any] = {}
     for name, norm in norm_layers(folded).items():
-        if isinstance(norm, _BatchNorm) and type(norm) in CONVERTED and norm.running_mean is not None:
+        if (type(norm) in CONVERTED or is_frozen(norm)) and norm.running_mean is not None:
             norms[name] = norm
-    calls = trace_norms(folded, dict(norms), example_input) if into == "conv" else {}
-
-    before = run(folded, example_input)
-
+    calls = trace_norms(folded, norms, example) if into == "conv" else {}
     holders = Counter(id(p) for m in folded.modules() for p in m.parameters(recurse=False))
     left = []
     for name, norm in norms.items():
@@ -83,25 +85,43 @@ def fold(
                 _make_identity(norm, scale, shift)
             else:
                 _replace(folded, norm, ChannelAffine(scale.to(_dtype(norm)), shift.to(_dtype(norm))))
-        elif (
-            _foldable(calls[name])
-            and (producer := folded.get_submodule(calls[name].producer or ""))
-            and applies_stored_weight(producer)
-            and not (is_transposed(producer) and producer.groups > 1)
-            and all(holders[id(p)] == 1 for p in producer.parameters())
-        ):
-            _fold_into(name, norm, producer, keep_bn)
+        elif (producers := _foldable(folded, calls[name], holders)) is not None:
+            _fold_into(name, norm, producers, keep_bn)
             if not keep_bn:
                 _replace(folded, norm, None)
         else:
             left.append(name)
     if left:
         _logger.warning(
-            "%d of %d norm layers stay BatchNorm, since they are not fed by one conv alone: %s%s",
+            "%d of %d norm layers stay BatchNorm, since they are not fed by convs alone: %s%s",
             len(left), len(norms), ", ".join(left[:5]), ", ..." if len(left) > 5 else "",
         )  # fmt: skip
-    _check_same(before, run(folded, example_input))
+    _check_same(before, run(folded, example)[0])
     return folded
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """The model with its branches merged by timm's reparameterize_model, which may be called on it once more."""
+    model = reparameterize_model(model, inplace=True)
+    for module in model.modules():
+        for method in ("reparameterize", "switch_to_deploy"):
+            if hasattr(module, method):
+                setattr(module, method, _merged_already)  # a second call fails in some of timm's blocks
+    return model
+
+
+def _merged_already() -> None:
+    pass
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; what a model caches of a computation with gradients (LeViT's biases) is copied without them."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for t in tree_leaves({k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_modules")}):
+            if isinstance(t, Tensor) and not t.is_leaf:
+                memo[id(t)] = t.detach().clone()
+    return deepcopy(model, memo)
 
 
 def _check_same(before: Any, after: Any) -> None:
@@ -117,28 +137,43 @@ def _check_same(before: Any, after: Any) -> None:
                 )
 
 
-def _foldable(call: NormCall) -> bool:
-    return call.producer is not None and call.calls == call.producer_calls == call.consumers == 1
+def _foldable(model: nn.Module, call: NormCall, holders: Counter[int]) -> list[nn.Module] | None:
+    """The modules that a norm layer can be folded into, one behind the other; None where there are none."""
+    if not call.parts or not call.calls == call.producer_calls == call.consumers == 1:
+        return None
+    producers = [model.get_submodule(part.module) for part in call.parts]
+    for part, producer in zip(call.parts, producers, strict=True):
+        if not (
+            is_producer(producer)
+            and applies_stored_weight(producer)
+            and part.channels == out_channels(producer)
+            and not (is_transposed(producer) and producer.groups > 1)
+            and all(holders[id(p)] == 1 for p in producer.parameters())
+        ):
+            return None
+    return producers
 
 
-def _dtype(norm: _BatchNorm) -> torch.dtype:
-    assert norm.running_mean is not None
-    return norm.running_mean.dtype
+def _dtype(norm: Any) -> torch.dtype:
+    dtype: torch.dtype = norm.running_mean.dtype
+    return dtype
 
 
-def _double(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _eps(norm: Any) -> float:
+    return frozen_eps(norm) if is_frozen(norm) else float(norm.eps)
+
+
+def _double(norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, var, γ and β in float64."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     mean, var = norm.running_mean.double(), norm.running_var.double()
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
     return mean, var, gamma, beta
 
 
-def _scale_and_shift(name: str, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
     mean, var, gamma, beta = _double(norm)
-    scale = gamma / torch.sqrt(var + norm.eps)
+    scale = gamma / torch.sqrt(var + _eps(norm))
     return _finite(name, scale), _finite(name, beta - mean * scale)
 
 
@@ -151,48 +186,59 @@ def _finite(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _fold_into(name: str, norm: _BatchNorm, producer: nn.Module, keep_bn: bool) -> None:
-    """Folds the norm into its producer; with `keep_bn` an identity stays, else the producer gets a bias."""
-    mean, var, gamma, beta = _double(norm)
-    weight: Any = producer.weight
-    old_bias: Any = producer.bias
-    args = (weight.double(), None if old_bias is None else old_bias.double(), mean, var, norm.eps, gamma, beta)
-    new_weight: Tensor
-    new_bias: Tensor
-    if isinstance(producer, nn.Linear):
-        new_weight, new_bias = fuse_linear_bn_weights(*args)
-    else:
-        new_weight, new_bias = fuse_conv_bn_weights(*args, transpose=is_transposed(producer))
-    weight.copy_(_finite(name, new_weight.to(weight.dtype)))
-    new_bias = _finite(name, new_bias.detach().to(weight.dtype))
-    carried_by_conv = old_bias is not None or not keep_bn
-    if old_bias is not None:
-        old_bias.copy_(new_bias)
-    elif not keep_bn:
-        producer.bias = nn.Parameter(new_bias)
+def _fold_into(name: str, norm: nn.Module, producers: Sequence[nn.Module], keep_bn: bool) -> None:
+    """Folds the norm into its producers, whose channels follow each other.
+
+    With `keep_bn` an identity stays that adds what has no place in a producer, else these get a bias.
+    """
+    statistics = torch.stack(_double(norm))
+    shift = torch.zeros_like(statistics[0])
+    first = 0
+    for producer in producers:
+        weight: Any = producer.weight
+        channels = slice(first, first + out_channels(cast(Any, producer)))
+        first = channels.stop
+        new_weight, new_bias = _fused(producer, statistics[:, channels], _eps(norm))
+        weight.copy_(_finite(name, new_weight.to(weight.dtype)))
+        new_bias = _finite(name, new_bias.detach().to(weight.dtype))
+        if producer.bias is not None:
+            cast(Tensor, producer.bias).copy_(new_bias)
+        elif keep_bn:
+            shift[channels] = new_bias.double()
+        else:
+            producer.bias = nn.Parameter(new_bias)
     if keep_bn:
-        _make_identity(norm, torch.ones_like(mean), torch.zeros_like(mean) if carried_by_conv else new_bias.double())
+        _make_identity(norm, torch.ones_like(shift), shift)
 
 
-def _make_identity(norm: _BatchNorm, scale: Tensor, shift: Tensor) -> None:
+def _fused(producer: nn.Module, statistics: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float64 with mean, var, γ and β [4, C] of a norm layer folded in."""
+    weight: Any = producer.weight
+    bias: Any = producer.bias
+    mean, var, gamma, beta = statistics
+    args = (weight.double(), None if bias is None else bias.double(), mean, var, eps, gamma, beta)
+    if isinstance(producer, nn.Linear):
+        return fuse_linear_bn_weights(*args)
+    return fuse_conv_bn_weights(*args, transpose=is_transposed(producer))
+
+
+def _make_identity(norm: Any, scale: Tensor, shift: Tensor) -> None:
     """Makes the BatchNorm compute scale · x + shift, with mean 0 and var 1 - eps where it has γ and β."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     if norm.weight is None:
         norm.running_mean.copy_(-shift / scale)
         norm.running_var.copy_(scale**-2 - norm.eps)
         return
     norm.running_mean.zero_()
-    norm.running_var.fill_(1 - norm.eps)
+    norm.running_var.fill_(1 - _eps(norm))
     norm.weight.copy_(scale)
     norm.bias.copy_(shift)
 
 
-def _replace(model: nn.Module, norm: _BatchNorm, by: nn.Module | None) -> None:
+def _replace(model: nn.Module, norm: nn.Module, by: nn.Module | None) -> None:
     """Puts `by`, or nothing, in the place of the norm under each of its names; drop and act stay."""
     parts = [] if by is None else [by]
-    if isinstance(norm, BatchNormAct2d):
-        parts += [m for m in (norm.drop, norm.act) if not isinstance(m, nn.Identity)]
+    children = [norm._modules.get(name) for name in ("drop", "act")]
+    parts += [m for m in children if m is not None and not isinstance(m, nn.Identity)]
     new = nn.Identity() if not parts else parts[0] if len(parts) == 1 else nn.Sequential(*parts)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is norm:

@@ -1,23 +1,43 @@
 """The layer: its mathematics, its window, its modules. Imports nothing of the rest of the package."""
 
-from .layer import (
+from .classes import (
+    CONVERTED,
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
     CrossIterationBatchNorm3d,
     CrossIterationBatchNormAct2d,
-    CrossIterationMixin,
-    check_window_options,
+    CrossIterationFrozenBatchNorm2d,
+    CrossIterationSyncBatchNorm,
+    CrossIterationSyncBatchNormAct,
+    adopt,
+    drop_and_act,
+    frozen_eps,
     history_state,
+    is_frozen,
     load_history_state,
 )
+from .layer import CrossIterationMixin
+from .modes import modes_kept
+from .options import check_window_options
+from .producers import OutputChannels
 
 __all__ = [
+    "CONVERTED",
     "CrossIterationBatchNorm1d",
     "CrossIterationBatchNorm2d",
     "CrossIterationBatchNorm3d",
     "CrossIterationBatchNormAct2d",
+    "CrossIterationFrozenBatchNorm2d",
     "CrossIterationMixin",
+    "CrossIterationSyncBatchNorm",
+    "CrossIterationSyncBatchNormAct",
+    "OutputChannels",
+    "adopt",
     "check_window_options",
+    "drop_and_act",
+    "frozen_eps",
     "history_state",
+    "is_frozen",
     "load_history_state",
+    "modes_kept",
 ]

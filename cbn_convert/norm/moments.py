@@ -24,7 +24,6 @@ from .producers import (
     groups_of,
     is_producer,
     is_transposed,
-    out_channels,
     padded_input,
 )
 
@@ -105,7 +104,7 @@ class InputPatches:
         if is_transposed(module):
             # the mean over outputs is one more output channel per group: its weight gradient is the mean patch
             ones = y.new_ones(()).expand(len(y), module.groups, *self.out_size)
-            total = _weight_gradient(ones, y, module, self.stride, self.padding, self.dilation, 1)
+            total = _weight_gradient(ones, y, module, self.stride, self.padding, self.dilation)
         elif self.pointwise:
             total = y.sum([0, *range(2, y.dim())])
         else:
@@ -113,10 +112,10 @@ class InputPatches:
         return total.reshape(module.groups, -1) / self.positions
 
     def covariance_with(self, xc: Tensor) -> Tensor:
-        """mean(xc p) [C, F] for centred `outputs`."""
+        """mean(xc p) [C, F] for centred `outputs`, or for some channels of them where there is one group."""
         module, y = self.module, self.y
         if not self.positions:
-            return y.new_zeros(out_channels(module), fan_in(module))
+            return y.new_zeros(xc.shape[0 if isinstance(module, nn.Linear) else 1], fan_in(module))
         if isinstance(module, nn.Linear):
             return (xc @ y).div_(self.positions)
         if self.pointwise and module.groups == 1:
@@ -224,12 +223,11 @@ def _weight_gradient(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    outputs: int | None = None,
 ) -> Tensor:
-    """Gradient of the conv's weight for input y and output gradient g, `outputs` per group or as many as it has."""
+    """Gradient of the conv's weight for input y and output gradient g, which may have fewer channels than the conv."""
     transposed = is_transposed(conv)
-    inputs, channels = conv.in_channels, outputs or conv.out_channels // conv.groups
-    shape = (inputs, channels) if transposed else (conv.out_channels, inputs // conv.groups)
+    inputs, channels = conv.in_channels, g.shape[1]
+    shape = (inputs, channels // conv.groups) if transposed else (channels, inputs // conv.groups)
     # only the shape of this weight is read
     weight = y.new_empty(()).expand(*shape, *conv.kernel_size)
     output_padding = [0] * len(conv.kernel_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from typing_extensions import TypeIs
+
+from .modes import modes_kept
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConv = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -55,6 +57,19 @@ def out_channels(module: Producer) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
 
+class OutputChannels(NamedTuple):
+    """Output channels of a producer: `channels` of them from `first` on."""
+
+    module: Producer
+    first: int
+    channels: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all."""
+        return self.channels == out_channels(self.module)
+
+
 def fan_in(module: Producer) -> int:
     """F, the number of weights per output channel."""
     kernel = 1 if isinstance(module, nn.Linear) else torch.Size(module.kernel_size).numel()
@@ -90,13 +105,9 @@ def theta_and_bias(module: Producer, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def _without_side_effects(module: nn.Module) -> Iterator[None]:
     """Lets parametrisations such as spectral_norm answer with what the last forward pass used."""
     parametrizations: Any = module.parametrizations
-    modes = [(m, m.training) for m in parametrizations.modules()]
-    try:
+    with modes_kept(parametrizations):
         parametrizations.eval()
         yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def padded_input(conv: Conv, y: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""How a norm layer gets the input of the module that feeds it, and checks that it is the one."""
+"""How a norm layer gets the input of a module that feeds it, and checks that it is the one."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .producers import Producer, learns
+from .producers import OutputChannels, learns
 
 if TYPE_CHECKING:
     from .layer import CrossIterationMixin
 
+# A copy of the output is compared with it in so many iterations only, since the comparison waits for the device.
+COMPARISONS = 2
+
 
 class InputTap:
-    """Forward hook on the producing module that hands its last input over to the norm layer.
+    """Forward hook on a producing module that hands its last input over to the norm layer.
 
     A plain object, so that the norm layer can refer to the producer without registering it as a submodule.
     """
 
-    def __init__(self, module: Producer, norm: CrossIterationMixin) -> None:
-        self.module = module
+    def __init__(self, made: OutputChannels, norm: CrossIterationMixin) -> None:
+        self.module = made.module
+        self.rows = None if made.whole else slice(made.first, made.first + made.channels)
         self.norm = norm
         self.input: Tensor | None = None
         self.output: Tensor | None = None
         self.version: int | None = None
+        self.compared = 0
         self.handles = [
-            module.register_forward_hook(self, with_kwargs=True),
-            module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
+            self.module.register_forward_hook(self, with_kwargs=True),
+            self.module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
         ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -44,7 +49,7 @@ class InputTap:
     @property
     def followed(self) -> bool:
         """Whether past statistics need compensation: θ or b may change, or could when the past was recorded."""
-        return self.norm.compensation != "none" and (learns(self.module) or self.norm._history.compensated)
+        return self.norm.compensation != "none" and (learns(self.module) or self.norm.compensated)
 
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
@@ -59,9 +64,14 @@ class InputTap:
         rows = x.detach()
         if isinstance(self.module, nn.Linear):
             rows, made = rows.movedim(1, -1).flatten(0, -2), made.flatten(0, -2)
+        if self.rows is not None:
+            made = made[:, self.rows]
         if rows.shape == made.shape:
-            same = (rows.data_ptr(), rows.stride()) == (made.data_ptr(), made.stride())
-            if self.version in (None, _version(x)) if same else _nearly_equal(rows, made):
+            if (rows.data_ptr(), rows.stride()) == (made.data_ptr(), made.stride()):
+                if self.version in (None, _version(x)):
+                    return
+            elif self.compared >= COMPARISONS or _nearly_equal(rows, made):
+                self.compared += 1
                 return
         raise RuntimeError(
             f"{type(self.norm).__name__} is bound to a {type(self.module).__name__} whose output is changed before it "

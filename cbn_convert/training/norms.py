@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..conversion import convert, norm_layers
-from ..conversion.converting import CONVERTED
 from ..errors import ConversionError
+from ..norm import CONVERTED, drop_and_act
 from ..norm.functional import statistics_dtype
 from ..norm.kernels import batch_statistics
 
@@ -32,9 +31,7 @@ class _Alternative(_BatchNorm):
             if self.training
             else F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         )
-        if isinstance(self, BatchNormAct2d):
-            y = self.act(self.drop(y))
-        return y
+        return drop_and_act(self, y)
 
 
 class _Frozen(_Alternative):
@@ -105,6 +102,6 @@ def _group_norm(norm: Any) -> nn.Module:
     groups = math.gcd(32, norm.num_features)
     group_norm = nn.GroupNorm(groups, norm.num_features, eps=norm.eps, affine=norm.affine)
     group_norm.load_state_dict({k: v for k, v in norm.state_dict().items() if k in ("weight", "bias")})
-    if isinstance(norm, BatchNormAct2d):
+    if hasattr(norm, "act"):
         return nn.Sequential(group_norm, norm.drop, norm.act)
     return group_norm

@@ -93,7 +93,7 @@ def test_converted_model_trains_and_survives_copies(name: str) -> None:
         assert torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        producers = {id(m.producer) for m in twin.modules() if isinstance(m, CrossIterationMixin)}
+        producers = {id(p) for m in twin.modules() if isinstance(m, CrossIterationMixin) for p in m.producers}
         assert producers <= {id(m) for m in twin.modules()}
         torch.manual_seed(3)
         expected = copy.deepcopy(model)(X)
@@ -181,16 +181,16 @@ def test_converting_the_rest_later_in_training_mode() -> None:
     model(X)
     cbn.convert(model, example_input=X)
     model(X)
-    assert [model[i].history_state()["seen"] for i in (1, 3)] == [2, 1]
+    assert [model[i].history_state()["sources"][0]["seen"] for i in (1, 3)] == [2, 1]
 
 
 def test_convert_twice_changes_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     first = cbn.convert(model, window=4, example_input=torch.randn(1, 3, 8, 8))
-    history = model[1]._history
+    history = model[1]._sources[0].history
     second = cbn.convert(model, window=16, example_input=torch.randn(1, 3, 8, 8))
     assert model[1].window == 4
-    assert model[1]._history is history
+    assert model[1]._sources[0].history is history
     assert [r.status for r in second] == [r.status for r in first] == ["compensated"]
     assert "already" in second.rows[0].reason
 
@@ -254,7 +254,11 @@ def test_warm_up_fills_the_history_and_nothing_else() -> None:
     before = copy.deepcopy(model.state_dict())
     cbn.warm_up(model, [(torch.randn(2, 3, 8, 8), torch.zeros(2)), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)])
     assert isinstance(model[1], CrossIterationBatchNorm2d)
-    assert model[1].history_state()["slots"]["mean"].shape[1] == model[1].history_state()["seen"] == 3
+    assert (
+        model[1].history_state()["sources"][0]["slots"]["mean"].shape[1]
+        == model[1].history_state()["sources"][0]["seen"]
+        == 3
+    )
     assert not any(m.training for m in model.modules())
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
@@ -334,10 +338,10 @@ def test_one_conv_feeding_two_norms_compensates_both() -> None:
     model = Fork().train()
     report = cbn.convert(model, example_input=torch.randn(1, 3, 8, 8))
     assert [row.status for row in report] == ["compensated", "compensated"]
-    assert model.a.producer is model.b.producer is model.conv
+    assert model.a.producers == model.b.producers == (model.conv,)
     for _ in range(3):
         model(torch.randn(2, 3, 8, 8)).square().mean().backward()
-    assert model.a.history_state()["seen"] == model.b.history_state()["seen"] == 3
+    assert model.a.history_state()["sources"][0]["seen"] == model.b.history_state()["sources"][0]["seen"] == 3
 
 
 def test_writes_after_the_producer_unpair() -> None:

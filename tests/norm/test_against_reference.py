@@ -120,9 +120,8 @@ def test_float32_follows_float64() -> None:
 
 
 def test_projection_is_exact_when_weights_are_only_rescaled_and_never_below_taylor() -> None:
-    from cbn_convert.norm.functional import compensate, responses
+    from cbn_convert.norm.functional import Moments, compensate, responses
     from cbn_convert.norm.history import History
-    from cbn_convert.norm.layer import Moments
     from cbn_convert.norm.moments import InputPatches
 
     conv = nn.Conv2d(3, 5, 3, bias=False).double()

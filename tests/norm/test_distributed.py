@@ -96,8 +96,10 @@ def test_sync_is_one_process_with_the_joined_batch(ranks, compensation: str, his
             for key, value in expected[part].items():
                 torch.testing.assert_close(got[part][key], value, rtol=1e-9, atol=1e-11)
         for name, state in expected["history"].items():
-            for key, value in state["slots"].items():
-                torch.testing.assert_close(got["history"][name]["slots"][key], value, rtol=1e-9, atol=1e-11)
+            for key, value in state["sources"][0]["slots"].items():
+                torch.testing.assert_close(
+                    got["history"][name]["sources"][0]["slots"][key], value, rtol=1e-9, atol=1e-11
+                )
 
 
 def test_without_sync_gradients_agree_and_history_is_each_ranks_own(ranks) -> None:
@@ -105,9 +107,9 @@ def test_without_sync_gradients_agree_and_history_is_each_ranks_own(ranks) -> No
     for name, grad in one["grads"].items():
         torch.testing.assert_close(grad, other["grads"][name], rtol=0, atol=0)
     for name, state in one["history"].items():
-        assert state["seen"] == other["history"][name]["seen"] == STEPS
-        for key, value in state["slots"].items():
-            assert not torch.equal(value, other["history"][name]["slots"][key])
+        assert state["sources"][0]["seen"] == other["history"][name]["sources"][0]["seen"] == STEPS
+        for key, value in state["sources"][0]["slots"].items():
+            assert not torch.equal(value, other["history"][name]["sources"][0]["slots"][key])
 
 
 def test_sync_without_a_process_group_is_plain() -> None:

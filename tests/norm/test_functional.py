@@ -26,7 +26,7 @@ def test_gradcheck(compensation: str, history: str, affine: bool, groups: int) -
         for _ in range(3):
             norm(conv(torch.randn(2, 4, 5, 5, dtype=torch.float64)))
             conv.weight += 0.05 * torch.randn_like(conv.weight)
-    past = norm._history.past(conv.weight, compensation != "none")
+    past = norm._sources[0].history.past(conv.weight, compensation != "none")
     assert past is not None
 
     def function(y, weight, bias, *affine_parameters):

@@ -30,12 +30,12 @@ def test_loaded_weights_have_no_past() -> None:
         step(net, batch(i))
     other = converted(seed=1)
     net.load_state_dict(other.state_dict())
-    assert {s["seen"] for s in history_state(net).values()} == {0}
+    assert {s["sources"][0]["seen"] for s in history_state(net).values()} == {0}
     assert torch.equal(step(net, batch(9)), step(other, batch(9)))
 
     step(net, batch(10))
     net.stem[0].load_state_dict(converted(seed=2).stem[0].state_dict())
-    assert [layer.history_state()["seen"] for layer in layers(net)] == [0, 2, 2, 2]
+    assert [layer.history_state()["sources"][0]["seen"] for layer in layers(net)] == [0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("history", ["ring", "ema"])
@@ -68,10 +68,8 @@ def test_ema_copies_carry_no_history_and_leave_the_model_alone() -> None:
         step(net, batch(i, dtype=torch.float32))
     before = copy.deepcopy(history_state(net))
     for average in (ModelEmaV3(net, decay=0.5), AveragedModel(net)):
-        assert {s["seen"] for s in history_state(average.module).values()} == {0}
-        assert all(
-            p.producer is not q.producer for p, q in zip(layers(net)[:3], layers(average.module)[:3], strict=True)
-        )
+        assert {s["sources"][0]["seen"] for s in history_state(average.module).values()} == {0}
+        assert all(p.producers != q.producers for p, q in zip(layers(net)[:3], layers(average.module)[:3], strict=True))
         average.update(net) if isinstance(average, ModelEmaV3) else average.update_parameters(net)
         average.module.eval()(batch(7, dtype=torch.float32))
     assert_same_history(before, history_state(net))
@@ -80,8 +78,8 @@ def test_ema_copies_carry_no_history_and_leave_the_model_alone() -> None:
 def assert_same_history(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name]["seen"] == b[name]["seen"]
-        assert all(torch.equal(v, b[name]["slots"][k]) for k, v in a[name]["slots"].items())
+        assert a[name]["sources"][0]["seen"] == b[name]["sources"][0]["seen"]
+        assert all(torch.equal(v, b[name]["sources"][0]["slots"][k]) for k, v in a[name]["sources"][0]["slots"].items())
 
 
 def test_freezing_and_unfreezing_keeps_the_history() -> None:
@@ -89,7 +87,7 @@ def test_freezing_and_unfreezing_keeps_the_history() -> None:
     for i in range(8):
         net.requires_grad_(i % 2 == 0)
         net(batch(i))
-    assert {s["seen"] for s in history_state(net).values()} == {8}
+    assert {s["sources"][0]["seen"] for s in history_state(net).values()} == {8}
 
 
 def test_history_state_is_a_snapshot_and_changes_nothing() -> None:
@@ -112,7 +110,7 @@ def test_reset_running_stats_starts_anew() -> None:
         step(net, batch(i))
     for layer in layers(net):
         layer.reset_running_stats()
-        assert layer.history_state()["seen"] == 0
+        assert layer.history_state()["sources"][0]["seen"] == 0
 
 
 def test_two_forward_passes_before_one_backward() -> None:
@@ -172,19 +170,19 @@ def test_weights_at_rest_need_moments_of_no_iteration() -> None:
 
 
 def test_layers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cbn_convert.norm import layer
+    from cbn_convert.norm import source
 
     seen: list[str] = []
 
-    class Watched(layer.InputPatches):
+    class Watched(source.InputPatches):
         def __init__(self, module: nn.Module, *args) -> None:
             seen.append(names[module])
             super().__init__(module, *args)
 
-    monkeypatch.setattr(layer, "InputPatches", Watched)
+    monkeypatch.setattr(source, "InputPatches", Watched)
     net = converted(history="ema", moments_every=3)
     names = {module: name for name, module in net.named_modules()}
-    bound = sorted(names[m.producer] for m in layers(net) if m.producer is not None)
+    bound = sorted(names[p] for m in layers(net) for p in m.producers)
     assert len(bound) == 3
     step(net, batch(0))
     assert sorted(seen) == bound

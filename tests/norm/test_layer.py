@@ -76,9 +76,8 @@ def test_copies_share_nothing_and_are_bound_to_their_own_conv(duplicate) -> None
     train_steps(model, 3)
     state = copy.deepcopy(history_state(model))
     twin = duplicate(model)
-    assert twin[1].producer is twin[0]
-    assert twin[1].producer is not model[0]
-    assert twin[1].history_state()["seen"] == 0
+    assert twin[1].producers == (twin[0],)
+    assert twin[1].history_state()["sources"][0]["seen"] == 0
     third = duplicate(model)
     load_history_state(third, state)
     train_steps(twin, 5, seed=3)
@@ -91,8 +90,8 @@ def test_frozen_producer_needs_no_moments_and_averages_exactly() -> None:
     images = [torch.randn(2, 3, 6, 6) for _ in range(3)]
     for x in images:
         out = model(x)
-    assert model[1]._tap.input is None
-    assert model[1]._history._slots.covariance is None
+    assert model[1]._sources[0].tap.input is None
+    assert model[1]._sources[0].history._slots.covariance is None
     with torch.no_grad():
         every = model[0](torch.cat(images))
     expected = nn.functional.batch_norm(every, None, None, training=True)[-2:]
@@ -115,8 +114,8 @@ def test_ring_forgets_after_the_window_and_ema_does_not_grow() -> None:
     ring, ema = bound(window=4), bound(window=4, history="ema")
     for model in (ring, ema):
         train_steps(model, 9)
-    assert ring[1]._history._slots.covariance.shape[1] == 3
-    assert ema[1]._history._slots.covariance.shape[1] == 1
+    assert ring[1]._sources[0].history._slots.covariance.shape[1] == 3
+    assert ema[1]._sources[0].history._slots.covariance.shape[1] == 1
     twin = copy.deepcopy(ring)
     twin[1].reset_history()
     with torch.no_grad():
@@ -129,10 +128,10 @@ def test_evaluation_keeps_no_activation() -> None:
     model = bound()
     model.eval()
     model(torch.randn(2, 3, 6, 6))
-    assert model[1]._tap.input is None
+    assert model[1]._sources[0].tap.input is None
     model.train()
     model(torch.randn(2, 3, 6, 6))
-    assert model[1]._tap.input is None
+    assert model[1]._sources[0].tap.input is None
 
 
 def test_batchnormact_applies_its_activation() -> None:
@@ -192,7 +191,7 @@ def test_bind_checks_what_it_is_bound_to() -> None:
         layer.bind(nn.Conv2d(3, 5, 3))
     conv = nn.Conv2d(3, 4, 3)
     layer.bind(nn.Conv2d(3, 4, 3)).bind(conv)
-    assert layer.producer is conv
+    assert layer.producers == (conv,)
     with pytest.raises(RuntimeError, match="has not run"):
         layer(torch.randn(2, 4, 3, 3))
 
@@ -213,7 +212,7 @@ def test_autocast_keeps_statistics_in_float32(dtype: torch.dtype, compensation: 
                 out = norm(producer(y))
             torch.testing.assert_close(out.float(), full(y), rtol=5e-2, atol=5e-2)
             out.float().square().mean().backward()
-        assert {t.dtype for t in norm._history._slots if t is not None} == {torch.float32}
+        assert {t.dtype for t in norm._sources[0].history._slots if t is not None} == {torch.float32}
         assert norm.running_var.dtype == torch.float32
 
 
@@ -262,7 +261,7 @@ def test_training_goes_on_after_inference_mode_and_unfreezing() -> None:
     model(torch.randn(2, 3, 6, 6))
     model[0].weight.requires_grad_(True)
     train_steps(model, 4)
-    assert model[1]._history._slots.covariance.abs().max() < 100
+    assert model[1]._sources[0].history._slots.covariance.abs().max() < 100
 
 
 def test_a_trainable_bias_of_a_frozen_conv_is_compensated() -> None:
@@ -282,7 +281,7 @@ def test_module_flags_set_directly_and_keyword_calls() -> None:
     norm.eval()
     norm.training = True
     norm(conv(input=torch.randn(2, 3, 6, 6)))
-    assert norm.history_state()["seen"] == 1
+    assert norm.history_state()["sources"][0]["seen"] == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

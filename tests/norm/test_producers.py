@@ -92,7 +92,7 @@ def test_past_follows_the_effective_weight(kind: str) -> None:
 
         past = [*past, (y, x.detach())][-(WINDOW - 1) :]
         move(module)
-        assert step == 0 or norm.history_state()["seen"] == step + 1
+        assert step == 0 or norm.history_state()["sources"][0]["seen"] == step + 1
 
 
 def test_exact_covers_weight_standardised_and_parametrised_convs() -> None:

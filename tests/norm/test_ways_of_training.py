@@ -63,7 +63,7 @@ def test_batch_and_image_size_may_change(history: str) -> None:
     net = converted(history=history)
     for i, (n, size) in enumerate([(2, 12), (5, 7), (1, 20), (3, 12), (1, 3), (2, 9)]):
         assert torch.isfinite(step(net, batch(i, n, size))).all()
-    assert {s["seen"] for s in history_state(net).values()} == {6}
+    assert {s["sources"][0]["seen"] for s in history_state(net).values()} == {6}
 
 
 def test_empty_batch_is_ignored() -> None:
@@ -126,7 +126,7 @@ def test_frozen_parts_get_no_gradient_and_the_rest_its_own(frozen: str) -> None:
             assert (p.grad is None) == (not p.requires_grad)
             if p.grad is not None:
                 torch.testing.assert_close(p.grad, q.grad)
-    compensated = [s["slots"].keys() > {"mean", "var"} for s in history_state(net).values()]
+    compensated = [s["sources"][0]["slots"].keys() > {"mean", "var"} for s in history_state(net).values()]
     own_weight = [True, True, True, False]
     expected = {"convs": [False] * 4, "stem": [False, True, True, False], "all but the head": [False] * 4}
     assert compensated == expected.get(frozen, own_weight)
@@ -178,7 +178,7 @@ def test_channels_last_and_dtype_moves() -> None:
         torch.testing.assert_close(out, step(net, x), rtol=1e-3, atol=1e-4)
     net.double()
     assert torch.isfinite(step(net, batch(9))).all()
-    assert {s["slots"]["mean"].dtype for s in history_state(net).values()} == {torch.float64}
+    assert {s["sources"][0]["slots"]["mean"].dtype for s in history_state(net).values()} == {torch.float64}
     net.float()
     assert torch.isfinite(step(net, batch(9, dtype=torch.float32))).all()
 
@@ -193,7 +193,7 @@ def test_pure_bfloat16() -> None:
         torch.testing.assert_close(out.float(), step(full, x, lr=0), rtol=0.1, atol=0.1)
     assert {p.grad.dtype for p in net.parameters()} == {torch.bfloat16}
     for state in history_state(net).values():
-        assert {t.dtype for t in state["slots"].values()} == {torch.float32}
+        assert {t.dtype for t in state["sources"][0]["slots"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,7 +218,7 @@ def test_autocast_with_a_gradient_scaler(dtype: torch.dtype) -> None:
     for p, q in zip(mixed.parameters(), full.parameters(), strict=True):
         assert (p - q).norm() <= 0.1 * q.norm() + 1e-2
     for state in history_state(mixed).values():
-        assert {t.dtype for t in state["slots"].values()} == {torch.float32}
+        assert {t.dtype for t in state["sources"][0]["slots"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("history", ["ring", "ema"])
@@ -274,7 +274,7 @@ def test_a_norm_called_twice_in_a_pass_counts_two_iterations() -> None:
     out = norm(conv(b))
     expected = F.batch_norm(conv(torch.cat([a, b])), None, None, training=True)[2:]
     torch.testing.assert_close(out, expected)
-    assert norm.history_state()["seen"] == 2
+    assert norm.history_state()["sources"][0]["seen"] == 2
 
 
 def test_without_running_statistics() -> None:
@@ -311,7 +311,7 @@ def test_a_copy_of_the_conv_output_is_its_output() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         norm(conv(x).float())
     norm(conv(x).clone())
-    assert norm.history_state()["seen"] == 2
+    assert norm.history_state()["sources"][0]["seen"] == 2
 
 
 def test_rows_in_another_order_are_refused() -> None:

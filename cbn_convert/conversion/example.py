@@ -1,0 +1,77 @@
+"""What a model is run on to look at it: the caller's example, or random images of a size that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ConversionError
+from ..norm import modes_kept
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Result = TypeVar("Result")
+
+# Small images show as much of a model's structure as large ones, where it takes them.
+QUICK_SIZES, OTHER_SIZES = (64, 128), (224, 256, 299)
+
+
+def on_example(
+    model: nn.Module, example_input: Any | None, call: Callable[[Arguments], Result]
+) -> tuple[Result, Arguments]:
+    """`call` of the first arguments for the model that do not make it fail, and these arguments.
+
+    `example_input` is a tensor, a tuple of positional or a dict of keyword arguments; by default random images of 64 or
+    128 px, the size in the model's pretrained_cfg or another usual size. Raises ConversionError if all fail.
+    """
+    failure: Exception | None = None
+    tried: list[str] = []
+    for args, kwargs in _candidates(model, example_input):
+        try:
+            return call((args, kwargs)), (args, kwargs)
+        except Exception as error:  # whatever a forward pass may raise
+            failure = error
+            shapes = [str(tuple(t.shape)) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            tried.append(" and ".join(shapes))
+    reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    what = "the example input" if example_input is not None else "random images"
+    raise ConversionError(
+        f"the model cannot run on {what} of shape {', '.join(tried)} ({reason}); pass an example_input that it accepts"
+    ) from failure
+
+
+@torch.no_grad()
+def run(model: nn.Module, example_input: Any | None) -> tuple[Any, Arguments]:
+    """The model's outputs in eval mode without gradients, and the arguments that it ran on, as in `on_example`."""
+    with modes_kept(model):
+        model.eval()
+        return on_example(model, example_input, lambda arguments: model(*arguments[0], **arguments[1]))
+
+
+def _candidates(model: nn.Module, example_input: Any | None) -> Iterator[Arguments]:
+    if isinstance(example_input, dict):
+        yield (), example_input
+    elif example_input is not None:
+        yield (example_input if isinstance(example_input, tuple) else (example_input,)), {}
+    else:
+        reference = next(model.parameters(), torch.empty(0))
+        generator = torch.Generator().manual_seed(0)
+        for size in _image_sizes(model):
+            images = torch.randn(1, *size, generator=generator)
+            yield (images.to(reference.device, reference.dtype),), {}
+
+
+def _image_sizes(model: nn.Module) -> list[tuple[int, ...]]:
+    """[C, H, W] of images that the model may take, in the order in which they should be tried."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, *own = cfg.get("input_size") or (3,)
+    first = cfg.get("first_conv")
+    if isinstance(first, str) and isinstance(conv := dict(model.named_modules()).get(first), nn.Conv2d):
+        channels = conv.in_channels  # with in_chans=..., which the config does not tell
+    quick = [] if cfg.get("fixed_input_size") else [(size, size) for size in QUICK_SIZES]
+    sizes = [*quick, *([tuple(own)] if own else []), *((size, size) for size in OTHER_SIZES)]
+    smaller = [size for size in sizes if not own or size[0] <= own[0]]
+    return [(channels, *size) for size in dict.fromkeys([*smaller, *sizes])]

@@ -1,0 +1,215 @@
+"""The layers: one for each kind of BatchNorm, a drop-in subclass of it; and how a layer that exists becomes one."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, nn
+
+from .layer import CrossIterationMixin
+
+
+class CrossIterationBatchNorm1d(CrossIterationMixin, nn.BatchNorm1d):
+    """`CrossIterationBatchNorm2d` for input [N, C] or [N, C, L]."""
+
+    PLAIN = nn.BatchNorm1d
+
+
+class CrossIterationBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
+    """nn.BatchNorm2d whose training statistics are those of the last `window` iterations (arXiv 2002.05712).
+
+    CrossIterationBatchNorm2d(num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, *, window=8,
+    compensation="projection", gradient="full", history="ring", burn_in=0, sync=False), the first five as in
+    nn.BatchNorm2d:
+
+        norm = CrossIterationBatchNorm2d(64, window=8).bind(conv)
+        y = norm(conv(x))
+
+    window: iterations averaged over, the current one included; 1 is nn.BatchNorm2d.
+    compensation: how past statistics follow the weights of the bound layer: "projection", "taylor" (the paper's),
+        "exact" (keeps the covariance of the input patches; for depthwise and narrow layers) or "none". An unbound
+        layer, or one bound to frozen weights, averages without.
+    gradient: "full" backpropagates through the compensation as well, "current" (the paper's code) only through the
+        current batch, "straight_through" gives the current batch the whole window's gradient.
+    history: "ring" stores window - 1 iterations, "ema" one exponential average.
+    burn_in: iterations at the start that use their own batch only.
+    sync: statistics of the joined batch of all ranks of torch.distributed's default group, as in SyncBatchNorm.
+
+    Input and output [N, C, H, W]; statistics and history in float32 (float64 for float64 input). state_dict keys,
+    evaluation and the meaning of momentum are nn.BatchNorm2d's; the history is in no state_dict, see `history_state`.
+    Raises ValueError for an argument out of range.
+    """
+
+    PLAIN = nn.BatchNorm2d
+
+
+class CrossIterationBatchNorm3d(CrossIterationMixin, nn.BatchNorm3d):
+    """`CrossIterationBatchNorm2d` for input [N, C, D, H, W]."""
+
+    PLAIN = nn.BatchNorm3d
+
+
+class CrossIterationBatchNormAct2d(CrossIterationMixin, BatchNormAct2d):
+    """timm's BatchNormAct2d, normalising like `CrossIterationBatchNorm2d`, then its drop and act."""
+
+    PLAIN = BatchNormAct2d
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: [N, C, H, W], output like input in shape and dtype."""
+        if isinstance(self.drop, nn.Identity):
+            return self.normalize(x, self.act)
+        y: Tensor = self.act(self.drop(self.normalize(x)))
+        return y
+
+
+class CrossIterationSyncBatchNorm(CrossIterationMixin, nn.SyncBatchNorm):
+    """`CrossIterationBatchNorm2d` for nn.SyncBatchNorm in the default process group; to be used with sync=True."""
+
+    PLAIN = nn.SyncBatchNorm
+
+
+class CrossIterationSyncBatchNormAct(CrossIterationMixin, SyncBatchNormAct):
+    """timm's SyncBatchNormAct, normalising like `CrossIterationSyncBatchNorm`, then its drop and act."""
+
+    PLAIN = SyncBatchNormAct
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: [N, C, ...], output like input in shape and dtype."""
+        return drop_and_act(self, self.normalize(x))
+
+
+class CrossIterationFrozenBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
+    """A frozen BatchNorm of torchvision, timm or detectron2 that follows its data again; γ and β are parameters.
+
+    Made by `adopt` only. Evaluation is the frozen class's own forward pass and state_dict keys are its keys.
+    """
+
+    PLAIN = nn.BatchNorm2d
+    frozen_class: type[nn.Module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: [N, C, H, W], output like input in shape and dtype."""
+        if self.training:
+            return drop_and_act(self, self.normalize(x))
+        y: Tensor = self.frozen_class.forward(self, x)
+        return y
+
+    @classmethod
+    def thawed(cls, norm: nn.Module) -> CrossIterationFrozenBatchNorm2d:
+        """Turns a frozen BatchNorm into one of this class, in place, still without a window."""
+        frozen_class, eps = type(norm), frozen_eps(norm)
+        gamma, beta = (norm._buffers.pop(name) for name in ("weight", "bias"))
+        norm.__class__ = cls
+        assert isinstance(norm, cls)
+        assert gamma is not None
+        assert beta is not None
+        norm.frozen_class = frozen_class
+        norm.weight, norm.bias = nn.Parameter(gamma), nn.Parameter(beta)
+        norm.num_features, norm.affine, norm.track_running_stats = len(gamma), True, True
+        norm.eps, norm.momentum = eps, 0.1
+        batches = torch.zeros((), dtype=torch.long, device=gamma.device)
+        norm.register_buffer("num_batches_tracked", batches, persistent=False)
+        return norm
+
+    def restore(self) -> nn.Module:
+        """Freezes the layer again with the statistics that it has now; returns it."""
+        super().restore()
+        statistics = {name: self._buffers[name] for name in ("running_mean", "running_var")}
+        parameters = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        del self.num_batches_tracked
+        self._parameters.clear()
+        self._buffers.clear()
+        for name, t in {**parameters, **statistics}.items():
+            self.register_buffer(name, t)
+        for name in ("num_features", "affine", "track_running_stats", "momentum"):
+            delattr(self, name)
+        frozen_class = self.frozen_class
+        del self.frozen_class
+        self.__class__ = frozen_class  # type: ignore[assignment]
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        # as the frozen classes do; version 2, since BatchNorm would add the key for an older one
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args)
+
+
+def drop_and_act(norm: nn.Module, y: Tensor) -> Tensor:
+    """What timm's norms with an activation do behind their normalisation; nothing for others."""
+    for name in ("drop", "act"):
+        if (child := norm._modules.get(name)) is not None:
+            y = child(y)
+    return y
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module is a frozen BatchNorm: so named, with the four tensors as buffers."""
+    buffers = {"weight", "bias", "running_mean", "running_var"}
+    return "FrozenBatchNorm" in type(module).__name__ and buffers <= module._buffers.keys()
+
+
+@torch.no_grad()
+def frozen_eps(norm: nn.Module) -> float:
+    """The eps of a frozen BatchNorm, which some implementations keep to themselves.
+
+    Raises TypeError if the module computes something else than a BatchNorm with fixed statistics.
+    """
+    known = norm.__dict__.get("eps")
+    channels = len(norm._buffers["weight"])  # type: ignore[arg-type]
+    if norm._buffers["weight"].is_meta:  # type: ignore[union-attr]
+        return 1e-5 if known is None else float(known)
+    twin = deepcopy(norm).double().cpu()
+    x = torch.linspace(-3, 3, 4 * channels, dtype=torch.float64).view(1, channels, 2, 2)
+    b = twin._buffers
+    y = twin(x.clone())
+    for eps in [1e-5, 0.0] if known is None else [float(known)]:
+        normalized = F.batch_norm(x, b["running_mean"], b["running_var"], b["weight"], b["bias"], False, 0.0, eps)
+        if torch.allclose(y, drop_and_act(twin, normalized), rtol=1e-9, atol=1e-12, equal_nan=True):
+            return eps
+    raise TypeError(f"{type(norm).__name__} does not compute a BatchNorm with fixed statistics")
+
+
+CONVERTED: dict[type[nn.Module], type[CrossIterationMixin]] = {
+    converted.PLAIN: converted
+    for converted in (
+        CrossIterationBatchNorm1d,
+        CrossIterationBatchNorm2d,
+        CrossIterationBatchNorm3d,
+        CrossIterationBatchNormAct2d,
+        CrossIterationSyncBatchNorm,
+        CrossIterationSyncBatchNormAct,
+    )
+}
+
+
+def adopt(norm: nn.Module) -> CrossIterationMixin:
+    """Makes a BatchNorm of a class in `CONVERTED`, or a frozen one, a cross-iteration one, in place, without a window.
+
+    Raises TypeError for a frozen one whose eps cannot be told.
+    """
+    if is_frozen(norm):
+        return CrossIterationFrozenBatchNorm2d.thawed(norm)
+    norm.__class__ = CONVERTED[type(norm)]
+    assert isinstance(norm, CrossIterationMixin)
+    return norm
+
+
+def history_state(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """`history_state()` of every cross-iteration layer of the model, by name; for training checkpoints."""
+    return {name: m.history_state() for name, m in model.named_modules() if isinstance(m, CrossIterationMixin)}
+
+
+def load_history_state(model: nn.Module, state: dict[str, dict[str, Any]]) -> None:
+    """Restores `history_state(model)`. Raises ValueError if the layers or their windows are not the same."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CrossIterationMixin)}
+    if layers.keys() != state.keys():
+        odd = sorted(layers.keys() ^ state.keys())
+        raise ValueError(f"history is of other layers than the model's: {', '.join(odd[:5])} in one of them only")
+    for name, layer in layers.items():
+        layer.load_history_state(state[name])
