@@ -322,6 +322,23 @@ def check_revert(s: Subject) -> None:
     assert_identical(outputs(s.model, s.x), s.expected, "reverted")
 
 
+def check_onnx(s: Subject) -> float:
+    """onnxruntime computes the same from the exported file, whatever the size of the batch."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "out"
+        arguments = {k: v for k, v in s.kwargs.items() if k != "num_classes"}
+        cbn.export(s.model, folder, fold="conv", model_args=arguments, onnx=True)
+        session = onnxruntime.InferenceSession(next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for count in (2, 5):
+        x = images(s.x.shape[-1], count, seed=count)
+        got = [torch.from_numpy(a) for a in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+        worst = max(worst, difference(got, outputs(s.model, x), F32, f"ONNX, batch {count}"))
+    return worst
+
+
 def has_cross_iteration(model: nn.Module) -> bool:
     return any(isinstance(m, CrossIterationMixin) for m in model.modules())
 
@@ -342,7 +359,8 @@ CHECKS: dict[str, Callable[[Subject], float | None]] = {
     "export": check_export,
     "reparam": check_reparam,
     "revert": check_revert,
-}  # fmt: skip
+}
+EXTRA: dict[str, Callable[[Subject], float | None]] = {"onnx": check_onnx}  # only where they are asked for
 
 
 def describe(error: BaseException) -> str:
@@ -360,6 +378,15 @@ def reasons(report: Iterable[Any]) -> dict[str, int]:
     return dict(counted)
 
 
+def blank(name: str, kwargs: dict[str, Any], px: int) -> dict[str, Any]:
+    """The record of an architecture of which nothing is known yet."""
+    return {
+        "architecture": name, "family": _model_to_module.get(name, "hand-built"), "px": px, "kwargs": kwargs,
+        "params_m": None, "norms": 0, "compensated": 0, "window": 0, "kept": 0, "left_bn": None, "reasons": {},
+        "checks": {},
+    }  # fmt: skip
+
+
 def run_promises(
     name: str,
     kwargs: dict[str, Any],
@@ -370,16 +397,13 @@ def run_promises(
 ) -> dict[str, Any]:
     """Checks one architecture; returns a record for JSON.
 
-    `only` names the checks to do. `watch` sees the record before every check, with the check as "running", so that
-    somebody knows where a process ended that does not come back. `make` builds a model that timm does not register.
+    `only` names the checks to do, beside the conversion. `watch` sees the record before every check, with the check as
+    "running", so that somebody knows where a process ended that does not come back. `make` builds a model that timm
+    does not register.
     """
     began = time.monotonic()
-    record: dict[str, Any] = {
-        "architecture": name, "family": _model_to_module.get(name, "hand-built"), "px": px, "kwargs": kwargs,
-        "params_m": None, "norms": 0, "compensated": 0, "window": 0, "kept": 0, "left_bn": None, "reasons": {},
-        "checks": {},
-    }  # fmt: skip
-    todo = dict(CHECKS) if only is None else {k: CHECKS[k] for k in CHECKS if k == "convert" or k in only}
+    record = blank(name, kwargs, px)
+    todo = {k: f for k, f in {**CHECKS, **EXTRA}.items() if k == "convert" or k in (CHECKS if only is None else only)}
     with _checked(record, "build", watch):
         record["params_m"] = round(size_m(name, kwargs), 2) if make is None else None
         large = (record["params_m"] or 0) > LARGEST_M
