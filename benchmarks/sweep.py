@@ -132,10 +132,10 @@ def batch(names: list[str], arguments: argparse.Namespace) -> dict[str, dict[str
                     if "running" not in last:
                         records[last["architecture"]] = last
                         began = time.monotonic()
-        if last is None:
+        if last is None and process.returncode >= 0:
             raise RuntimeError(f"the process that was to check {left[0]} has not begun, status {process.returncode}")
         if name := next((name for name in left if name not in records), None):
-            record = last if last["architecture"] == name else blank(name, *example_size(name))
+            record = last if last and last["architecture"] == name else blank(name, *example_size(name))
             records[name] = ended(record, process.returncode, time.monotonic() - began, arguments.seconds)
     return records
 

@@ -419,8 +419,9 @@ def run_promises(
         for check, function in todo.items():
             with _checked(record, check, watch):
                 record["checks"][check] = {"ok": True, "value": function(subject), "error": None}
-        if subject.report:
-            record |= {**subject.report.counts, "reasons": reasons(subject.report), "left_bn": subject.left_bn}
+            record["left_bn"] = subject.left_bn
+            if check in ("convert", "meta") and subject.report:
+                record |= {**subject.report.counts, "reasons": reasons(subject.report)}
     return {**record, "seconds": round(time.monotonic() - began, 2)}
 
 
