@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--batch", type=int, default=10, help="architectures for a process")
-    parser.add_argument("--seconds", type=int, default=300, help="time limit for an architecture")
+    parser.add_argument("--seconds", type=int, default=600, help="time limit for an architecture")
     parser.add_argument("--memory", type=float, default=10, help="GiB that a process may allocate")
     parser.add_argument("--only", default="", help="patterns of names, separated by commas")
     parser.add_argument("--failed", action="store_true", help="check again what has failed")
