@@ -2,7 +2,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-gpu demo lint format bench-cpu bench-gpu stability estimation clean
+.PHONY: test test-gpu demo lint format bench-cpu bench-gpu stability estimation sweep clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -44,6 +44,13 @@ bench-gpu: $(STAMP)
 stability: $(STAMP)
 	$(PY) benchmarks/stability.py --data ../shared/data
 	$(PY) benchmarks/readme.py
+
+# every timm architecture with BatchNorm through tests/promises.py: an hour and a half on two cores that do nothing else
+# (an estimate); it goes on where it was stopped, so that `python benchmarks/sweep.py --failed` is enough after a change
+sweep: $(STAMP)
+	$(PY) benchmarks/sweep.py
+	$(PY) benchmarks/sweep.py --onnx
+	$(PY) benchmarks/coverage.py
 
 estimation: $(STAMP)
 	$(PY) benchmarks/estimation.py --data ../shared/data

@@ -1,0 +1,448 @@
+"""What is promised for every timm architecture with BatchNorm, checked on one architecture at a time.
+
+`tests/conversion/test_matrix.py` checks a small one of every kind, `benchmarks/sweep.py` all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import randomize_norms
+from timm.models._registry import _model_to_module
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+import cbn_convert as cbn
+from cbn_convert.conversion import norm_layers
+from cbn_convert.norm import CrossIterationMixin
+
+# Millions of parameters; larger ones are built and converted on the meta device only, for want of time and memory.
+LARGEST_M = 150
+PX = 64  # at 32 px most architectures have a norm that sees 2 values per channel
+# The smallest size that an architecture runs at, where that is not 64 px: a prefix of its name, and the pixels.
+SIZES = {
+    "inception_v3": 96, "inception_v4": 96, "inception_resnet_v2": 96,
+    "halo2botnet50ts_256": 128, "lamhalobotnet50ts_256": 128,
+    "efficientformer_l": 224, "haloregnetz_b": 224,
+    "bat_resnext26ts": 256, "eca_halonext26ts": 256, "halonet": 256, "sehalonet33ts": 256,
+}  # fmt: skip
+# Those that must be built for the size at which they are to run: families, and prefixes of names.
+SIZED_FAMILIES = {"efficientformer_v2", "levit", "maxxvit", "vision_transformer_hybrid", "visformer", "volo"}
+SIZED_NAMES = ("botnet", "eca_botnext", "halo2botnet", "lambda_resnet26rpt", "lamhalobotnet", "sebotnet")
+
+F64, F32 = 1e-9, 1e-4
+METHODS_OF_TIMM = ("fuse", "reparameterize", "switch_to_deploy")
+_PATH = re.compile(r"\w+(?:[.]\w+)+")  # a module's name in a reason
+
+
+def family(name: str) -> str:
+    """The module of timm.models that registers the architecture."""
+    return _model_to_module[name]
+
+
+def example_size(name: str) -> tuple[dict[str, Any], int]:
+    """Keyword arguments for create_model and pixels: the smallest size at which the architecture can be checked."""
+    px = next((px for prefix, px in SIZES.items() if name.startswith(prefix)), PX)
+    sized = family(name) in SIZED_FAMILIES or name.startswith(SIZED_NAMES)
+    return ({"img_size": px} if sized else {}), px
+
+
+def size_m(name: str, kwargs: dict[str, Any]) -> float:
+    """Millions of parameters, without building them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name, **kwargs).parameters()) / 1e6
+
+
+def build(name: str, kwargs: dict[str, Any], px: int, device: str = "cpu") -> nn.Module:
+    """The architecture in eval mode, with random weights and norms; its own size is that of the images it will see."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = timm.create_model(name, pretrained=False, **kwargs)
+    return _prepared(model, px)
+
+
+def _prepared(model: nn.Module, px: int) -> nn.Module:
+    # the size that fold and export take by default
+    if getattr(model, "pretrained_cfg", None):
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, px, px)}
+    return randomize_norms(model).eval()
+
+
+def images(px: int, count: int = 2, seed: int = 1, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, px, px, generator=generator).to(device)
+
+
+class Subject:
+    """One architecture on its way through the checks: the model, and what was known before its conversion."""
+
+    def __init__(self, model: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> None:
+        self.model = model
+        self.x = x
+        self.example = x[:1]  # what a trace needs
+        self.kwargs = kwargs
+        self.classes = {name: type(m) for name, m in model.named_modules()}
+        self.norms = list(norm_layers(model))
+        self.calls: Counter[str] = Counter()
+        with counted_calls(model, self.calls):
+            self.expected = outputs(model, x)
+        assert self.expected, "the model has no tensor among its outputs"
+        assert all(torch.isfinite(t).all() for t in self.expected if not t.is_meta), "outputs are not finite"
+        self.before = {k: v.clone() for k, v in model.state_dict().items()}
+        self.report: Any = ()
+        self.left_bn: int | None = None  # norm layers that are still BatchNorm in the bare form of the fold
+
+    @property
+    def reparameterizes(self) -> bool:
+        """Whether timm has a deployed form of its own for the architecture."""
+        return any(
+            callable(getattr(kind, method, None)) for kind in self.classes.values() for method in METHODS_OF_TIMM
+        )
+
+
+@contextmanager
+def counted_calls(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
+    """Counts how often each norm layer runs, which the conversion is to find out by itself."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: calls.update([name])
+
+    handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in norm_layers(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Every tensor that the model returns in eval mode."""
+    return [t for t in tree_leaves(model.eval()(x)) if isinstance(t, Tensor)]
+
+
+def assert_identical(got: list[Tensor], want: list[Tensor], what: str) -> None:
+    assert len(got) == len(want), f"{what}: {len(got)} outputs in place of {len(want)}"
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)), f"{what}: outputs are not the same bits"
+
+
+def difference(got: list[Tensor], want: list[Tensor], limit: float, what: str) -> float:
+    """The largest relative error of an output, by norms; an AssertionError above the limit."""
+    assert len(got) == len(want), f"{what}: {len(got)} outputs in place of {len(want)}"
+    worst = 0.0
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape, f"{what}: output of shape {tuple(g.shape)} in place of {tuple(w.shape)}"
+        error = float((g.double() - w.double()).norm() / w.double().norm().clamp_min(1e-30))
+        assert error <= limit, f"{what}: outputs differ by {error:.1e}, at most {limit:.0e} was promised"
+        worst = max(worst, error)
+    return worst
+
+
+def assert_finite(model: nn.Module, what: str) -> None:
+    for name, t in model.state_dict().items():
+        # the sum tells at a tenth of the time, unless it overflows
+        finite = not t.is_floating_point() or bool(torch.isfinite(t.sum()) or torch.isfinite(t).all())
+        assert finite, f"{what}: {name} is not finite"
+
+
+def producers(norm: nn.Module) -> list[nn.Module]:
+    """What a converted layer is bound to; a layer may follow several modules."""
+    bound = norm.producer
+    return [m for m in (bound if isinstance(bound, (list, tuple)) else [bound]) if isinstance(m, nn.Module)]
+
+
+def check_convert(s: Subject) -> None:
+    """One row per norm layer, whose counts add up; what feeds it exists; what is kept could not be converted."""
+    s.report = cbn.convert(s.model, example_input=s.example)
+    rows = {row.name: row for row in s.report}
+    assert list(rows) == s.norms, "the report's rows are not the norm layers of the model"
+    counted = Counter(row.status for row in s.report)
+    assert s.report.counts == {k: counted[k] for k in ("compensated", "window", "kept")}, "the counts are not the rows'"
+    modules = dict(s.model.named_modules())
+    for row in s.report:
+        feeders = row.fed_by.split(", ") if row.fed_by else []
+        assert all(f in modules for f in feeders), f"{row.name}: fed by {row.fed_by}, which is no module"
+        assert feeders or row.status != "compensated", f"{row.name}: compensated, but nothing feeds it"
+        assert row.reason, f"{row.name}: {row.status} without a reason"
+        kept = row.status == "kept"
+        assert isinstance(modules[row.name], CrossIterationMixin) != kept, f"{row.name}: {row.status}, but it is not"
+        assert not kept or s.calls[row.name] != 1, f"{row.name}: kept, though it runs once per pass: {row.reason}"
+
+
+def check_eval(s: Subject) -> None:
+    """A conversion changes neither outputs in eval mode nor the state_dict."""
+    assert_identical(outputs(s.model, s.x), s.expected, "converted")
+    assert_same_state(s)
+
+
+def assert_same_state(s: Subject) -> None:
+    after = s.model.state_dict()
+    assert list(after) == list(s.before), "the state_dict has other keys"
+    for name, value in s.before.items():
+        # NaN equals itself here: some architectures keep buffers that nothing has written to
+        same = value.dtype == after[name].dtype and torch.equal(value.nan_to_num(), after[name].nan_to_num())
+        assert same, f"the state_dict has another {name}"
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    leaves = [t for t in tree_leaves(model(x)) if isinstance(t, Tensor) and t.requires_grad]
+    return torch.stack([_loss(t) for t in leaves]).sum()
+
+
+def _loss(output: Tensor) -> Tensor:
+    if output.dim() == 2:
+        return F.cross_entropy(output, torch.arange(len(output)) % output.shape[1])
+    return output.square().mean()
+
+
+def check_train(s: Subject) -> float:
+    """Three steps of SGD on a deepcopy: loss and parameters stay finite, every converted layer remembers; the loss."""
+    model = copy.deepcopy(s.model).train()
+    own = {id(m) for m in model.modules()}
+    converted = {name: m for name, m in model.named_modules() if isinstance(m, CrossIterationMixin)}
+    for name, norm in converted.items():
+        assert all(id(m) in own for m in producers(norm)), f"{name}: bound to a module of the model it is a copy of"
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    for step in range(3):
+        torch.manual_seed(step)
+        loss = loss_of(model, images(s.x.shape[-1], seed=step + 2))
+        assert torch.isfinite(loss), f"the loss of step {step} is not finite"
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    assert_finite(model, "trained")
+    for row in s.report:
+        if row.status != "kept":
+            assert converted[row.name].history_tensors(), f"{row.name}: {row.status}, but it remembers nothing"
+    return loss.item()
+
+
+def check_copies(s: Subject) -> None:
+    """deepcopy and pickle give the same outputs."""
+    assert_identical(outputs(copy.deepcopy(s.model), s.x), s.expected, "deepcopy")
+    assert_identical(outputs(pickle.loads(pickle.dumps(s.model)), s.x), s.expected, "pickle")
+
+
+def check_fold_bn(s: Subject) -> None:
+    """Plain BatchNorm with the running statistics, the same bits."""
+    folded = cbn.fold(s.model, "bn", example_input=s.example)
+    assert not has_cross_iteration(folded), "folded into bn: a cross-iteration layer is left"
+    assert_identical(outputs(folded, s.x), s.expected, "folded into bn")
+
+
+def check_fold_affine(s: Subject) -> float:
+    """A scale and shift in place of every norm layer."""
+    folded = cbn.fold(s.model, "affine", example_input=s.example)
+    assert not batch_norms(folded), "folded into affine: a BatchNorm is left"
+    assert_finite(folded, "folded into affine")
+    return difference(outputs(folded, s.x), s.expected, F32, "folded into affine")
+
+
+def check_fold_conv(s: Subject) -> float:
+    """Folded into convs in float32: with the keys of the original, and bare."""
+    return _fold_conv(s, s.model, s.x, s.expected, F32)
+
+
+def check_fold_conv_f64(s: Subject) -> float:
+    """The same in float64, where rounding cannot hide a mistake."""
+    model, x = copy.deepcopy(s.model).double(), s.example.double()
+    return _fold_conv(s, model, x, outputs(model, x), F64)
+
+
+def _fold_conv(s: Subject, model: nn.Module, x: Tensor, expected: list[Tensor], limit: float) -> float:
+    worst = 0.0
+    for keep_bn, what in ((True, "folded into convs with identities"), (False, "folded into convs")):
+        folded = cbn.fold(model, "conv", keep_bn=keep_bn, example_input=x[:1])
+        assert not has_cross_iteration(folded), f"{what}: a cross-iteration layer is left"
+        assert_finite(folded, what)
+        assert not keep_bn or list(folded.state_dict()) == list(s.before), f"{what}: the state_dict has other keys"
+        worst = max(worst, difference(outputs(folded, x), expected, limit, what))
+        if not keep_bn:
+            s.left_bn = len(batch_norms(folded))
+    return worst
+
+
+def check_export(s: Subject) -> float:
+    """Plain timm loads the folder, every key of it, and computes the same."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "out"
+        arguments = {k: v for k, v in s.kwargs.items() if k != "num_classes"}
+        cbn.export(s.model, folder, fold="conv", model_args=arguments)
+        stored = safetensors.torch.load_file(folder / "model.safetensors")
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    state = loaded.state_dict()
+    assert set(state) == set(stored), "the file has other keys than timm's model"
+    differing = [k for k, v in stored.items() if not torch.equal(v.nan_to_num(), state[k].nan_to_num())]
+    assert not differing, f"timm did not load {differing[0]} as it is stored"
+    return difference(outputs(loaded, s.x), s.expected, F32, "exported")
+
+
+def check_reparam(s: Subject) -> float:
+    """timm's own deployed form of the converted model and of both folded ones."""
+    worst = 0.0
+    for what, make in (
+        ("converted", lambda: s.model),
+        ("folded with identities", lambda: cbn.fold(s.model, "conv", keep_bn=True, example_input=s.example)),
+        ("folded", lambda: cbn.fold(s.model, "conv", example_input=s.example)),
+    ):
+        what = f"{what}, then reparameterised"
+        try:
+            deployed = reparameterize_model(make())
+        except Exception as error:
+            raise AssertionError(f"{what}: {describe(error)}") from error
+        assert not has_cross_iteration(deployed), f"{what}: a cross-iteration layer is left"
+        worst = max(worst, difference(outputs(deployed, s.x), s.expected, F32, what))
+    return worst
+
+
+def check_revert(s: Subject) -> None:
+    """The last check: after all that was done with the model it is, bit by bit, the one of before its conversion."""
+    cbn.revert(s.model)
+    assert {name: type(m) for name, m in s.model.named_modules()} == s.classes, "reverted: classes are others"
+    assert_same_state(s)
+    hooked = [n for n, m in s.model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooked, f"reverted: {hooked[0]} has a hook left"
+    assert_identical(outputs(s.model, s.x), s.expected, "reverted")
+
+
+def check_onnx(s: Subject) -> float:
+    """onnxruntime computes the same from the exported file, whatever the size of the batch."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "out"
+        arguments = {k: v for k, v in s.kwargs.items() if k != "num_classes"}
+        cbn.export(s.model, folder, fold="conv", model_args=arguments, onnx=True)
+        session = onnxruntime.InferenceSession(next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for count in (2, 5):
+        x = images(s.x.shape[-1], count, seed=count)
+        got = [torch.from_numpy(a) for a in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+        worst = max(worst, difference(got, outputs(s.model, x), F32, f"ONNX, batch {count}"))
+    return worst
+
+
+def has_cross_iteration(model: nn.Module) -> bool:
+    return any(isinstance(m, CrossIterationMixin) for m in model.modules())
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+CHECKS: dict[str, Callable[[Subject], float | None]] = {
+    "convert": check_convert,
+    "eval": check_eval,
+    "train": check_train,
+    "copies": check_copies,
+    "fold_bn": check_fold_bn,
+    "fold_affine": check_fold_affine,
+    "fold_conv": check_fold_conv,
+    "fold_conv_f64": check_fold_conv_f64,
+    "export": check_export,
+    "reparam": check_reparam,
+    "revert": check_revert,
+}
+EXTRA: dict[str, Callable[[Subject], float | None]] = {"onnx": check_onnx}  # only where they are asked for
+
+
+def describe(error: BaseException) -> str:
+    """One line: the sentence of an assertion, or an exception with its type."""
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
+
+
+def reasons(report: Iterable[Any]) -> dict[str, int]:
+    """Why layers are not compensated, with counts; names of modules taken out."""
+    counted: Counter[str] = Counter()
+    for row in report:
+        if row.status != "compensated":
+            counted[f"{row.status}: {_PATH.sub('…', row.reason)}"] += 1
+    return dict(counted)
+
+
+def blank(name: str, kwargs: dict[str, Any], px: int) -> dict[str, Any]:
+    """The record of an architecture of which nothing is known yet."""
+    return {
+        "architecture": name, "family": _model_to_module.get(name, "hand-built"), "px": px, "kwargs": kwargs,
+        "params_m": None, "norms": 0, "compensated": 0, "window": 0, "kept": 0, "left_bn": None, "reasons": {},
+        "checks": {},
+    }  # fmt: skip
+
+
+def run_promises(
+    name: str,
+    kwargs: dict[str, Any],
+    px: int,
+    only: Iterable[str] | None = None,
+    watch: Callable[[dict[str, Any]], None] = lambda record: None,
+    make: Callable[[], nn.Module] | None = None,
+) -> dict[str, Any]:
+    """Checks one architecture; returns a record for JSON.
+
+    `only` names the checks to do, beside the conversion. `watch` sees the record before every check, with the check as
+    "running", so that somebody knows where a process ended that does not come back. `make` builds a model that timm
+    does not register.
+    """
+    began = time.monotonic()
+    record = blank(name, kwargs, px)
+    todo = {k: f for k, f in {**CHECKS, **EXTRA}.items() if k == "convert" or k in (CHECKS if only is None else only)}
+    with _checked(record, "build", watch):
+        record["params_m"] = round(size_m(name, kwargs), 2) if make is None else None
+        large = (record["params_m"] or 0) > LARGEST_M
+        if large:
+            todo = {"meta": check_convert}
+        device = "meta" if large else "cpu"
+        model = build(name, kwargs, px, device) if make is None else _prepared(make(), px)
+        subject = Subject(model, images(px, device=device), kwargs)
+        record["norms"] = len(subject.norms)
+    if record["checks"]["build"]["ok"]:
+        if not subject.reparameterizes:
+            todo.pop("reparam", None)
+        for check, function in todo.items():
+            with _checked(record, check, watch):
+                record["checks"][check] = {"ok": True, "value": function(subject), "error": None}
+            record["left_bn"] = subject.left_bn
+            if check in ("convert", "meta") and subject.report:
+                record |= {**subject.report.counts, "reasons": reasons(subject.report)}
+    return {**record, "seconds": round(time.monotonic() - began, 2)}
+
+
+@contextmanager
+def _checked(record: dict[str, Any], check: str, watch: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Enters the check's result into the record, and goes on."""
+    watch({**record, "running": check})
+    record["checks"][check] = {"ok": True, "value": None, "error": None}
+    try:
+        yield
+    except Exception as error:
+        record["checks"][check] = {"ok": False, "value": None, "error": describe(error)}
+
+
+def failures(record: dict[str, Any]) -> dict[str, str]:
+    """The sentences of the checks that failed."""
+    return {check: result["error"] for check, result in record["checks"].items() if not result["ok"]}
+
+
+if __name__ == "__main__":
+    import sys
+
+    for architecture in sys.argv[1:]:
+        print(json.dumps(run_promises(architecture, *example_size(architecture)), indent=1))
