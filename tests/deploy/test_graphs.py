@@ -105,6 +105,9 @@ def test_several_outputs(tmp_path: Path) -> None:
 def test_real_weights_and_photos(shared_data: Path, tmp_path: Path) -> None:
     model = timm.create_model("mobilenetv2_035", pad_type="same").eval()
     cbn.models.load_weights(model, shared_data / "weights/mobilenetv2_035_keras.timm.safetensors")
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # halves the time that the conversion to ONNX takes
     config = {"input_size": (3, 96, 96), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     out = cbn.export(
         model, tmp_path / "out", model_args={"pad_type": "same"}, data_config=config, onnx=True, torch_export=True
