@@ -23,7 +23,11 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 # what this package puts into the folders that it replaces as a whole
-OWN_FILES = {"model.safetensors", "config.json", "conversion.json", "training.pt"}
+OWN_FILES = {
+    "model.safetensors", "config.json", "README.md",
+    "model.onnx", "model.onnx.data",  # the latter for weights above 2 GB, ONNX's limit
+    "model.pt2", "conversion.json", "training.pt",
+}  # fmt: skip
 LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 

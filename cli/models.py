@@ -84,7 +84,8 @@ def convert(
         else:
             cbn.export(
                 converted, output, class_names=converted.pretrained_cfg.get("label_names"),
-                model_args=spec["model_kwargs"], metadata=window_options, overwrite=overwrite,
+                model_args=spec["model_kwargs"], metadata={**window_options, "norm_layers": report.counts},
+                overwrite=overwrite,
             )  # fmt: skip
             write_json(output / "conversion.json", summary)
             session.print(f"{report}; written to {output}")

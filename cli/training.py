@@ -145,6 +145,12 @@ def export(
     fold: Annotated[
         str, typer.Option(help="bn: as trained. affine: scale and shift. conv: into the conv weights.")
     ] = "bn",
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also model.onnx, folded into the convs, any batch size.")
+    ] = False,
+    torch_export: Annotated[
+        bool, typer.Option("--torch-export", help="Also model.pt2 for torch.export.load, likewise.")
+    ] = False,
     overwrite: o.Overwrite = False,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
@@ -155,9 +161,11 @@ def export(
     with Session(as_json, debug, quiet) as session:
         from cbn_convert.training.deploy import export_run
 
-        result: dict[str, Any] = export_run(run, output, fold, overwrite=overwrite, dry_run=dry_run)
+        result: dict[str, Any] = export_run(
+            run, output, fold, onnx=onnx, torch_export=torch_export, overwrite=overwrite, dry_run=dry_run
+        )
         if dry_run:
-            session.print(f"would write {output}/model.safetensors and config.json; nothing written (--dry-run)")
+            session.print(f"would write {', '.join(result['files'])} to {output}; nothing written (--dry-run)")
         else:
             session.print(
                 f'written to {output}; timm.create_model("local-dir:{output}", pretrained=True) agrees to '

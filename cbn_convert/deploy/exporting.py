@@ -1,4 +1,4 @@
-"""Writes a model as a folder that plain timm loads: model.safetensors and config.json."""
+"""Writes a model as a folder that plain timm loads: model.safetensors, config.json and a model card."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from timm.data import resolve_input_data_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .. import __version__
 from ..errors import ExportError
-from ..files import new_directory
+from ..files import new_directory, read_json
+from .card import write_card
 from .folding import FoldTarget
 from .folding import fold as fold_model
+from .graphs import check_onnx_installed, random_images, write_graphs
 
 _DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -31,30 +34,40 @@ def export(
     model_args: dict[str, Any] | None = None,
     data_config: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
+    onnx: bool = False,
+    torch_export: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Writes `output`/model.safetensors and `output`/config.json; returns the folder.
+    """Writes `output`/model.safetensors, config.json and README.md, a model card; returns the folder.
 
     timm.create_model("local-dir:OUTPUT", pretrained=True) loads it. With fold "affine" or "conv" the BatchNorm keys
     stay, as identities. `model_args` are the keyword arguments the model was created with beside num_classes,
     `data_config` overrides input_size, mean, std, interpolation, crop_pct. `metadata` is added to the safetensors
-    metadata. The folder appears complete or not at all. Raises ExportError if the model is not one that timm
-    registers or holds values that are not finite, RunError if the folder is not empty and `overwrite` is False.
+    metadata and shown in the card. `onnx` adds model.onnx and `torch_export` model.pt2 (torch.export.load), for any
+    number of images of the input size; both are folded into the convs whatever `fold` says, and their outputs are
+    checked. The folder appears complete or not at all.
+
+    Raises ExportError if the model is not one that timm registers, holds values that are not finite or has no such
+    graph, or if `onnx` lacks its packages; RunError if the folder is not empty and `overwrite` is False.
     """
+    if onnx:
+        check_onnx_installed()
     cfg = getattr(model, "pretrained_cfg", None)
     if not cfg or cfg.get("architecture") not in timm.list_models():
         raise ExportError(
             f"{type(model).__name__} is not an architecture that timm registers, so plain timm could not load it; "
             "save its state_dict instead, the keys are those of the original model"
         )
-    folded: Any = fold_model(model, fold, keep_bn=True)
-    data_config = {k: v for k, v in (data_config or {}).items() if k in _DATA_KEYS}
-    folded.pretrained_cfg = {**cfg, **data_config}
+    cfg = {**cfg, **{k: v for k, v in (data_config or {}).items() if k in _DATA_KEYS}}
+    # not cfg's input_size: that of a model built for another size is its own
+    example = random_images(1, resolve_input_data_config(model, pretrained_cfg=cfg)["input_size"])
+    folded: Any = fold_model(model, fold, keep_bn=True, example_input=example.to(next(model.parameters())))
+    folded.pretrained_cfg = cfg
     tensors = {name: t.detach().cpu().contiguous() for name, t in folded.state_dict().items()}
     damaged = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if damaged:
         raise ExportError(f"{damaged[0]} holds values that are not finite; the model is damaged and was not exported")
-    about = {"version": __version__, "architecture": cfg["architecture"], "fold": fold, **(metadata or {})}
+    about = {**(metadata or {}), "version": __version__, "architecture": cfg["architecture"], "fold": fold}
     output = Path(output)
     with new_directory(output, overwrite) as folder:
         # a state_dict may name one tensor twice (tied weights); safetensors wants one storage per name
@@ -68,4 +81,8 @@ def export(
         )
         labels = {"label_names": list(class_names)} if class_names else {}
         save_config_for_hf(folded, folder / "config.json", model_config=labels, model_args=model_args)
+        config = read_json(folder / "config.json", "model settings")
+        if onnx or torch_export:
+            write_graphs(model, folder, config, onnx=onnx, torch_export=torch_export)
+        write_card(folder, output.name, config, about)
     return output

@@ -103,6 +103,13 @@ class FinetuneConfig:
         """Plain data for JSON."""
         return asdict(self)
 
+    def summary(self) -> dict[str, Any]:
+        """What a reader of the exported model wants to know, without the paths of this machine."""
+        names = ["norm", "epochs", "batch_size", "opt", "lr"]
+        if self.norm == "cbn":
+            names[1:1] = ["window", "compensation", "gradient", "history"]
+        return {"data": Path(self.data).resolve().name, **{name: getattr(self, name) for name in names}}
+
     @classmethod
     def of_run(cls, run: str | Path) -> FinetuneConfig:
         """The settings stored in a run folder. Raises RunError if it is none."""

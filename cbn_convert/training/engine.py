@@ -279,7 +279,7 @@ class _Trainer:
             export(
                 self.accelerator.unwrap_model(self.model), self.run / "best", class_names=self.classes,
                 model_args=self.config.model_kwargs, data_config=self.data_config,
-                metadata={"norm": self.config.norm, "top1": result.top1, "epoch": self.epoch}, overwrite=True,
+                metadata={**self.config.summary(), "top1": result.top1, "epoch": self.epoch}, overwrite=True,
             )  # fmt: skip
         names = ("step", "epoch", "best_top1", "best_epoch", "last_top1", "train_seconds")
         save_last(self.run, self.model, self.optimizer, {name: getattr(self, name) for name in names})

@@ -69,6 +69,7 @@ def test_inspect_and_convert(tmp_path: Path) -> None:
     code, _, _ = cbn("convert", "test_resnet", "--no-pretrained", "-o", tmp_path / "out", "--window", 16)
     assert code == 0
     assert json.loads((tmp_path / "out/conversion.json").read_text())["window"] == 16
+    assert "- **norm layers:** " in (tmp_path / "out/README.md").read_text()
     timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
     code, out, _ = cbn("inspect", f"local-dir:{tmp_path}/out", "--json")
     assert code == 0
@@ -143,6 +144,30 @@ def test_export_of_a_group_norm_run_is_refused(colors: Path, tmp_path: Path) -> 
     assert code == 1
     assert "GroupNorm" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_export_of_graphs_and_what_the_card_tells(colors: Path, tmp_path: Path) -> None:
+    run, out, again = tmp_path / "run", tmp_path / "out", tmp_path / "again"
+    assert cbn("finetune", colors, "-m", "test_resnet", "-o", run, "--max-steps", 2, "--lr", 0.01, *SMALL)[0] == 0
+    code, text, _ = cbn("export", run, "-o", out, "--onnx", "--torch-export", "--dry-run")
+    assert code == 0
+    assert "would write model.safetensors, config.json, README.md, model.onnx, model.pt2 to" in text
+    assert not out.exists()
+    code, text, err = cbn("export", run, "-o", out, "--onnx", "--torch-export", "--json")
+    assert code == 0, err
+    assert json.loads(text)["files"] == ["model.safetensors", "config.json", "README.md", "model.onnx", "model.pt2"]
+    assert {p.name for p in out.iterdir()} == set(json.loads(text)["files"])
+    assert cbn("export", out, "-o", again, "--fold", "conv")[0] == 0  # an exported folder passes on what it knows
+    for folder in (out, again):
+        card = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+        for line in (
+            "- **classes:** blue, red", "- **data:** colors", "- **norm:** cbn", "- **window:** 4",
+            "- **compensation:** projection", "- **epochs:** 10", "- **batch size:** 2",
+            "- **peak learning rate:** 0.01", "- **best epoch:** 1",
+        ):  # fmt: skip
+            assert line in card
+        assert str(tmp_path) not in "".join(card)
+        assert ("- `model.pt2`: for `torch.export.load`" in card) == (folder == out)
 
 
 def test_batch_size_1_down_to_one_pixel(colors: Path, tmp_path: Path) -> None:

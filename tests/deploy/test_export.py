@@ -6,11 +6,14 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from conftest import randomize_norms
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
@@ -97,6 +100,69 @@ def test_through_a_symbolic_link(tmp_path: Path) -> None:
     cbn.export(timm.create_model("test_resnet", num_classes=2), tmp_path / "link")
     assert (tmp_path / "real/model.safetensors").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_model_built_for_one_size(tmp_path: Path) -> None:
+    """levit_128s at 64 px, whose pretrained_cfg says 224."""
+    model = randomize_norms(timm.create_model("levit_128s", num_classes=2, img_size=64)).eval()
+    out = cbn.export(model, tmp_path / "out", fold="conv")
+    with torch.no_grad():
+        expected, got = model(X), timm.create_model(f"local-dir:{out}", pretrained=True).eval()(X)
+    assert (got - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_the_same_as_timm_saves_for_the_hub(name: str, tmp_path: Path) -> None:
+    model = randomize_norms(timm.create_model(name, num_classes=3, drop_rate=0.1)).eval()
+    labels = ["a", "b", "c"]
+    out = cbn.export(model, tmp_path / "out", fold="conv", class_names=labels)
+    folded = cbn.fold(model, "conv", keep_bn=True)
+    timm.models.save_for_hf(folded, tmp_path / "hub", {"label_names": labels}, safe_serialization=True)
+    assert json.loads((out / "config.json").read_text()) == json.loads((tmp_path / "hub/config.json").read_text())
+    exported, saved = (
+        timm.create_model(f"local-dir:{tmp_path}/{folder}", pretrained=True).eval() for folder in ("out", "hub")
+    )
+    assert exported.pretrained_cfg["label_names"] == saved.pretrained_cfg["label_names"] == labels
+    with torch.no_grad():
+        expected = model(X)
+        assert torch.equal(exported(X), saved(X))
+        assert (saved(X) - expected).norm() / expected.norm() < 1e-5
+
+    # push_to_hf_hub saves the loaded model once more
+    timm.models.save_for_hf(exported, tmp_path / "again", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}/again", pretrained=True).eval()
+    assert again.pretrained_cfg["label_names"] == labels
+    with torch.no_grad():
+        assert torch.equal(again(X), exported(X))
+
+
+def test_model_card(tmp_path: Path, monkeypatch) -> None:
+    model = timm.create_model("test_resnet", num_classes=12)
+    metadata = {"norm": "cbn", "window": 16, "top1": 200 / 3, "norm_layers": {"compensated": 9, "kept": 1}}
+    labels = [f"class_{i}" for i in range(11)] + ["with\nnewline"]
+    out = cbn.export(
+        model, tmp_path / 'my "model"', fold="conv", class_names=labels, metadata=metadata,
+        data_config={"input_size": (3, 64, 96), "mean": (0.1, 0.2, 0.3), "interpolation": "bilinear"},
+    )  # fmt: skip
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict() == {"tags": ["timm", "image-classification"], "library_name": "timm"}
+    for line in (
+        "# test_resnet, 12 classes",
+        f"- **classes:** {', '.join(labels[:10])} and 2 more",
+        "- **input:** 3 × 64 × 96, mean 0.1, 0.2, 0.3, std 0.5, 0.5, 0.5, bilinear interpolation",
+        "- **norm:** cbn",
+        "- **window:** 16",
+        "- **validation top-1 [%]:** 66.6667",
+        "- **norm layers:** 9 compensated, 1 kept",
+        f"- **versions:** cbn_convert {cbn.__version__}, timm {timm.__version__}, torch {torch.__version__}",
+    ):
+        assert line in card.content.splitlines()
+    monkeypatch.chdir(tmp_path)
+    shown: dict[str, Any] = {}
+    exec(card.content.split("```python")[1].split("```")[0], shown)
+    assert torch.equal(shown["model"](X), cbn.fold(model, "conv", keep_bn=True)(X))
+    image = Image.new("RGB", (200, 200))
+    assert shown["transform"](image).shape == (3, 64, 96)
 
 
 def test_refusals(tmp_path: Path) -> None:

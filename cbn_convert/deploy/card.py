@@ -1,0 +1,73 @@
+"""README.md of an exported folder: a model card as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+_FRONT = "---\ntags:\n- timm\n- image-classification\nlibrary_name: timm\n---\n"
+_SHOWN_CLASSES = 10
+_FOLDS = {
+    "bn": "BatchNorm with running statistics",
+    "affine": "BatchNorm that only scales and shifts, the running statistics are folded into its weight and bias",
+    "conv": "folded into the weights of the convs; BatchNorm is an identity where it could be folded",
+}
+_GRAPHS = {
+    "model.onnx": "ONNX, input `images`; size, mean, std and classes are in its metadata",
+    "model.pt2": "for `torch.export.load`",
+}
+_NAMES = {"top1": "validation top-1 [%]", "epoch": "best epoch", "lr": "peak learning rate"}
+
+
+def write_card(folder: Path, name: str, config: dict[str, Any], about: dict[str, Any]) -> None:
+    """Writes folder/README.md for the folder that will be called `name`.
+
+    `config` is the exported config.json, `about` the metadata of the safetensors file.
+    """
+    about = dict(about)
+    version, architecture, fold = about.pop("version"), about.pop("architecture"), about.pop("fold")
+    data = config["pretrained_cfg"]
+    lines = [
+        f"{_FRONT}# {architecture}, {config['num_classes']} classes",
+        "",
+        "```python",
+        "import timm",
+        "",
+        f"model = timm.create_model({json.dumps(f'local-dir:{name}', ensure_ascii=False)}, pretrained=True).eval()",
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        "```",
+        "",
+        f"- **architecture:** {architecture}",
+        *_classes(config.get("label_names", [])),
+        f"- **input:** {' × '.join(map(str, data['input_size']))}, mean {_text(data['mean'])}, "
+        f"std {_text(data['std'])}, {data['interpolation']} interpolation",
+        f"- **normalization:** {_FOLDS[fold]}",
+        *(f"- **{_NAMES.get(key, key.replace('_', ' '))}:** {_text(value)}" for key, value in about.items()),
+        f"- **versions:** cbn_convert {version}, timm {timm.__version__}, torch {torch.__version__}",
+    ]
+    graphs = [f"- `{file}`: {what}" for file, what in _GRAPHS.items() if (folder / file).exists()]
+    if graphs:
+        lines += ["", "The same model, folded into the convs, for any number of images:", "", *graphs]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _classes(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
+    return [f"- **classes:** {', '.join(_text(name) for name in names[:_SHOWN_CLASSES])}{more}"]
+
+
+def _text(value: Any) -> str:
+    """The value on one line."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{_text(v)} {k}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    return " ".join(str(value).split())
