@@ -21,23 +21,29 @@ def inspect(
     img_size: o.ImgSize = None,
     window: o.Window = 16,
     compensation: o.Compensation = "projection",
+    history: o.History = "ema",
     as_json: o.Json = False,
     debug: o.Debug = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Shows every norm layer of a model: what feeds it, what convert will do with it, and why.
+    """Shows every norm layer of a model: what feeds it, what convert will do with it and why, and what it remembers.
 
-    A timm name is looked at with random weights, so nothing is downloaded.
+    A timm name is looked at without weights, so nothing is downloaded.
     """
     spec = o.parse_model(model, arch, checkpoint, False, model_kwargs, img_size=img_size)
     with Session(as_json, debug, quiet) as session:
+        import torch
+
         import cbn_convert as cbn
         from cbn_convert.models import ModelSpec, create_model
 
-        report = cbn.convert(create_model(ModelSpec(**spec)), window=window, compensation=compensation)  # type: ignore[arg-type]
+        named = checkpoint is None and ":" not in model and "/" not in model and not model.endswith(".safetensors")
+        with torch.device("meta" if named else "cpu"):  # the structure of the largest model takes no memory
+            inspected = create_model(ModelSpec(**spec))
+        report = cbn.convert(inspected, window=window, compensation=compensation, history=history)  # type: ignore[arg-type]
         session.print(_table(report))
-        session.print(str(report))
-        session.result({"model": model, "window": window, **report.to_dict()})
+        session.print(f"{report}; history {report.history_bytes / 1e6:.1f} MB at window {window} ({history})")
+        session.result({"model": model, "window": window, "history": history, **report.to_dict()})
 
 
 def convert(
@@ -97,8 +103,9 @@ def _table(report: ConversionReport) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("layer", "norm", "channels", "fed by", "convert", "why"):
+    for header in ("layer", "norm", "channels", "fed by", "convert", "history [MB]", "why"):
         table.add_column(header, overflow="fold")
     for row in report:
-        table.add_row(row.name, row.norm, str(row.channels), row.fed_by or "-", row.status, row.reason)
+        history = f"{row.history_bytes / 1e6:.3f}"
+        table.add_row(row.name, row.norm, str(row.channels), row.fed_by or "-", row.status, history, row.reason)
     return table

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is obeyed
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is defined
 

@@ -57,7 +57,9 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _is_batch_norm(module: nn.Module) -> bool:
     """Whether it normalises by running statistics; known by its class or its buffers as InplaceAbn is."""
-    if isinstance(module, _BatchNorm) or _is_scripted(module):
+    if isinstance(module, torch.jit.ScriptModule):
+        return _is_scripted(module)
+    if isinstance(module, _BatchNorm):
         return True
     return {"running_mean", "running_var"} <= module._buffers.keys() and not isinstance(module, _InstanceNorm)
 
@@ -156,7 +158,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     layers = [m for m in model.modules() if isinstance(m, CrossIterationMixin)]
     for layer in layers:
-        if type(layer) not in (*CONVERTED.values(), CrossIterationFrozenBatchNorm2d):
+        if type(layer) not in CONVERTED.values() and not isinstance(layer, CrossIterationFrozenBatchNorm2d):
             raise ConversionError(f"{type(layer).__name__} is a subclass with no known plain form; replace it yourself")
     for layer in layers:
         layer.restore()
@@ -220,10 +222,12 @@ def _selected(name: str, module: nn.Module, selector: Selector | None, default: 
 
 
 def _row(name: str, norm: nn.Module, fed_by: str | None, status: Any, reason: str) -> ReportRow:
-    statistics = norm.get_buffer("running_mean") if _is_scripted(norm) or is_frozen(norm) else None
-    channels = len(statistics) if statistics is not None else norm.num_features
-    kind = norm.original_name if _is_scripted(norm) else type(norm).__name__
-    return ReportRow(name, str(kind), int(cast(int, channels)), fed_by, status, reason)
+    if _is_scripted(norm):
+        kind, channels = str(norm.original_name), len(cast(Tensor, norm.running_mean))
+    else:
+        kind = type(norm).__name__
+        channels = norm.num_features if isinstance(norm, _BatchNorm) else len(norm.get_buffer("running_mean"))
+    return ReportRow(name, kind, channels, fed_by, status, reason)
 
 
 def _outputs(model: nn.Module, parts: Iterable[Part]) -> list[OutputChannels]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -67,10 +68,9 @@ def _candidates(model: nn.Module, example_input: Any | None) -> Iterator[Argumen
 def _image_sizes(model: nn.Module) -> list[tuple[int, ...]]:
     """[C, H, W] of images that the model may take, in the order in which they should be tried."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    channels, *own = cfg.get("input_size") or (3,)
-    first = cfg.get("first_conv")
-    if isinstance(first, str) and isinstance(conv := dict(model.named_modules()).get(first), nn.Conv2d):
-        channels = conv.in_channels  # with in_chans=..., which the config does not tell
+    # the model's own size where it was built for another one; about mean and std, of no interest here, it would warn
+    known = {**cfg, "mean": 0.5, "std": 0.5}
+    channels, *own = resolve_input_data_config(model, pretrained_cfg=known)["input_size"] if cfg else (3,)
     quick = [] if cfg.get("fixed_input_size") else [(size, size) for size in QUICK_SIZES]
     sizes = [*quick, *([tuple(own)] if own else []), *((size, size) for size in OTHER_SIZES)]
     smaller = [size for size in sizes if not own or size[0] <= own[0]]

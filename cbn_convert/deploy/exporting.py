@@ -10,7 +10,6 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.data import resolve_input_data_config
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -20,7 +19,7 @@ from ..files import new_directory, read_json
 from .card import write_card
 from .folding import FoldTarget
 from .folding import fold as fold_model
-from .graphs import check_onnx_installed, random_images, write_graphs
+from .graphs import check_onnx_installed, write_graphs
 
 _DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -59,9 +58,7 @@ def export(
             "save its state_dict instead, the keys are those of the original model"
         )
     cfg = {**cfg, **{k: v for k, v in (data_config or {}).items() if k in _DATA_KEYS}}
-    # not cfg's input_size: that of a model built for another size is its own
-    example = random_images(1, resolve_input_data_config(model, pretrained_cfg=cfg)["input_size"])
-    folded: Any = fold_model(model, fold, keep_bn=True, example_input=example.to(next(model.parameters())))
+    folded: Any = fold_model(model, fold, keep_bn=True)
     folded.pretrained_cfg = cfg
     tensors = {name: t.detach().cpu().contiguous() for name, t in folded.state_dict().items()}
     damaged = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -87,11 +88,13 @@ class CrossIterationSyncBatchNormAct(CrossIterationMixin, SyncBatchNormAct):
 class CrossIterationFrozenBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
     """A frozen BatchNorm of torchvision, timm or detectron2 that follows its data again; γ and β are parameters.
 
-    Made by `adopt` only. Evaluation is the frozen class's own forward pass and state_dict keys are its keys.
+    Made by `adopt` only, as a subclass of the frozen class too: evaluation is that one's own forward pass, to the bit,
+    and state_dict keys are its keys.
     """
 
     PLAIN = nn.BatchNorm2d
-    frozen_class: type[nn.Module]
+    frozen_class: type[Any]
+    frozen_attributes: dict[str, Any]
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape: [N, C, H, W], output like input in shape and dtype."""
@@ -100,44 +103,62 @@ class CrossIterationFrozenBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
         y: Tensor = self.frozen_class.forward(self, x)
         return y
 
-    @classmethod
-    def thawed(cls, norm: nn.Module) -> CrossIterationFrozenBatchNorm2d:
+    @staticmethod
+    def thawed(norm: nn.Module) -> CrossIterationFrozenBatchNorm2d:
         """Turns a frozen BatchNorm into one of this class, in place, still without a window."""
-        frozen_class, eps = type(norm), frozen_eps(norm)
+        own = {
+            "eps": frozen_eps(norm), "momentum": 0.1, "affine": True, "track_running_stats": True,
+            "num_features": len(norm.get_buffer("weight")),
+        }  # fmt: skip
+        attributes = {name: norm.__dict__[name] for name in own if name in norm.__dict__}
         gamma, beta = (norm._buffers.pop(name) for name in ("weight", "bias"))
-        norm.__class__ = cls
-        assert isinstance(norm, cls)
+        frozen_class: type[Any] = type(norm)
+        norm.__class__ = _thawed_class(frozen_class)
+        assert isinstance(norm, CrossIterationFrozenBatchNorm2d)
         assert gamma is not None
         assert beta is not None
-        norm.frozen_class = frozen_class
+        norm.frozen_attributes = attributes
+        norm.__dict__.update(own)
         norm.weight, norm.bias = nn.Parameter(gamma), nn.Parameter(beta)
-        norm.num_features, norm.affine, norm.track_running_stats = len(gamma), True, True
-        norm.eps, norm.momentum = eps, 0.1
         batches = torch.zeros((), dtype=torch.long, device=gamma.device)
         norm.register_buffer("num_batches_tracked", batches, persistent=False)
         return norm
 
     def restore(self) -> nn.Module:
         """Freezes the layer again with the statistics that it has now; returns it."""
+        attributes, frozen_class = self.frozen_attributes, self.frozen_class
         super().restore()
-        statistics = {name: self._buffers[name] for name in ("running_mean", "running_var")}
-        parameters = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        tensors = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        tensors |= {name: self.get_buffer(name) for name in ("running_mean", "running_var")}
         del self.num_batches_tracked
         self._parameters.clear()
         self._buffers.clear()
-        for name, t in {**parameters, **statistics}.items():
-            self.register_buffer(name, t)
-        for name in ("num_features", "affine", "track_running_stats", "momentum"):
+        for name in ("eps", "momentum", "affine", "track_running_stats", "num_features", "frozen_attributes"):
             delattr(self, name)
-        frozen_class = self.frozen_class
-        del self.frozen_class
         self.__class__ = frozen_class  # type: ignore[assignment]
+        self.__dict__.update(attributes)
+        for name, t in tensors.items():
+            self.register_buffer(name, t)
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_thawed, (self.frozen_class,), dict(self.__dict__)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         # as the frozen classes do; version 2, since BatchNorm would add the key for an older one
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args)
+
+
+@lru_cache
+def _thawed_class(frozen_class: type[Any]) -> type[CrossIterationFrozenBatchNorm2d]:
+    bases = (CrossIterationFrozenBatchNorm2d, frozen_class)
+    return type(f"CrossIteration{frozen_class.__name__}", bases, {"frozen_class": frozen_class})
+
+
+def _new_thawed(frozen_class: type[Any]) -> nn.Module:
+    cls = _thawed_class(frozen_class)
+    return cls.__new__(cls)
 
 
 def drop_and_act(norm: nn.Module, y: Tensor) -> Tensor:

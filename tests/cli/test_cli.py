@@ -58,7 +58,8 @@ def test_inspect_and_convert(tmp_path: Path) -> None:
     assert code == 0
     report = json.loads(out)
     assert report["counts"]["compensated"] == len(report["layers"])
-    assert {"name", "norm", "channels", "fed_by", "status", "reason"} == set(report["layers"][0])
+    assert {"name", "norm", "channels", "fed_by", "status", "reason", "history_bytes"} == set(report["layers"][0])
+    assert report["history_bytes"] == sum(layer["history_bytes"] for layer in report["layers"]) > 0
     code, out, _ = cbn("inspect", "test_resnet")
     assert "compensated" in out
 

@@ -254,11 +254,8 @@ def test_warm_up_fills_the_history_and_nothing_else() -> None:
     before = copy.deepcopy(model.state_dict())
     cbn.warm_up(model, [(torch.randn(2, 3, 8, 8), torch.zeros(2)), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)])
     assert isinstance(model[1], CrossIterationBatchNorm2d)
-    assert (
-        model[1].history_state()["sources"][0]["slots"]["mean"].shape[1]
-        == model[1].history_state()["sources"][0]["seen"]
-        == 3
-    )
+    (state,) = model[1].history_state()["sources"]
+    assert state["slots"]["mean"].shape[1] == state["seen"] == 3
     assert not any(m.training for m in model.modules())
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
