@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -135,7 +134,7 @@ class CrossIterationFrozenBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
         self._buffers.clear()
         for name in ("eps", "momentum", "affine", "track_running_stats", "num_features", "frozen_attributes"):
             delattr(self, name)
-        self.__class__ = frozen_class  # type: ignore[assignment]
+        self.__class__ = frozen_class
         self.__dict__.update(attributes)
         for name, t in tensors.items():
             self.register_buffer(name, t)
@@ -150,10 +149,14 @@ class CrossIterationFrozenBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args)
 
 
-@lru_cache
+_THAWED: dict[type[Any], type[CrossIterationFrozenBatchNorm2d]] = {}
+
+
 def _thawed_class(frozen_class: type[Any]) -> type[CrossIterationFrozenBatchNorm2d]:
-    bases = (CrossIterationFrozenBatchNorm2d, frozen_class)
-    return type(f"CrossIteration{frozen_class.__name__}", bases, {"frozen_class": frozen_class})
+    if frozen_class not in _THAWED:
+        bases = (CrossIterationFrozenBatchNorm2d, frozen_class)
+        _THAWED[frozen_class] = type(f"CrossIteration{frozen_class.__name__}", bases, {"frozen_class": frozen_class})
+    return _THAWED[frozen_class]
 
 
 def _new_thawed(frozen_class: type[Any]) -> nn.Module:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 
 import pytest
 import timm
 import torch
 from conftest import randomize_norms
 from timm.layers import BatchNormAct2d
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import cbn_convert as cbn
 from cbn_convert.errors import FoldError
+from cbn_convert.norm import CrossIterationMixin
 
 BACKBONES = {
     "resnet18": {},
@@ -197,3 +200,70 @@ def test_a_linear_on_tokens_folds_as_in_levit() -> None:
     folded = cbn.fold(model, "conv", example_input=x)
     assert isinstance(folded.bn, nn.Identity)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Joined(nn.Module):
+    """A norm behind concatenated convs, as in MixNet; one of them may have another reader."""
+
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 2, 1, bias=False)
+        self.bn, self.shared = nn.BatchNorm2d(6), shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.a(x), self.b(x)
+        y = self.bn(torch.cat([a, b], 1))
+        return y + a.mean() if self.shared else y
+
+
+@pytest.mark.parametrize("keep_bn", [False, True])
+def test_concatenated_convs_fold_slice_by_slice(keep_bn: bool) -> None:
+    model, x = randomize_norms(Joined()).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    folded = cbn.fold(model, "conv", keep_bn=keep_bn, example_input=x)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert isinstance(folded.bn, nn.BatchNorm2d) == keep_bn
+    if keep_bn:
+        assert torch.equal(folded.bn.weight, torch.ones(6, dtype=torch.float64))
+        assert torch.equal(folded.bn.bias[:4], torch.zeros(4, dtype=torch.float64))
+    shared = randomize_norms(Joined(shared=True)).eval()
+    assert isinstance(cbn.fold(shared, "conv", example_input=x.float()).bn, nn.BatchNorm2d)
+
+
+def test_a_part_of_a_conv_is_not_folded_into() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, v = self.conv(x).chunk(2, 1)
+            return self.bn(q) * v
+
+    model, x = randomize_norms(Cut()).eval(), torch.randn(2, 3, 8, 8)
+    folded = cbn.fold(model, "conv", example_input=x)
+    assert isinstance(folded.bn, nn.BatchNorm2d)
+    assert torch.equal(folded(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "fastvit_t8", "levit_128s", "ghostnetv3_050"])
+@torch.no_grad()
+def test_timm_merges_branches_before_and_after(name: str) -> None:
+    """Before a fold, after one with identities, and, where nothing is left to do, after a bare one."""
+    kwargs = {"img_size": 64} if "levit" in name else {}
+    model = randomize_norms(timm.create_model(name, num_classes=5, **kwargs)).eval()
+    cbn.convert(model)
+    expected = model(X)
+    bare = cbn.fold(model, "conv")
+    merged = [reparameterize_model(m) for m in (model, cbn.fold(model, "conv", keep_bn=True), bare)]
+    for deployed in (bare, *merged):
+        assert (deployed(X) - expected).norm() / expected.norm() < 1e-5
+        assert not any(isinstance(m, CrossIterationMixin) for m in deployed.modules())
+    assert torch.equal(pickle.loads(pickle.dumps(bare))(X), bare(X))
+
+
+def test_what_a_model_caches_with_a_gradient_is_copied() -> None:
+    model = randomize_norms(timm.create_model("levit_128s", num_classes=5, img_size=64)).eval()
+    expected = model(X)  # caches attention biases, which are no leaves
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    assert (cbn.fold(model, "conv")(X) - expected).norm() / expected.norm() < 1e-5

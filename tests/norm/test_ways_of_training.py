@@ -289,11 +289,13 @@ def test_without_running_statistics() -> None:
 
 
 def test_what_acts_between_conv_and_norm_in_training_is_refused() -> None:
-    """DropPath is nothing in evaluation, where models are traced; its output is not the conv's."""
+    """DropPath is nothing in evaluation; its output is not the conv's."""
     from timm.layers import DropPath
 
     net = nn.Sequential(nn.Conv2d(3, 4, 3), DropPath(0.5), nn.BatchNorm2d(4)).train()
-    cbn.convert(net, example_input=X)
+    assert cbn.convert(net, example_input=X).counts["window"] == 1
+    net(X)
+    net[2].bind(net[0])
     with pytest.raises(RuntimeError, match="bound to a Conv2d whose output is changed"):
         net(batch(0, n=20, dtype=torch.float32))
     inplace = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5, inplace=True), nn.BatchNorm2d(4)).train()
