@@ -17,6 +17,7 @@ from .. import __version__
 from ..errors import ExportError
 from ..files import new_directory, read_json
 from .card import write_card
+from .features import FEATURE_ARGS, in_original_form
 from .folding import FoldTarget
 from .folding import fold as fold_model
 from .graphs import check_onnx_installed, write_graphs
@@ -40,11 +41,12 @@ def export(
     """Writes `output`/model.safetensors, config.json and README.md, a model card; returns the folder.
 
     timm.create_model("local-dir:OUTPUT", pretrained=True) loads it. With fold "affine" or "conv" the BatchNorm keys
-    stay, as identities. `model_args` are the keyword arguments the model was created with beside num_classes,
-    `data_config` overrides input_size, mean, std, interpolation, crop_pct. `metadata` is added to the safetensors
-    metadata and shown in the card. `onnx` adds model.onnx and `torch_export` model.pt2 (torch.export.load), for any
-    number of images of the input size; both are folded into the convs whatever `fold` says, and their outputs are
-    checked. The folder appears complete or not at all.
+    stay, as identities. A backbone of features_only=True gets the keys of the architecture that it was cut from:
+    timm loads it with features_only=True or another num_classes. `model_args` are the keyword arguments the model was
+    created with beside num_classes, `data_config` overrides input_size, mean, std, interpolation, crop_pct. `metadata`
+    is added to the safetensors metadata and shown in the card. `onnx` adds model.onnx and `torch_export` model.pt2
+    (torch.export.load), for any number of images of the input size; both are folded into the convs whatever `fold`
+    says, and their outputs are checked. The folder appears complete or not at all.
 
     Raises ExportError if the model is not one that timm registers, holds values that are not finite or has no such
     graph, or if `onnx` lacks its packages; RunError if the folder is not empty and `overwrite` is False.
@@ -60,7 +62,9 @@ def export(
     cfg = {**cfg, **{k: v for k, v in (data_config or {}).items() if k in _DATA_KEYS}}
     folded: Any = fold_model(model, fold, keep_bn=True)
     folded.pretrained_cfg = cfg
-    tensors = {name: t.detach().cpu().contiguous() for name, t in folded.state_dict().items()}
+    model_args = {k: v for k, v in (model_args or {}).items() if k not in FEATURE_ARGS}
+    described, state = in_original_form(folded, model_args)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     damaged = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if damaged:
         raise ExportError(f"{damaged[0]} holds values that are not finite; the model is damaged and was not exported")
@@ -77,7 +81,7 @@ def export(
             tensors, folder / "model.safetensors", metadata={"format": "pt", "cbn_convert": json.dumps(about)}
         )
         labels = {"label_names": list(class_names)} if class_names else {}
-        save_config_for_hf(folded, folder / "config.json", model_config=labels, model_args=model_args)
+        save_config_for_hf(described, folder / "config.json", model_config=labels, model_args=model_args)
         config = read_json(folder / "config.json", "model settings")
         if onnx or torch_export:
             write_graphs(model, folder, config, onnx=onnx, torch_export=torch_export)
