@@ -1,12 +1,12 @@
 """Trains torchvision's FCOS on a timm backbone with CBN, two images per step, then exports the backbone to plain timm.
 
-    python examples/detection.py                      # about a minute and a half on two CPU cores
+    python examples/detection.py                      # about a minute on one CPU core
     python examples/detection.py --norm bn            # the same with BatchNorm, or frozen
     python examples/detection.py --pretrained --backbone resnet50 --device cuda
 
 The images are made here: discs, squares and triangles on noise, new ones in every step. Replace `batches` by a data
 loader and `SIZE`, `CLASSES` by its own for a detector of your own; what concerns CBN is in `build` and `main`.
-Without pretrained weights "frozen" has no statistics worth freezing.
+Without pretrained weights the AP is that of 400 steps from scratch, and "frozen" has no statistics worth freezing.
 """
 
 from __future__ import annotations
