@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
-_FRONT = "---\ntags:\n- timm\n- image-classification\nlibrary_name: timm\n---\n"
+_FRONT = "---\ntags:\n- timm\n- {task}\nlibrary_name: timm\n---\n"
 _SHOWN_CLASSES = 10
 _FOLDS = {
     "bn": "BatchNorm with running statistics",
@@ -23,21 +24,30 @@ _GRAPHS = {
 _NAMES = {"top1": "validation top-1 [%]", "epoch": "best epoch", "lr": "peak learning rate"}
 
 
-def write_card(folder: Path, name: str, config: dict[str, Any], about: dict[str, Any]) -> None:
+def write_card(
+    folder: Path, name: str, config: dict[str, Any], about: dict[str, Any], features: Iterable[int] | None = None
+) -> None:
     """Writes folder/README.md for the folder that will be called `name`.
 
-    `config` is the exported config.json, `about` the metadata of the safetensors file.
+    `config` is the exported config.json, `about` the metadata of the safetensors file, `features` the out_indices of a
+    features_only backbone.
     """
     about = dict(about)
     version, architecture, fold = about.pop("version"), about.pop("architecture"), about.pop("fold")
     data = config["pretrained_cfg"]
+    if features is None:
+        what, task, choice = f"{config['num_classes']} classes", "image-classification", ""
+    else:
+        what, task = "backbone without a head", "image-feature-extraction"
+        choice = f", features_only=True, out_indices={tuple(features)}"
+    source = json.dumps(f"local-dir:{name}", ensure_ascii=False)
     lines = [
-        f"{_FRONT}# {architecture}, {config['num_classes']} classes",
+        f"{_FRONT.format(task=task)}# {architecture}, {what}",
         "",
         "```python",
         "import timm",
         "",
-        f"model = timm.create_model({json.dumps(f'local-dir:{name}', ensure_ascii=False)}, pretrained=True).eval()",
+        f"model = timm.create_model({source}, pretrained=True{choice}).eval()",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         "```",
         "",

@@ -85,5 +85,5 @@ def export(
         config = read_json(folder / "config.json", "model settings")
         if onnx or torch_export:
             write_graphs(model, folder, config, onnx=onnx, torch_export=torch_export)
-        write_card(folder, output.name, config, about)
+        write_card(folder, output.name, config, about, None if described is folded else folded.feature_info.out_indices)
     return output
