@@ -61,13 +61,15 @@ def _is_batch_norm(module: nn.Module) -> bool:
         return _is_scripted(module)
     if isinstance(module, _BatchNorm):
         return True
-    return {"running_mean", "running_var"} <= module._buffers.keys() and not isinstance(module, _InstanceNorm)
+    statistics = [module._buffers.get(name) for name in ("running_mean", "running_var")]
+    return all(t is not None and t.dim() == 1 for t in statistics) and not isinstance(module, _InstanceNorm)
 
 
 def _is_scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in getattr(module, "original_name", "")
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     *,
@@ -103,6 +105,7 @@ def convert(
         check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions)
     except ValueError as error:
         raise ConversionError(str(error)) from None
+    include, exclude = (s if s is None or isinstance(s, str) or callable(s) else tuple(s) for s in (include, exclude))
     norms = norm_layers(model)
     if not norms:
         raise ConversionError(
@@ -123,32 +126,29 @@ def convert(
                         f'compensation "exact" is not known for {part.module!r}, a transposed conv; use "projection" '
                         f"or leave its norm as it is with exclude={name!r}"
                     )
-    rows: list[ReportRow] = []
-    for name, norm in norms.items():
-        if name not in todo:
-            rows.append(_untouched(model, name, norm))
+    rows = {n: plans[n] if n in todo else _untouched(model, n, m) for n, m in norms.items()}
+    for index, (name, norm) in enumerate(norms.items()):
+        row = rows[name]
+        if name not in todo or row.status == "kept":
             continue
-        row = plans[name]
-        if row.status != "kept":
-            own_window, own_gradient = window, cast(Gradient, gradient)
-            if row.status != "compensated" and gradient == "full":
-                own_gradient = "straight_through"
-                own_window = window if compensation == "none" else min(window, UNBOUND_WINDOW)
-            layer = adopt(norm)
-            layer.set_window(
-                own_window, compensation, own_gradient, history, burn_in, sync or isinstance(norm, nn.SyncBatchNorm),
-                moments_every, moments_positions, phase=len(rows),
-            )  # fmt: skip
-            if row.status == "compensated":
-                layer.bind(*_outputs(model, calls[name].parts))
-            if isinstance(layer, CrossIterationFrozenBatchNorm2d) and layer.producers:
-                # γ and β of a stage that is frozen as a whole stay as they are
-                for parameter in (layer.weight, layer.bias):
-                    parameter.requires_grad_(any(map(learns, layer.producers)))
-            reason = row.reason if own_window == window else f"{row.reason}; window {own_window}"
-            row = replace(row, reason=reason, history_bytes=layer.history_bytes)
-        rows.append(row)
-    return ConversionReport(tuple(rows))
+        own_window, own_gradient = window, cast(Gradient, gradient)
+        if row.status != "compensated" and gradient == "full":
+            own_gradient = "straight_through"
+            own_window = window if compensation == "none" else min(window, UNBOUND_WINDOW)
+        layer = adopt(norm)
+        layer.set_window(
+            own_window, compensation, own_gradient, history, burn_in, sync or isinstance(norm, nn.SyncBatchNorm),
+            moments_every, moments_positions, phase=index,
+        )  # fmt: skip
+        if row.status == "compensated":
+            layer.bind(*_outputs(model, calls[name].parts))
+        if isinstance(layer, CrossIterationFrozenBatchNorm2d) and layer.producers:
+            # γ and β of a stage that is frozen as a whole stay as they are
+            for parameter in (layer.weight, layer.bias):
+                parameter.requires_grad_(any(map(learns, layer.producers)))
+        reason = row.reason if own_window == window else f"{row.reason}; window {own_window}"
+        rows[name] = replace(row, reason=reason, history_bytes=layer.history_bytes)
+    return ConversionReport(tuple(rows.values()))
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -169,9 +169,9 @@ def revert(model: nn.Module) -> nn.Module:
 def warm_up(model: nn.Module, batches: Iterable[Any]) -> None:
     """Fills the history by forward passes under fixed weights; `window` - 1 batches fill it completely.
 
-    `batches` yields what the model takes: a tensor, or a tuple or list whose first element is the images (labels are
-    ignored). Runs in training mode under no_grad; modes, parameters and the running statistics of every norm layer
-    are afterwards what they were.
+    `batches` yields what the model takes: a tensor, a dict of keyword arguments, or a tuple or list whose first element
+    is the images (labels are ignored). Runs in training mode under no_grad; modes, parameters and the running
+    statistics of every norm layer are afterwards what they were.
     """
     buffers = [(b, b.clone()) for m in norm_layers(model).values() for b in m.buffers(recurse=False)]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -180,7 +180,10 @@ def warm_up(model: nn.Module, batches: Iterable[Any]) -> None:
         try:
             for batch in batches:
                 images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                model(images.to(device) if isinstance(images, Tensor) else images)
+                if isinstance(images, dict):
+                    model(**images)
+                else:
+                    model(images.to(device) if isinstance(images, Tensor) else images)
         finally:
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from timm.data import resolve_input_data_config
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConversionError
 from ..norm import modes_kept
@@ -44,12 +45,53 @@ def on_example(
     ) from failure
 
 
-@torch.no_grad()
-def run(model: nn.Module, example_input: Any | None) -> tuple[Any, Arguments]:
-    """The model's outputs in eval mode without gradients, and the arguments that it ran on, as in `on_example`."""
+def run(model: nn.Module, example_input: Any | None) -> tuple[list[Any], Arguments]:
+    """`outputs_on` an example input in eval mode, and the arguments that it ran on, as in `on_example`."""
     with modes_kept(model):
         model.eval()
-        return on_example(model, example_input, lambda arguments: model(*arguments[0], **arguments[1]))
+        return on_example(model, example_input, lambda arguments: outputs_on(model, arguments))
+
+
+def outputs_on(model: nn.Module, arguments: Arguments) -> list[Any]:
+    """The leaves of the model's outputs, without gradients; the same random numbers are drawn in every call."""
+    args, kwargs = copied(arguments)
+    with quietly(model):
+        torch.manual_seed(0)
+        return leaves_of(model(*args, **kwargs))
+
+
+def copied(arguments: Arguments) -> Arguments:
+    """The arguments with tensors of their own, which a model may write to."""
+    copies: Arguments = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, arguments)
+    return copies
+
+
+@contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Without gradients, autocast and inference mode; random states are afterwards what they were."""
+    devices = {p.device for p in model.parameters()}
+    gpus = [d for d in devices if d.type == "cuda"]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(gpus))
+        for kind in {d.type for d in devices} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """What is in nested containers: those that torch.utils._pytree knows, mappings, dataclasses and other objects."""
+    leaves, todo, seen = [], tree_leaves(value), set()
+    while todo:
+        leaf = todo.pop(0)
+        inside = isinstance(leaf, Mapping) or hasattr(leaf, "__dict__")
+        if not inside or isinstance(leaf, (Tensor, nn.Module, type)):
+            leaves.append(leaf)
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            todo += tree_leaves(list((leaf if isinstance(leaf, Mapping) else vars(leaf)).values()))
+    return leaves
 
 
 def _candidates(model: nn.Module, example_input: Any | None) -> Iterator[Arguments]:
@@ -61,7 +103,7 @@ def _candidates(model: nn.Module, example_input: Any | None) -> Iterator[Argumen
         reference = next(model.parameters(), torch.empty(0))
         generator = torch.Generator().manual_seed(0)
         for size in _image_sizes(model):
-            images = torch.randn(1, *size, generator=generator)
+            images = torch.randn(1, *size, generator=generator, device="cpu")
             yield (images.to(reference.device, reference.dtype),), {}
 
 

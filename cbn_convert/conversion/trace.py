@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..norm import modes_kept
 from ..norm.producers import is_producer, out_channels
-from .example import Arguments, on_example
+from .example import Arguments, copied, leaves_of, on_example, quietly
 
 
 class Part(NamedTuple):
@@ -82,7 +82,7 @@ class _Provenance(TorchDispatchMode):
         read = {_key(t): t for t in _tensors((args, kwargs))}
         made = {_key(t): t for t in _tensors(out)}
         written = _written(func, args, kwargs)
-        if not written and made.keys() <= read.keys():
+        if made and not written and made.keys() <= read.keys():
             return  # all of it as it is, under another name
         sources = [self.origins[key] for key in read if key in self.origins]
         for source in sources:
@@ -91,15 +91,20 @@ class _Provenance(TorchDispatchMode):
             self.writes[_memory(t)] += 1
             made[_key(t)] = t
         name = func._schema.name.split("::")[-1].strip("_").removeprefix("native_").removesuffix("_with_indices")
+        parts = self._joined(*args, **kwargs) if name == "cat" else ()
         for key, t in made.items():
-            self.origins[key] = self._origin(t, name, [] if written else sources)
+            self.origins[key] = self._origin(t, name, [] if written else sources, parts)
 
-    def _origin(self, t: Tensor, name: str, sources: Sequence[_Origin]) -> _Origin:
-        new = _Origin(t, name, self.writes[_memory(t)])
+    def _joined(self, tensors: Sequence[Tensor], dim: int = 0) -> tuple[Part, ...]:
+        """What the channels of a concatenation are, where all tensors hold outputs of producers."""
+        parts = [self.parts_of(t, origin) for t in tensors if (origin := self.origin(t)) is not None]
+        along_channels = dim in (1, 1 - tensors[0].dim())
+        return sum(parts, ()) if along_channels and len(parts) == len(tensors) and all(parts) else ()
+
+    def _origin(self, t: Tensor, name: str, sources: Sequence[_Origin], parts: tuple[Part, ...]) -> _Origin:
+        new = _Origin(t, name, self.writes[_memory(t)], parts)
         if name == "cat":
-            parts = [part for source in sources for part in self.parts_of(source.tensor, source)]
-            if all(self.parts_of(source.tensor, source) for source in sources) and _channels(parts) == t.shape[1]:
-                new.parts, new.sources = tuple(parts), sources
+            new.sources = sources if parts else ()
             return new
         for source in sources:
             if name == "clone" or _memory(source.tensor) == _memory(t):
@@ -159,7 +164,13 @@ def _key(t: Tensor) -> _Key:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided]
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and _has_memory(t)]
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether a tensor is a view of memory with sizes and strides, which nested and vmapped ones are not."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return not t.is_nested and t.layout is torch.strided and not wrapped
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -167,10 +178,6 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
     given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return _tensors([given.get(name) for name in writes])
-
-
-def _channels(parts: Iterable[Part]) -> int:
-    return sum(part.channels for part in parts)
 
 
 def _cut(parts: Sequence[Part], first: int, channels: int) -> tuple[Part, ...]:
@@ -210,21 +217,33 @@ def trace_norms(
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    buffers = [(b, b.clone()) for b in model.buffers()] if training else []
-    devices = {b.device for b in model.parameters() if b.is_cuda}
     # dynamo takes seconds to import, and nothing is compiled where nobody did
     compiling = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
-    with modes_kept(model), torch.no_grad(), torch.random.fork_rng(devices), eager:
+    kept = _tensors_kept(model) if training else nullcontext()
+    with modes_kept(model), kept, quietly(model), eager:
         model.train(training)
         for module in model.modules():
             if "running_mean" in module._buffers:
                 module.eval()
-        try:
-            yield
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        yield
+
+
+@contextmanager
+def _tensors_kept(model: nn.Module) -> Iterator[None]:
+    """Undoes what a forward pass in training mode does to parameters and buffers."""
+    values = [(t, t._version, t.clone()) for t in (*model.parameters(), *model.buffers())]
+    buffers = [(m, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    try:
+        yield
+    finally:
+        for module, own in buffers:
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for t, version, value in values:
+                if t._version != version:
+                    t.copy_(value)
 
 
 def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) -> dict[str, NormCall]:
@@ -248,20 +267,23 @@ def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) 
                 origins[name] = origin
                 call.origin = origin.label
                 call.parts = provenance.parts_of(x, origin)
+                if not call.parts and (origin.parts or origin.root):
+                    call.origin = f"a rearranged or changed output of {origin.label}"
 
         return hook
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if is_producer(module):
-                hooks.callback(module.register_forward_hook(after_producer(name)).remove)
+                # before hooks of others, which may change the output
+                hooks.callback(module.register_forward_hook(after_producer(name), prepend=True).remove)
         for name, module in norms.items():
             hooks.callback(module.register_forward_pre_hook(before_norm(name), with_kwargs=True).remove)
-        args, kwargs = arguments
+        args, kwargs = copied(arguments)
         with provenance:
             output = model(*args, **kwargs)
 
-    for returned in {id(o): o for t in _tensors(output) if (o := provenance.origin(t)) is not None}.values():
+    for returned in {id(o): o for t in _tensors(leaves_of(output)) if (o := provenance.origin(t)) is not None}.values():
         returned.consumers += 1
     for name, call in calls.items():
         if call.parts:

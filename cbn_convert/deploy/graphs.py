@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import __version__
 from ..errors import ExportError
-from .folding import fold
+from .folding import fold, relative_difference
 
 TOLERANCE = 1e-4  # relative, in float32; a fold into the conv weights rounds differently, nothing else does
 _BATCHES = (2, 1, 3)  # the first is traced, the others show that the graph has no batch size of its own
@@ -59,12 +59,6 @@ def write_graphs(model: nn.Module, folder: Path, config: dict[str, Any], *, onnx
 def random_images(count: int, size: Sequence[int]) -> Tensor:
     """The same normal noise [count, *size] at every call."""
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
-
-
-def relative_difference(got: Tensor, expected: Tensor) -> float:
-    """‖got - expected‖ / ‖expected‖ in float64."""
-    got, expected = got.double(), expected.double()
-    return float((got - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def _trace(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:

@@ -159,15 +159,19 @@ class History:
         return {"window": self.window, "kind": self.kind, "seen": after.seen, "kept": after.kept, "slots": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Raises ValueError if it was taken with another window or kind."""
+        """Restores what `state_dict` returned. Raises ValueError as `check` does."""
+        self.check(state)
+        self.clear()
+        self.seen, self.kept = int(state["seen"]), float(state.get("kept", 1.0))
+        self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if what `state_dict` returned was taken with another window or kind."""
         if (state["window"], state["kind"]) != (self.window, self.kind):
             raise ValueError(
                 f"history was saved with window {state['window']} ({state['kind']}), "
                 f"but the layer has window {self.window} ({self.kind}); use the same settings to resume"
             )
-        self.clear()
-        self.seen, self.kept = int(state["seen"]), float(state.get("kept", 1.0))
-        self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
 
 
 def _map(fn: Callable[[Tensor], Tensor], moments: Moments) -> Moments:

@@ -44,7 +44,7 @@ class CrossIterationMixin(_BatchNorm):
     """Turns the BatchNorm class that follows it into a cross-iteration one.
 
     All that it adds to an instance are `WINDOW_ATTRIBUTES`, so that a conversion can give them to an existing layer
-    (`set_window`) and take them away again (`remove_window`).
+    (`set_window`) and take them away again (`restore`).
     """
 
     window: int
@@ -213,10 +213,13 @@ class CrossIterationMixin(_BatchNorm):
         own = [len(every[source.channels or slice(None)]) for source in self._sources]
         if len(own) != len(state["sources"]):
             raise ValueError(f"history is of a layer fed by {len(state['sources'])} modules, this one by {len(own)}")
-        for channels, source, saved in zip(own, self._sources, state["sources"], strict=True):
+        pairs = list(zip(self._sources, state["sources"], strict=True))
+        for channels, (source, saved) in zip(own, pairs, strict=True):
             other = {len(t) for name, t in saved["slots"].items() if name in ("mean", "var")} - {channels}
             if other:
                 raise ValueError(f"history is of a layer with {other.pop()} channels, this one has {channels}")
+            source.history.check(saved)
+        for source, saved in pairs:
             source.history.load_state_dict(saved)
         self.iteration = int(state["iteration"])
 

@@ -15,5 +15,6 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        module.train(modes[0][1])  # for those that do something there
         for m, training in modes:
             m.training = training

@@ -32,8 +32,11 @@ _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Conv2dSame, *_TRANSPOSED, 
 
 
 def is_producer(module: nn.Module) -> TypeIs[Producer]:
-    """Whether the module's output is θ·p + b in a way known here; subclasses may compute anything and do not count."""
-    return bool(type_before_parametrizations(module) in _KINDS)
+    """Whether the module's output is θ·p + b in a way known here.
+
+    Subclasses, and instances with a forward of their own, may compute anything and do not count.
+    """
+    return bool(type_before_parametrizations(module) in _KINDS) and "forward" not in module.__dict__
 
 
 def is_transposed(module: nn.Module) -> TypeIs[TransposedConv]:
@@ -43,8 +46,9 @@ def is_transposed(module: nn.Module) -> TypeIs[TransposedConv]:
 
 def applies_stored_weight(module: nn.Module) -> bool:
     """Whether the module applies its weight as it is stored, so that a factor can be multiplied into it."""
-    # weights that hooks compute, as in prune and the older weight_norm, are no parameters
-    return is_producer(module) and not isinstance(module, _STANDARDISED) and "weight" in module._parameters
+    # tensors that hooks compute, as in prune and the older weight_norm, are no parameters
+    stored = {"weight", "bias"} <= module._parameters.keys()
+    return is_producer(module) and not isinstance(module, _STANDARDISED) and stored
 
 
 def groups_of(module: Producer) -> int:

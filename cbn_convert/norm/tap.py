@@ -31,7 +31,8 @@ class InputTap:
         self.version: int | None = None
         self.compared = 0
         self.handles = [
-            self.module.register_forward_hook(self, with_kwargs=True),
+            # before hooks of others, which may change the output
+            self.module.register_forward_hook(self, with_kwargs=True, prepend=True),
             self.module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
         ]
 

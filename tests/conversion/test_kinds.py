@@ -128,7 +128,24 @@ def test_a_stage_that_is_frozen_as_a_whole_keeps_its_affine() -> None:
     assert not any(p.requires_grad for p in model[1].parameters())
 
 
+class HalfInsideFrozenBatchNorm2d(DetrFrozenBatchNorm2d):
+    eps_inside = 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class FrozenBatchNorm1d(DetrFrozenBatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias.view(1, -1)
+
+
 def test_what_only_looks_frozen_is_refused() -> None:
+    half = nn.Sequential(nn.Conv2d(3, 4, 3), HalfInsideFrozenBatchNorm2d(4))
+    assert cbn.convert(half, example_input=X).counts["compensated"] == 1
+    assert half[1].eps == 1e-3
+    with pytest.raises(ConversionError, match="'1' cannot be converted: FrozenBatchNorm1d does not take images"):
+        cbn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm1d(4)), example_input=X)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), OddFrozenBatchNorm2d(4))
     with pytest.raises(ConversionError, match="'2' cannot be converted: OddFrozenBatchNorm2d does not compute"):
         cbn.convert(model, example_input=X)

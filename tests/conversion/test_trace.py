@@ -38,6 +38,8 @@ def scripted_shift(x: Tensor) -> Tensor:
 CASES: dict[str, tuple[Callable, list[int], list[str | None]]] = {
     "concatenated": (lambda m, x: torch.cat([m.b(x), m.a(x)], 1), [8], ["b, a"]),
     "concatenated along the batch": (lambda m, x: torch.cat([m.a(x), m.a(x + 1)], 0), [4], [None]),
+    "concatenated with itself": (lambda m, x: torch.cat([t := m.a(x), t], 1), [8], ["a"]),
+    "concatenated with a constant": (lambda m, x: torch.cat([m.a(x), torch.ones(1, 4, 6, 6)]), [4], [None]),
     "concatenated with something else": (lambda m, x: torch.cat([m.a(x), m.b(x).relu()], 1), [8], [None]),
     "concatenated and cut across": (lambda m, x: torch.cat([m.a(x), m.b(x)], 1)[:, 2:7], [5], ["a, b"]),
     "chunk": (lambda m, x: m.a(x).chunk(2, 1), [2, 2], ["a", "a"]),
@@ -164,3 +166,104 @@ def test_a_head_that_was_made_anew_is_converted_by_another_call() -> None:
     assert rows["head.bn"].status == "window"
     assert "already" not in rows["head.bn"].reason
     assert "already" in rows["stem.conv1.bn"].reason
+
+
+class Momentum(nn.Module):
+    """What a forward pass in training mode may do: write to parameters, to buffers, and put other buffers in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.slow, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.slow.weight.lerp_(self.conv.weight, 0.5)
+            self.mean = 0.9 * self.mean + x.mean()
+        return self.bn(self.slow(x)) + self.mean
+
+
+def test_tracing_in_training_mode_changes_nothing() -> None:
+    model = Momentum().eval()
+    before, expected, buffer = {k: v.clone() for k, v in model.state_dict().items()}, model(X), model.mean
+    assert cbn.convert(model, example_input=X).rows[0].fed_by == "slow"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.mean is buffer
+    assert torch.equal(model(X), expected)
+
+
+def changed_by_hook(model: nn.Sequential) -> None:
+    model[0].register_forward_hook(lambda module, args, output: output * 3)
+
+
+def changed_by_patch(model: nn.Sequential) -> None:
+    forward = model[0].forward
+    model[0].forward = lambda x: 3 * forward(x)
+
+
+@pytest.mark.parametrize("change", [changed_by_hook, changed_by_patch])
+def test_what_others_make_of_a_conv_is_not_its_output(change: Callable) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    change(model)
+    assert [row.fed_by for row in cbn.convert(model, example_input=X)] == [None]
+    model.train()(X).sum().backward()
+    folded = cbn.fold(model, "conv", example_input=X)
+    assert torch.equal(folded(X), model.eval()(X))
+
+
+def test_a_hook_that_changes_the_output_later_is_noticed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    cbn.convert(model, example_input=X)
+    changed_by_hook(model)
+    with pytest.raises(RuntimeError, match="changed before it arrives"):
+        model.train()(X)
+
+
+def test_the_example_and_the_mode_of_the_caller_are_left_alone() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    x = X.clone()
+    with torch.inference_mode():
+        assert cbn.convert(model, example_input=x).counts["compensated"] == 1
+    assert torch.equal(x, X)
+    for _ in range(3):
+        model.train()(X.clone()).sum().backward()
+
+
+@pytest.mark.parametrize("odd", [
+    lambda y: torch.nested.nested_tensor([y[0], y[1]]).to_padded_tensor(0.0),
+    lambda y: torch.vmap(lambda t: t * 2)(y),
+    lambda y: y.to_sparse().to_dense(),
+])  # fmt: skip
+def test_tensors_without_memory_of_their_own_kind(odd: Callable) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + odd(y)
+
+    model = Odd().eval()
+    assert cbn.convert(model, example_input=X).rows[0].fed_by == "conv"
+    assert isinstance(cbn.fold(model, "conv", example_input=X).bn, nn.BatchNorm2d)
+
+
+def test_an_error_leaves_every_layer_as_it_was() -> None:
+    class Reward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(()))
+            self.register_buffer("running_var", torch.ones(()))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.reward = Reward()
+    model.forward = lambda x: model[1](model[0](x))
+    assert len(cbn.convert(model, example_input=X)) == 1
+
+
+def test_selectors_may_be_generators() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    rows = cbn.convert(model, exclude=(str(i) for i in (2, 1)), example_input=X).rows
+    assert [row.status for row in rows] == ["kept", "kept"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import pickle
 
@@ -14,6 +15,7 @@ from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune
 
 import cbn_convert as cbn
 from cbn_convert.errors import FoldError
@@ -267,3 +269,102 @@ def test_what_a_model_caches_with_a_gradient_is_copied() -> None:
     with pytest.raises(RuntimeError, match="deepcopy"):
         copy.deepcopy(model)
     assert (cbn.fold(model, "conv")(X) - expected).norm() / expected.norm() < 1e-5
+
+
+@dataclasses.dataclass
+class Output:
+    features: torch.Tensor
+    logits: torch.Tensor
+
+
+class Result(dict):
+    pass
+
+
+@pytest.mark.parametrize("form", [Output, lambda f, z: Result(features=f, logits=z), lambda f, z: {"a": [f, (z,)]}])
+def test_readers_are_found_in_whatever_a_model_returns(form) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor):
+            y = self.conv(x)
+            return form(y, self.bn(y))
+
+    assert isinstance(cbn.fold(randomize_norms(Returns()).eval(), "conv", example_input=X).bn, nn.BatchNorm2d)
+
+
+def test_classes_are_compared_too() -> None:
+    class Classes(nn.Module):
+        def __init__(self, hidden: bool) -> None:
+            super().__init__()
+            self.conv, self.bn, self.hidden = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), hidden
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.bn(self.conv(x))
+            return (y * nn.functional.conv2d(x, self.conv.weight) if self.hidden else y).argmax(1)
+
+    model = randomize_norms(Classes(False)).eval()
+    assert torch.equal(cbn.fold(model, "conv", example_input=X)(X), model(X))
+    with pytest.raises(FoldError, match="outputs differ"):
+        cbn.fold(randomize_norms(Classes(True)).eval(), "conv", example_input=X)
+
+
+class Plain(nn.Module):
+    def __init__(self, then=lambda y: y, bias: bool = True) -> None:
+        super().__init__()
+        self.conv, self.bn, self.then = nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4), then
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.then(self.bn(self.conv(x)))
+
+
+def test_what_is_no_fault_of_the_fold_is_no_error() -> None:
+    cases = [
+        Plain(lambda y: y + torch.randn(())),
+        Plain(lambda y: y[y > 100]),
+        nn.Sequential(nn.ReLU(inplace=True), Plain()),
+        Plain(),
+    ]
+    prune.l1_unstructured(cases[3].conv, "bias", 0.5)
+    for model in cases:
+        assert cbn.fold(randomize_norms(model).eval(), "conv", example_input=X) is not model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        folded = cbn.fold(randomize_norms(Plain()).eval(), "conv", example_input=X)
+    assert isinstance(folded.bn, nn.Identity)
+    chaotic = Plain(lambda y: torch.sin(1e6 * y))  # answers a change of the last bit with another output
+    assert isinstance(cbn.fold(randomize_norms(chaotic).eval(), "conv", example_input=X).bn, nn.Identity)
+
+
+def test_methods_named_like_timms_are_not_called() -> None:
+    class Vae(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.fuse = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+        def reparameterize(self, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return mean * scale
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.reparameterize(self.fuse(self.bn(self.conv(x))), torch.ones(()))
+
+    for model in (Vae(), nn.Sequential(Vae())):
+        model = randomize_norms(model).eval()
+        torch.testing.assert_close(cbn.fold(model, "conv", example_input=X)(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("into", ["conv", "affine"])
+def test_a_norm_with_a_weight_and_no_bias(into: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    model = randomize_norms(model).eval()
+    model[1].register_parameter("bias", None)
+    folded = cbn.fold(model, into, keep_bn=True, example_input=X)
+    torch.testing.assert_close(folded(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = Plain()
+    with pytest.raises(FoldError, match="meta device"):
+        cbn.fold(model, "conv", example_input=X.to("meta"))
