@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import timm
@@ -14,6 +15,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .. import __version__
+from ..conversion import norm_layers
 from ..errors import ExportError
 from ..files import new_directory, read_json
 from .card import write_card
@@ -82,8 +84,38 @@ def export(
         )
         labels = {"label_names": list(class_names)} if class_names else {}
         save_config_for_hf(described, folder / "config.json", model_config=labels, model_args=model_args)
+        if described is folded and (eps := _eps_that_timm_changes(folder, folded)) is not None:
+            save_config_for_hf(
+                described, folder / "config.json", model_config=labels, model_args={**model_args, "bn_eps": eps}
+            )
+            if _eps_that_timm_changes(folder, folded) is not None:
+                raise ExportError(
+                    f"timm builds {cfg['architecture']} with another eps than this model's {eps:g}; "
+                    "give the argument that sets it in model_args"
+                )
         config = read_json(folder / "config.json", "model settings")
         if onnx or torch_export:
             write_graphs(model, folder, config, onnx=onnx, torch_export=torch_export)
         write_card(folder, output.name, config, about, None if described is folded else folded.feature_info.out_indices)
     return output
+
+
+def _eps_that_timm_changes(folder: Path, model: nn.Module) -> float | None:
+    """The eps of the first norm layer that has another one when timm loads the folder; None if all are the same.
+
+    A few architectures (fbnetc_100) take another default with pretrained=True. Raises ExportError if timm cannot load.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that weights are not copied to the meta device
+            plain = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # whatever a constructor raises
+        raise ExportError(
+            f"timm would not load the exported model ({str(error).splitlines()[0][:200] if str(error) else error!r}); "
+            "give the arguments that it was created with as model_args"
+        ) from error
+    modules = dict(plain.named_modules())
+    for name, norm in norm_layers(model).items():
+        if name in modules and getattr(modules[name], "eps", norm.eps) != norm.eps:
+            return float(cast(float, norm.eps))
+    return None

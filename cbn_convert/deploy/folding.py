@@ -112,7 +112,14 @@ def _merge_branches(model: nn.Module) -> None:
         for child in model.children():
             _merge_branches(child)  # methods of these names mean something else in other modules
         return
-    reparameterize_model(model, inplace=True)
+    reference = next(model.parameters())
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(reference.dtype)  # that of the modules that timm creates in the place of branches
+        with reference.device:
+            reparameterize_model(model, inplace=True)
+    finally:
+        torch.set_default_dtype(default)
     for module in model.modules():
         for method in ("reparameterize", "switch_to_deploy"):
             if hasattr(type(module), method):

@@ -177,3 +177,14 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is a file"):
         cbn.export(timm.create_model("test_resnet", num_classes=2), tmp_path / "file")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_eps_that_depends_on_pretrained_is_kept(tmp_path: Path) -> None:
+    """timm builds fbnetc_100 with eps 1e-5, and with pretrained=True with 1e-3."""
+    model = randomize_norms(timm.create_model("fbnetc_100", num_classes=5)).eval()
+    cbn.export(model, tmp_path / "out", fold="conv")
+    plain = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    assert plain.bn1.eps == model.bn1.eps == 1e-5
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert (plain(x) - model(x)).norm() / model(x).norm() < 1e-5
