@@ -9,7 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from readme import fill
 from report import RESULTS
+
+sys.path[:0] = [str(RESULTS.parents[1] / "tests")]
+
+from promises import F32, NOISE  # noqa: E402
 
 DOCUMENT = RESULTS.parents[1] / "docs" / "coverage.md"
 Record = dict[str, Any]
@@ -130,6 +135,12 @@ def onnx(records: list[Record]) -> str:
     return table(["architecture", "family", "relative error in onnxruntime"], rows)
 
 
+def chaotic(records: list[Record]) -> str:
+    """The architectures whose outputs are allowed to differ by more than 1e-4."""
+    found = [(r["architecture"], r["noise"]) for r in records if NOISE * r.get("noise", 0.0) > F32]
+    return ", ".join(f"{name} ({noise:.0e})" for name, noise in found) or "none"
+
+
 def sizes(records: list[Record]) -> str:
     counted = Counter((r["px"], "img_size" in r["kwargs"]) for r in records)
     return ", ".join(f"{n} at {px} px{' (`img_size`)' if sized else ''}" for (px, sized), n in counted.most_common())
@@ -164,6 +175,10 @@ Random weights, γ, β and running statistics; batch size 2, the smallest size t
 {sizes(records)}. {len(large)} architectures have more than 150 million parameters and are
 only converted, on the meta device.
 
+Some deep architectures are chaotic with random weights: they answer a change of the images in the last bit with a
+change of their outputs by the number in brackets, relative. A fold rounds in every layer, so that {NOISE} times this is
+allowed where it is more than the tolerances above: {chaotic(records)}.
+
 ## By family
 
 Architectures that pass over those that were checked. Last column: norm layers that are still BatchNorm when the model
@@ -195,9 +210,27 @@ is folded into its convs without identities.
 """
 
 
+def summary(report: dict[str, Any]) -> str:
+    """What README says of the sweep."""
+    records = list(report["records"].values())
+    norms = total(records, "norms")
+    checked = [r for r in records if "meta" not in r["checks"]]
+    good = [r for r in checked if all(c["ok"] for c in r["checks"].values())]
+    converted = [r for r in records if all(r["checks"][c]["ok"] for c in ("convert", "meta") if c in r["checks"])]
+    deployed = [r for r in report["onnx"].values() if all(c["ok"] for c in r["checks"].values())]
+    return (
+        f"{len(converted)} of timm's {len(report['architectures'])} architectures with BatchNorm convert\n"
+        f"({norms} norm layers, {share(total(records, 'compensated'), norms)} % compensated). {len(good)} of the "
+        f"{len(checked)} with at most 150 million parameters also train, copy, revert to the bit, fold and export\n"
+        f"to plain timm within the tolerances in [docs/coverage.md](docs/coverage.md); {len(deployed)} of "
+        f"{len(report['onnx'])} small ones export to ONNX.\n\n*`make sweep`, [JSON](benchmarks/results/coverage.json)*"
+    )
+
+
 def main(path: Path) -> None:
     report = json.loads(path.read_text())
     DOCUMENT.write_text(document(report))
+    fill(DOCUMENT.parents[1] / "README.md", {"coverage": summary(report)})
     print(totals(list(report["records"].values())))
 
 
