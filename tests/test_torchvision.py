@@ -72,7 +72,7 @@ def outputs(model: nn.Module) -> list[Tensor]:
 
 
 MODELS: dict[str, Any] = {
-    "resnet18": lambda: classifier("resnet18"),
+    "resnet50": lambda: classifier("resnet50"),
     "mobilenet_v3_small": lambda: classifier("mobilenet_v3_small"),
     "deeplabv3_mobilenet_v3_large": segmenter,
     "fasterrcnn_resnet50_fpn": detector,

@@ -124,9 +124,10 @@ class _Provenance(TorchDispatchMode):
 
     def produced(self, name: str, module: Any, output: Any) -> None:
         """To be called behind a producing module."""
-        if isinstance(output, Tensor):
+        last = isinstance(module, nn.Linear)
+        # without a batch axis, which convs do without too, channels are on axis 0
+        if isinstance(output, Tensor) and _has_memory(output) and (last or output.dim() == module.weight.dim()):
             parts = (Part(name, 0, out_channels(module)),)
-            last = isinstance(module, nn.Linear)
             writes = self.writes[_memory(output)]
             self.origins[_key(output)] = _Origin(output, type(module).__name__, writes, parts, last)
 

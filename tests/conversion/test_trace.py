@@ -267,3 +267,15 @@ def test_selectors_may_be_generators() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
     rows = cbn.convert(model, exclude=(str(i) for i in (2, 1)), example_input=X).rows
     assert [row.status for row in rows] == ["kept", "kept"]
+
+
+def test_a_conv_without_a_batch_axis_has_its_channels_elsewhere() -> None:
+    class Unbatched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 6, 3), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x))  # [6, 6, 6], of which BatchNorm1d takes axis 1 for the channels
+
+    assert cbn.convert(Unbatched(), example_input=X[0]).rows[0].fed_by is None
