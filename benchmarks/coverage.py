@@ -43,7 +43,7 @@ MEANING = """\
 | fold bn | the same bits |
 | fold affine | within 1e-4 relative in float32 |
 | fold conv | bare, within 1e-9 relative in float64 |
-| export | `cbn.export(fold="conv")`, identities with the original keys, loaded by plain timm: every key, within 1e-4 relative in float32 |
+| export | `cbn.export(fold="conv")`, with the original keys, loaded by plain timm: every key, within 1e-4 relative |
 | timm's reparameterize | `reparameterize_model` of the converted and of both folded models, within 1e-4 relative |\
 """
 
