@@ -26,9 +26,9 @@ class Source:
         self.tap = tap
         self.channels = channels
 
-    def of(self, per_channel: Tensor | None) -> Tensor | None:
+    def of(self, values: Tensor | None) -> Tensor | None:
         """This source's part of a tensor [C]."""
-        return per_channel if per_channel is None or self.channels is None else per_channel[self.channels]
+        return values if values is None or self.channels is None else values[self.channels]
 
     def of_input(self, x: Tensor) -> Tensor:
         """This source's part of x [N, C, ...]."""

@@ -107,6 +107,17 @@ def test_a_part_of_the_channels_is_a_smaller_module(kind: str, compensation: str
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("options", [
+    {"window": 5}, {"window": 5, "history": "ema"}, {"window": 3, "compensation": "exact"},
+    {"window": 3, "compensation": "none"}, {"window": 1},
+])  # fmt: skip
+def test_history_bytes_are_those_of_the_tensors(options: dict) -> None:
+    model = Together(joined_convs(), **options).train()
+    for _ in range(6):
+        model(torch.randn(2, 4, 7, 6))
+    assert model.norm.history_bytes == sum(t.numel() * t.element_size() for t in model.norm.history_tensors())
+
+
 def test_a_resumed_history_goes_on_and_another_number_of_modules_is_refused() -> None:
     torch.manual_seed(0)
     model = Together(joined_convs(), window=4)
