@@ -50,7 +50,7 @@ SIZED_NAMES = ("botnet", "eca_botnext", "halo2botnet", "lambda_resnet26rpt", "la
 F64, F32 = 1e-9, 1e-4
 # A few deep networks with random weights answer a change of the images in the last bit with a large one; a fold, which
 # rounds in every layer, may then differ by so many times of it.
-NOISE = 100
+NOISE = 1000
 METHODS_OF_TIMM = ("fuse", "reparameterize", "switch_to_deploy")
 _PATH = re.compile(r"\w+(?:[.]\w+)+")  # a module's name in a reason
 

@@ -87,14 +87,14 @@ def convert(
 ) -> ConversionReport:
     """Converts the model's BatchNorm layers in place; returns one row per norm layer.
 
-    The model runs once on `example_input` (a tensor, a tuple or a dict of arguments; by default random images of the
-    size in its pretrained_cfg) to find the module that feeds each layer. Its eval output, state_dict keys and module
-    tree do not change. `include` and `exclude` choose layers by glob pattern on the name, or by a predicate
-    (name, module). Layers that are converted already stay as they are. The other arguments are those of
-    CrossIterationBatchNorm2d; moments_every is by default 8 for history "ema" and 1 for "ring", and the layers take
-    turns. With gradient "full", layers without a weight of their own get gradient "straight_through" and, unless
-    compensation is "none", a window of at most 2. `sync` shares the statistics of each batch among the ranks of a
-    process group.
+    The model runs on `example_input` (a tensor, a tuple or a dict of arguments; by default random images of a small
+    size, or of that in its pretrained_cfg), in training mode where it can, to find the modules that feed each layer.
+    Its eval output, state_dict keys and module tree do not change. `include` and `exclude` choose layers by glob
+    pattern on the name, or by a predicate (name, module). Layers that are converted already stay as they are. The other
+    arguments are those of CrossIterationBatchNorm2d; moments_every is by default 8 for history "ema" and 1 for "ring",
+    and the layers take turns. With gradient "full", layers without a weight of their own get gradient
+    "straight_through" and, unless compensation is "none", a window of at most 2. `sync` shares the statistics of each
+    batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.

@@ -24,7 +24,7 @@ from ..norm.producers import applies_stored_weight, is_producer, is_transposed, 
 FoldTarget = Literal["bn", "affine", "conv"]
 FOLD_TARGETS: tuple[str, ...] = ("bn", "affine", "conv")
 
-NOISE = 100  # a fold rounds in every layer, a change of the images in their last bit is a single one
+NOISE = 1000  # a fold rounds every weight of every layer, a change of the images in the last bit is a single one
 
 _logger = logging.getLogger(__name__)
 
@@ -147,6 +147,11 @@ def _check_same(folded: nn.Module, arguments: Arguments, before: list[Any]) -> N
     if not error <= tolerance:
         # some networks answer a change of the last bit, which a fold makes everywhere, with a large one
         noise, _ = _difference(outputs_on(folded, tree_map(_changed_in_the_last_bit, arguments)), after)
+        if math.isinf(error):
+            raise FoldError(
+                "the folded copy's outputs have another size than the model's, so they cannot be compared; fold a part "
+                'of the model whose outputs have one size, such as the backbone, or fold into "bn"'
+            )
         if not error <= NOISE * noise:
             raise FoldError(
                 f"the folded copy's outputs differ by {error:.1e} from the model's, so a weight is used in a way that "
@@ -174,10 +179,13 @@ def _difference(got: list[Any], expected: list[Any]) -> tuple[float, float]:
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
-    """‖got - expected‖ / ‖expected‖ in double precision."""
+    """‖got - expected‖ / ‖expected‖ in double precision; inf and NaN, as in masks, differ from all but themselves."""
     dtype = torch.complex128 if expected.is_complex() else torch.float64
     got, expected = got.to(dtype), expected.to(dtype)
-    return float((got - expected).norm() / expected.norm().clamp_min(1e-12))
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    error = torch.where(same, torch.zeros_like(got), got - expected).norm()
+    size = expected[expected.isfinite()].norm().clamp_min(1e-12)
+    return float((error / size).nan_to_num(nan=1.0, posinf=1.0))
 
 
 def _changed_in_the_last_bit(value: Any) -> Any:

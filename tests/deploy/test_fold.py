@@ -324,10 +324,11 @@ def test_what_is_no_fault_of_the_fold_is_no_error() -> None:
     cases = [
         Plain(lambda y: y + torch.randn(())),
         Plain(lambda y: y[y > 100]),
+        Plain(lambda y: torch.where(y > 10, y, -torch.inf)),
         nn.Sequential(nn.ReLU(inplace=True), Plain()),
         Plain(),
     ]
-    prune.l1_unstructured(cases[3].conv, "bias", 0.5)
+    prune.l1_unstructured(cases[-1].conv, "bias", 0.5)
     for model in cases:
         assert cbn.fold(randomize_norms(model).eval(), "conv", example_input=X) is not model
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -335,6 +336,12 @@ def test_what_is_no_fault_of_the_fold_is_no_error() -> None:
     assert isinstance(folded.bn, nn.Identity)
     chaotic = Plain(lambda y: torch.sin(1e6 * y))  # answers a change of the last bit with another output
     assert isinstance(cbn.fold(randomize_norms(chaotic).eval(), "conv", example_input=X).bn, nn.Identity)
+
+
+def test_outputs_of_another_size_are_named() -> None:
+    near_zero = Plain(lambda y: y[torch.sin(1e6 * y) > 0])
+    with pytest.raises(FoldError, match="another size"):
+        cbn.fold(randomize_norms(near_zero).eval(), "conv", example_input=X)
 
 
 def test_methods_named_like_timms_are_not_called() -> None:
