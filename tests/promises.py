@@ -35,6 +35,8 @@ from cbn_convert.norm import CrossIterationMixin
 
 # Millions of parameters; larger ones are built and converted on the meta device only, for want of time and memory.
 LARGEST_M = 150
+# Larger ones are spared the checks that smaller ones of their families pass in the same code.
+LARGE_M, SPARED = 50, ("copies", "fold_affine", "fold_conv_f64")
 PX = 64  # at 32 px most architectures have a norm that sees 2 values per channel
 # The smallest size that an architecture runs at, where that is not 64 px: a prefix of its name, and the pixels.
 SIZES = {
@@ -409,6 +411,8 @@ def run_promises(
         large = (record["params_m"] or 0) > LARGEST_M
         if large:
             todo = {"meta": check_convert}
+        elif (record["params_m"] or 0) > LARGE_M:
+            todo = {check: function for check, function in todo.items() if check not in SPARED}
         device = "meta" if large else "cpu"
         model = build(name, kwargs, px, device) if make is None else _prepared(make(), px)
         subject = Subject(model, images(px, device=device), kwargs)
