@@ -173,8 +173,8 @@ Written by `python benchmarks/coverage.py`; the checks are [tests/promises.py](.
 
 Random weights, γ, β and running statistics; batch size 2, the smallest size that an architecture is checked at:
 {sizes(records)}. {len(large)} architectures have more than 150 million parameters and are
-only converted, on the meta device; those with more than {LARGE_M} million are not put to {", ".join(SPARED)}
-, for want of time; a few of them were before this limit was set.
+only converted, on the meta device; for want of time those with more than {LARGE_M} million are spared
+{", ".join(SPARED)}.
 
 Some deep architectures are chaotic with random weights: they answer a change of the images in the last bit with a
 change of their outputs by the number in brackets, relative. A fold rounds in every layer, so that {NOISE} times this is
