@@ -103,8 +103,12 @@ def export(
 def _eps_that_timm_changes(folder: Path, model: nn.Module) -> float | None:
     """The eps of the first norm layer that has another one when timm loads the folder; None if all are the same.
 
-    A few architectures (fbnetc_100) take another default with pretrained=True. Raises ExportError if timm cannot load.
+    A few architectures (fbnetc_100) take another default with pretrained=True. Raises ExportError if timm cannot load,
+    unless the model has no BatchNorm: a GroupNorm run is kept in this form, and not for timm.
     """
+    norms = norm_layers(model)
+    if not norms:
+        return None
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that weights are not copied to the meta device
@@ -115,7 +119,7 @@ def _eps_that_timm_changes(folder: Path, model: nn.Module) -> float | None:
             "give the arguments that it was created with as model_args"
         ) from error
     modules = dict(plain.named_modules())
-    for name, norm in norm_layers(model).items():
+    for name, norm in norms.items():
         if name in modules and getattr(modules[name], "eps", norm.eps) != norm.eps:
             return float(cast(float, norm.eps))
     return None

@@ -112,7 +112,9 @@ def _merge_branches(model: nn.Module) -> None:
         for child in model.children():
             _merge_branches(child)  # methods of these names mean something else in other modules
         return
-    reference = next(model.parameters())
+    reference = next(model.parameters(), None)
+    if reference is None:
+        return
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(reference.dtype)  # that of the modules that timm creates in the place of branches
