@@ -42,7 +42,7 @@ MEANING = """\
 | revert | classes, state_dict and outputs are those of before, after all the other checks; no hook is left |
 | fold bn | the same bits |
 | fold affine | within 1e-4 relative in float32 |
-| fold conv | bare, within 1e-9 relative in float64 |
+| fold conv | bare, within 1e-6 relative in float64 |
 | export | `cbn.export(fold="conv")`, with the original keys, loaded by plain timm: every key, within 1e-4 relative |
 | timm's reparameterize | `reparameterize_model` of the converted and of both folded models, within 1e-4 relative |\
 """

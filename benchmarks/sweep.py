@@ -41,7 +41,8 @@ OUTPUT = RESULTS / "coverage.json"
 # the package beside this script, and one thread for each process
 ROOT = str(RESULTS.parents[1])
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
 }  # fmt: skip
 # small ones of many families, for the exporter to ONNX, which takes half a minute for each
 ONNX = (

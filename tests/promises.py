@@ -49,7 +49,7 @@ SIZES = {
 SIZED_FAMILIES = {"efficientformer_v2", "levit", "maxxvit", "vision_transformer_hybrid", "visformer", "volo"}
 SIZED_NAMES = ("botnet", "eca_botnext", "halo2botnet", "lambda_resnet26rpt", "lamhalobotnet", "sebotnet")
 
-F64, F32 = 1e-9, 1e-4
+F64, F32 = 1e-6, 1e-4
 # A few deep networks with random weights answer a change of the images in the last bit with a large one; a fold, which
 # rounds in every layer, may then differ by so many times of it.
 NOISE = 1000
