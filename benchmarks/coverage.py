@@ -14,7 +14,8 @@ from report import RESULTS
 
 sys.path[:0] = [str(RESULTS.parents[1] / "tests")]
 
-from promises import F32, LARGE_M, NOISE, SPARED  # noqa: E402
+from promises import LARGE_M, SPARED  # noqa: E402
+from subject import F32, NOISE  # noqa: E402
 
 DOCUMENT = RESULTS.parents[1] / "docs" / "coverage.md"
 Record = dict[str, Any]

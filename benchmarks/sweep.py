@@ -35,7 +35,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path[:0] = [str(RESULTS.parents[1] / "tests")]
 
-from promises import EXTRA, blank, example_size, failures, run_promises  # noqa: E402
+from promises import EXTRA, blank, failures, run_promises  # noqa: E402
+from subject import example_size  # noqa: E402
 
 OUTPUT = RESULTS / "coverage.json"
 # the package beside this script, and one thread for each process
@@ -47,7 +48,7 @@ ENVIRONMENT = {
 # small ones of many families, for the exporter to ONNX, which takes half a minute for each
 ONNX = (
     "resnet18", "mobilenetv2_035", "mobilenetv3_small_050", "efficientnet_b0", "regnety_002", "densenet121", "mixnet_s",
-    "repvgg_a0", "ghostnet_050", "dla46_c", "hardcorenas_a", "levit_128s", "inception_next_atto",
+    "repvgg_a0", "ghostnet_050", "dla46_c", "hardcorenas_a", "levit_128s", "efficientvit_m0", "inception_next_atto",
     "starnet_s050", "fastvit_t8",
 )  # fmt: skip
 

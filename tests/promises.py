@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import pickle
 import re
 import tempfile
@@ -22,7 +21,21 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import randomize_norms
+from subject import (
+    F32,
+    F64,
+    NOISE,
+    Subject,
+    assert_identical,
+    build,
+    difference,
+    example_size,
+    images,
+    noise,
+    outputs,
+    prepared,
+    size_m,
+)
 from timm.models._registry import _model_to_module
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -30,153 +43,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 import cbn_convert as cbn
-from cbn_convert.conversion import norm_layers
 from cbn_convert.norm import CrossIterationMixin
 
 # Millions of parameters; larger ones are built and converted on the meta device only, for want of time and memory.
 LARGEST_M = 150
 # Larger ones are spared the checks that smaller ones of their families pass in the same code.
 LARGE_M, SPARED = 50, ("copies", "fold_affine", "fold_conv_f64")
-PX = 64  # at 32 px most architectures have a norm that sees 2 values per channel
-# The smallest size that an architecture runs at, where that is not 64 px: a prefix of its name, and the pixels.
-SIZES = {
-    "inception_v3": 96, "inception_v4": 96, "inception_resnet_v2": 96,
-    "halo2botnet50ts_256": 128, "lamhalobotnet50ts_256": 128,
-    "efficientformer_l": 224, "haloregnetz_b": 224,
-    "bat_resnext26ts": 256, "eca_halonext26ts": 256, "halonet": 256, "sehalonet33ts": 256,
-}  # fmt: skip
-# Those that must be built for the size at which they are to run: families, and prefixes of names.
-SIZED_FAMILIES = {"efficientformer_v2", "levit", "maxxvit", "vision_transformer_hybrid", "visformer", "volo"}
-SIZED_NAMES = ("botnet", "eca_botnext", "halo2botnet", "lambda_resnet26rpt", "lamhalobotnet", "sebotnet")
-
-F64, F32 = 1e-6, 1e-4
-# A few deep networks with random weights answer a change of the images in the last bit with a large one; a fold, which
-# rounds in every layer, may then differ by so many times of it.
-NOISE = 1000
-METHODS_OF_TIMM = ("fuse", "reparameterize", "switch_to_deploy")
 _PATH = re.compile(r"\w+(?:[.]\w+)+")  # a module's name in a reason
-
-
-def family(name: str) -> str:
-    """The module of timm.models that registers the architecture."""
-    return _model_to_module[name]
-
-
-def example_size(name: str) -> tuple[dict[str, Any], int]:
-    """Keyword arguments for create_model and pixels: the smallest size at which the architecture can be checked."""
-    px = next((px for prefix, px in SIZES.items() if name.startswith(prefix)), PX)
-    sized = family(name) in SIZED_FAMILIES or name.startswith(SIZED_NAMES)
-    return ({"img_size": px} if sized else {}), px
-
-
-def size_m(name: str, kwargs: dict[str, Any]) -> float:
-    """Millions of parameters, without building them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name, **kwargs).parameters()) / 1e6
-
-
-def build(name: str, kwargs: dict[str, Any], px: int, device: str = "cpu") -> nn.Module:
-    """The architecture in eval mode, with random weights and norms; its own size is that of the images it will see."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = timm.create_model(name, pretrained=False, **kwargs)
-    return _prepared(model, px)
-
-
-def _prepared(model: nn.Module, px: int) -> nn.Module:
-    # the size that fold and export take by default
-    if getattr(model, "pretrained_cfg", None):
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, px, px)}
-    return randomize_norms(model).eval()
-
-
-def images(px: int, count: int = 2, seed: int = 1, device: str = "cpu") -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, px, px, generator=generator).to(device)
-
-
-class Subject:
-    """One architecture on its way through the checks: the model, and what was known before its conversion."""
-
-    def __init__(self, model: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> None:
-        self.model = model
-        self.x = x
-        self.example = x[:1]  # what a trace needs
-        self.kwargs = kwargs
-        self.classes = {name: type(m) for name, m in model.named_modules()}
-        self.norms = list(norm_layers(model))
-        self.calls: Counter[str] = Counter()
-        with counted_calls(model, self.calls):
-            self.expected = outputs(model, x)
-        assert self.expected, "the model has no tensor among its outputs"
-        assert all(torch.isfinite(t).all() for t in self.expected if not t.is_meta), "outputs are not finite"
-        self.noise = noise(model, x, self.expected)
-        self.before = {k: v.clone() for k, v in model.state_dict().items()}
-        self.report: Any = ()
-        self.left_bn: int | None = None  # norm layers that are still BatchNorm in the bare form of the fold
-
-    @property
-    def fetches(self) -> bool:
-        """Whether timm would fetch weights for a part of the model when it loads an export."""
-        return type(self.model).__module__.endswith("vision_transformer") and bool(self.norms)
-
-    @property
-    def limit(self) -> float:
-        """The relative difference that float32 explains."""
-        return max(F32, NOISE * self.noise)
-
-    @property
-    def reparameterizes(self) -> bool:
-        """Whether timm has a deployed form of its own for the architecture."""
-        return any(
-            callable(getattr(kind, method, None)) for kind in self.classes.values() for method in METHODS_OF_TIMM
-        )
-
-
-@contextmanager
-def counted_calls(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
-    """Counts how often each norm layer runs, which the conversion is to find out by itself."""
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: calls.update([name])
-
-    handles = [norm.register_forward_pre_hook(hook(name)) for name, norm in norm_layers(model).items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Every tensor that the model returns in eval mode."""
-    return [t for t in tree_leaves(model.eval()(x)) if isinstance(t, Tensor)]
-
-
-def noise(model: nn.Module, x: Tensor, expected: list[Tensor]) -> float:
-    """By how much the outputs answer a change of x in the last bit, relative."""
-    if x.is_meta:
-        return 0.0
-    sign = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return difference(outputs(model, x * (1 + sign * torch.finfo(x.dtype).eps)), expected, math.inf, "noise")
-
-
-def assert_identical(got: list[Tensor], want: list[Tensor], what: str) -> None:
-    assert len(got) == len(want), f"{what}: {len(got)} outputs in place of {len(want)}"
-    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)), f"{what}: outputs are not the same bits"
-
-
-def difference(got: list[Tensor], want: list[Tensor], limit: float, what: str) -> float:
-    """The largest relative error of an output, by norms; an AssertionError above the limit."""
-    assert len(got) == len(want), f"{what}: {len(got)} outputs in place of {len(want)}"
-    worst = 0.0
-    for g, w in zip(got, want, strict=True):
-        assert g.shape == w.shape, f"{what}: output of shape {tuple(g.shape)} in place of {tuple(w.shape)}"
-        error = float((g.double() - w.double()).norm() / w.double().norm().clamp_min(1e-30))
-        assert error <= limit, f"{what}: outputs differ by {error:.1e}, at most {limit:.0e} was promised"
-        worst = max(worst, error)
-    return worst
 
 
 def assert_finite(model: nn.Module, what: str) -> None:
@@ -345,7 +218,7 @@ def check_onnx(s: Subject) -> float:
         session = onnxruntime.InferenceSession(next(folder.glob("*.onnx")), providers=["CPUExecutionProvider"])
     worst = 0.0
     for count in (2, 5):
-        x = images(s.x.shape[-1], count, seed=count)
+        x = images(session.get_inputs()[0].shape[-1], count, seed=count)  # the size that the graph was exported for
         got = [torch.from_numpy(a) for a in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
         worst = max(worst, difference(got, outputs(s.model, x), F32, f"ONNX, batch {count}"))
     return worst
@@ -423,7 +296,7 @@ def run_promises(
         elif (record["params_m"] or 0) > LARGE_M:
             todo = {check: function for check, function in todo.items() if check not in SPARED}
         device = "meta" if large else "cpu"
-        model = build(name, kwargs, px, device) if make is None else _prepared(make(), px)
+        model = build(name, kwargs, px, device) if make is None else prepared(make(), px)
         subject = Subject(model, images(px, device=device), kwargs)
         record["norms"], record["noise"] = len(subject.norms), subject.noise
     if record["checks"]["build"]["ok"]:

@@ -143,7 +143,7 @@ class OtherWhenTraced(nn.Linear):
 )
 def test_a_failure_leaves_nothing(head: type[nn.Linear], message: str, tmp_path: Path) -> None:
     model = timm.create_model("test_resnet", num_classes=2).eval()
-    model.fc = head(model.num_features, 2, bias=False)
+    model.fc = head(model.num_features, 2)
     with pytest.raises(ExportError, match=message) as raised:
         cbn.export(model, tmp_path / "out", data_config=SMALL, onnx=True, torch_export=True)
     assert "\n" not in str(raised.value)
