@@ -27,3 +27,7 @@ class DataError(CbnError, ValueError):
 
 class RunError(CbnError, ValueError):
     """A run folder or a training argument is not usable."""
+
+
+class CbnWarning(UserWarning):
+    """Something that a user should know of, in one sentence; the command goes on."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import RunError
 
@@ -18,22 +19,31 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Raises RunError if `path` is a file, or a folder with something in it and `overwrite` is False."""
     if path.is_file():
         raise RunError(f"{path} is a file; choose a folder as output")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if path.is_dir() and not overwrite and not all(_is_litter(entry.name) for entry in path.iterdir()):
         raise RunError(f"{path} is not empty; choose another output folder or pass --overwrite (overwrite=True)")
+
+
+def _is_litter(name: str) -> bool:
+    """Whether nobody misses it: what a killed run leaves before it has written anything, or a file manager anywhere."""
+    return name == ".lock" or name in LITTER or _TEMPORARY.fullmatch(name) is not None
 
 
 # what this package puts into the folders that it replaces as a whole
 OWN_FILES = {
     "model.safetensors", "config.json", "README.md",
     "model.onnx", "model.onnx.data",  # the latter for weights above 2 GB, ONNX's limit
-    "model.pt2", "conversion.json", "training.pt",
+    "model.pt2", "conversion.json", "training.pt", "manifest.json",
 }  # fmt: skip
+_RANK = re.compile(r"rank-\d+\.pt")
+# as mkdtemp and mkstemp name them here
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[a-z0-9_]{8}")
 LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
 def check_replaceable(path: Path) -> None:
     """Raises RunError if the folder holds a file that this package did not write."""
-    foreign = sorted({entry.name for entry in path.iterdir()} - OWN_FILES - LITTER) if path.is_dir() else []
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    foreign = sorted(name for name in names - OWN_FILES - LITTER if not _RANK.fullmatch(name))
     if foreign:
         raise RunError(f"{path} holds {foreign[0]}, which overwriting would delete; choose another output folder")
 
@@ -88,19 +98,60 @@ def replace_directory(new: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON atomically."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+def remove_directory(path: Path) -> None:
+    """Deletes a folder; interrupted, it leaves none of that name that is half deleted."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    path.replace(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def clean_up(folder: Path) -> None:
+    """Undoes what a process that was killed has left half done in a folder that nobody else writes to.
+
+    A folder that was moved aside, and whose successor had not come yet, is put back; temporary ones are deleted.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if not (match := _TEMPORARY.fullmatch(path.name)):
+            continue
+        final = folder / match["name"]
+        if match["kind"] == "old" and path.is_dir() and not final.exists() and any(path.iterdir()):
+            path.replace(final)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write to that takes the place of `path` at the end, or vanishes on an error.
+
+    Raises RunError if it cannot be written.
+    """
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON atomically. Raises RunError if it cannot be written."""
+    with replaced_file(path) as file:
+        json.dump(data, file, indent=2, ensure_ascii=False)
+        file.write("\n")
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -134,12 +134,13 @@ def _largest_difference(output: Path) -> float:
     from timm.data import resolve_model_data_config
 
     from cbn_convert.training import load_run
-    from cbn_convert.training.data import make_loader, read_classes
+    from cbn_convert.training.data import read_classes
+    from cbn_convert.training.loading import plain_loader
 
     tuned, classes = load_run(output / "run-cbn")
     plain = timm.create_model(f"local-dir:{output}/export", pretrained=True).eval()
     images = read_classes(output / "data/digits-5-9/val", classes)
-    loader = make_loader(images, resolve_model_data_config(plain), 64, 0)
+    loader = plain_loader(images, resolve_model_data_config(plain), 64, 0)
     with torch.inference_mode():
         return max(float((tuned(x) - plain(x)).abs().max()) for x, _ in loader)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
+import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cbn_convert.errors import CbnError
+from cbn_convert.errors import CbnError, CbnWarning
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,14 +25,24 @@ class Session:
 
     Text goes to standard output unless quiet. With `as_json`, text goes to standard error and the last line of
     standard output is one JSON object. An error ends the command with one sentence and exit code 1, an interrupt with
-    130; `debug` adds the traceback.
+    130, or 143 if it was SIGTERM; `debug` adds the traceback.
     """
 
     def __init__(self, as_json: bool, debug: bool, quiet: bool) -> None:
-        self.as_json, self.debug, self.quiet = as_json, debug, quiet
+        # of the processes that torchrun starts, the first one speaks
+        first = os.environ.get("RANK", "0") == "0"
+        self.as_json, self.debug, self.quiet = as_json and first, debug, quiet or not first
 
     def __enter__(self) -> Session:
+        self._show = warnings.showwarning
+        warnings.showwarning = self._warn
         return self
+
+    def _warn(self, message: Any, category: Any, *where: Any) -> None:
+        if issubclass(category, CbnWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            self._show(message, category, *where)
 
     def print(self, text: str | Table) -> None:
         """Prints a line or a table for people."""
@@ -50,11 +62,14 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        warnings.showwarning = self._show
         if error is None or isinstance(error, typer.Exit):
             return
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED)
+            message = str(error) or "interrupted"
+            print(message, file=sys.stderr)
+            self.result({"error": message})
+            raise typer.Exit(getattr(error, "exit_code", INTERRUPTED))
         if not isinstance(error, Exception) or type(error).__module__.startswith(("click", "typer")):
             return
         if isinstance(error, CbnError):

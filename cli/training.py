@@ -3,78 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 from . import options as o
 from .session import Session
+from .settings import Config, read_values, with_settings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cbn_convert import FinetuneResult
+    from cbn_convert.training.evaluation import Evaluation
+
+PLACE = ("workers", "device")  # what a resumed run may have otherwise: they say where it runs, not what it computes
 
 Data = Annotated[
     Path, typer.Argument(help="Folder with train/CLASS/* and val/CLASS/*, or see --val-fraction.", show_default=False)
 ]
 
 
+@with_settings
 def finetune(
+    ctx: typer.Context,
     data: Data,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder to write.", rich_help_panel=o.OUTPUT)
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=o.MODEL_HELP, rich_help_panel=o.WEIGHTS)] = None,
-    norm: Annotated[
-        str,
-        typer.Option(
-            help="cbn; or, to compare: bn, frozen (fixed statistics), gn (GroupNorm), brn (Batch Renormalization).",
-            rich_help_panel=o.METHOD,
-        ),
-    ] = "cbn",
-    window: o.Window = 16,
-    compensation: o.Compensation = "projection",
-    gradient: o.Gradient = "full",
-    history: o.History = "ema",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.", rich_help_panel=o.TRAINING)] = 10,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="End after so many steps.", rich_help_panel=o.TRAINING)
-    ] = None,
-    batch_size: o.BatchSize = 2,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Peak learning rate; 3e-3 for sgd, 3e-4 for adamw.", rich_help_panel=o.TRAINING),
-    ] = None,
-    clip_grad: Annotated[
-        float, typer.Option(min=0, help="Largest norm of the gradient; 0 for no limit.", rich_help_panel=o.TRAINING)
-    ] = 5.0,
-    opt: Annotated[str, typer.Option(help="sgd (momentum 0.9) or adamw.", rich_help_panel=o.TRAINING)] = "sgd",
-    weight_decay: Annotated[float, typer.Option(min=0, rich_help_panel=o.TRAINING)] = 1e-4,
-    label_smoothing: Annotated[float, typer.Option(min=0, rich_help_panel=o.TRAINING)] = 0.1,
-    val_fraction: Annotated[
-        float | None,
-        typer.Option(help="Hold out this part of each class; for a folder without val/.", rich_help_panel=o.TRAINING),
-    ] = None,
-    no_aug: Annotated[
-        bool, typer.Option("--no-aug", help="Resize and crop only, no random changes.", rich_help_panel=o.TRAINING)
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, rich_help_panel=o.TRAINING)] = 0,
-    workers: o.Workers = 2,
-    device: o.Device = "auto",
     resume: Annotated[
-        Path | None,
-        typer.Option(help="Run folder to continue, with its own settings.", rich_help_panel=o.TRAINING),
+        Path | None, typer.Option(help="Run folder to continue, with its own settings.", rich_help_panel=o.OUTPUT)
     ] = None,
-    arch: o.Arch = None,
-    checkpoint: o.Checkpoint = None,
-    pretrained: o.Pretrained = True,
-    model_kwargs: o.ModelKwargs = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    img_size: o.ImgSize = None,
+    config: Config = None,
     overwrite: o.Overwrite = False,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
     quiet: o.Quiet = False,
+    **settings: Any,
 ) -> None:
-    """Fine-tunes a model on a folder of images, with CBN in place of BatchNorm."""
+    """Fine-tunes a model on a folder of images, with CBN in place of BatchNorm.
+
+    Settings come from the flags, then from --config, then from the defaults shown here. A run that was interrupted goes
+    on with --resume. Several GPUs: torchrun --nproc-per-node N -m cbn_convert.cli finetune ...
+    """
     if resume is None and (model is None or output is None):
         missing = "'--model' / '-m'" if model is None else "'--output' / '-o'"
         raise typer.BadParameter("required, unless --resume names a run", param_hint=missing)
@@ -82,37 +56,59 @@ def finetune(
         raise typer.BadParameter(
             f"a resumed run goes on in {resume}; leave the output out", param_hint="'--output' / '-o'"
         )
-    spec = o.parse_model(model or "", arch, checkpoint, pretrained, model_kwargs, mean, std, img_size)
+    values = read_values(settings)
     with Session(as_json, debug, quiet) as session:
         from cbn_convert import FinetuneConfig
         from cbn_convert import finetune as run_finetune
 
         if resume is not None:
-            config = FinetuneConfig.of_run(resume)
-            config.data, config.output = str(data), str(resume)
+            wanted = FinetuneConfig.of_run(resume)
+            wanted.data, wanted.output = str(data), str(resume)
+            for name in PLACE:
+                if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                    setattr(wanted, name, values[name])
         else:
-            config = FinetuneConfig(
-                data=str(data), output=str(output), norm=norm, window=window, compensation=compensation,
-                gradient=gradient, history=history, epochs=epochs, max_steps=max_steps, batch_size=batch_size, lr=lr,
-                clip_grad=clip_grad,
-                opt=opt, weight_decay=weight_decay, label_smoothing=label_smoothing, val_fraction=val_fraction,
-                no_aug=no_aug, seed=seed, workers=workers, device=device, **spec,
-            )  # fmt: skip
+            wanted = FinetuneConfig(data=str(data), output=str(output), model=str(model), **values)
         if dry_run:
-            from cbn_convert.training.engine import plan
+            from cbn_convert.training.setup import plan
 
-            planned = plan(config)
+            planned = plan(wanted)
             for key, value in planned.items():
                 session.print(f"{key}: {value}")
             session.print("nothing written (--dry-run)")
             session.result(planned)
             return
-        result = run_finetune(config, resume=resume is not None, overwrite=overwrite, quiet=quiet)
-        session.print(
-            f"best validation top-1 {result.best_top1:.2f} % in epoch {result.best_epoch}, "
-            f"{1000 * result.median_step_seconds:.0f} ms per step; run folder {result.output}"
-        )
+        result = run_finetune(wanted, resume=resume is not None, overwrite=overwrite, quiet=quiet)
+        session.print(_summary(result))
         session.result(result.to_dict())
+
+
+def _summary(result: FinetuneResult) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    rows = {
+        "best validation top-1": f"{result.best_top1:.2f} %, top-5 {result.best_top5:.2f} %",
+        "reached in": f"epoch {result.best_epoch}, step {result.best_step} of {result.steps}"
+        + (", stopped early" if result.stopped_early else ""),
+        "training": f"{result.train_seconds:.0f} s, {result.images_per_second:.1f} images/s, "
+        f"{1000 * result.median_step_seconds:.0f} ms per step",
+        "waiting for images": f"{100 * result.loader_wait:.0f} % of the time"
+        + ("; more --workers may help" if result.loader_wait > 0.2 else ""),
+    }
+    if result.peak_memory is not None:
+        rows["GPU memory"] = f"{result.peak_memory:.0f} MB"
+    if result.skipped:
+        rows["updates left out"] = f"{result.skipped}, whose gradient was not finite"
+    if result.bad_images:
+        rows["unreadable images"] = f"{len(result.bad_images)}: {', '.join(result.bad_images[:5])}" + (
+            ", .. (all with --json)" if len(result.bad_images) > 5 else ""
+        )
+    rows["run folder"] = result.output
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
 
 
 def evaluate(
@@ -124,19 +120,49 @@ def evaluate(
     batch_size: o.BatchSize = 32,
     workers: o.Workers = 2,
     device: o.Device = "auto",
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Also the accuracy of each class, and what it is taken for.")
+    ] = False,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Leave out unreadable images, and list them.")
+    ] = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Accuracy of a run's best model, or of an exported folder, on images."""
     with Session(as_json, debug, quiet) as session:
-        from cbn_convert import evaluate as run_evaluate
+        from cbn_convert.training.trained import evaluate as run_evaluate
+        from cbn_convert.training.trained import load_trained
 
-        result = run_evaluate(trained, str(data), split=split, batch_size=batch_size, workers=workers, device=device)
+        result = run_evaluate(
+            trained, str(data), split=split, batch_size=batch_size, workers=workers, device=device,
+            skip_bad_images=skip_bad_images,
+        )  # fmt: skip
         session.print(
             f"{result.images} images: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}"
         )
-        session.result(result.to_dict())
+        for path in result.bad_images:
+            session.print(f"not counted, unreadable: {path}")
+        classes = load_trained(trained)[1]
+        if per_class:
+            session.print(_class_table(result, classes))
+        confusion = {"confusion": result.confusion} if per_class else {}
+        session.result({**result.to_dict(), "classes": classes, **confusion})
+
+
+def _class_table(result: Evaluation, classes: list[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header, justify in (("class", "left"), ("images", "right"), ("top-1 [%]", "right"), ("most taken for", "left")):
+        table.add_column(header, justify=justify)  # type: ignore[arg-type]
+    for number, (name, row, top1) in enumerate(zip(classes, result.confusion, result.per_class, strict=True)):
+        others = sorted(((n, other) for other, n in enumerate(row) if n and other != number), reverse=True)
+        taken = ", ".join(f"{classes[other]} {n}" for n, other in others[:3])
+        table.add_row(name, str(sum(row)), "-" if top1 is None else f"{top1:.1f}", taken)
+    return table
 
 
 def export(

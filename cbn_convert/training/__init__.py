@@ -1,7 +1,31 @@
-"""Fine-tuning on an image folder, with CBN or one of the usual alternatives for small batches."""
+"""Fine-tuning on an image folder, with CBN or one of the usual alternatives for small batches.
 
-from .config import FinetuneConfig, FinetuneResult
-from .engine import finetune
-from .evaluation import evaluate, load_run
+Names load on first use: the command line reads the table of settings without waiting for torch.
+"""
 
-__all__ = ["FinetuneConfig", "FinetuneResult", "evaluate", "finetune", "load_run"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import FinetuneConfig as FinetuneConfig
+    from .config import FinetuneResult as FinetuneResult
+    from .engine import finetune as finetune
+    from .trained import evaluate as evaluate
+    from .trained import load_run as load_run
+
+_MODULES = {
+    "FinetuneConfig": "config",
+    "FinetuneResult": "config",
+    "evaluate": "trained",
+    "finetune": "engine",
+    "load_run": "trained",
+}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,102 +1,197 @@
-"""Settings of a fine-tuning run: defaults, validation, and what is stored with the run."""
+"""Settings of a fine-tuning run: defaults, help, limits, and what is stored with the run.
+
+The table below is the only one: the command line makes its flags from it. It needs no torch, so that --help answers at
+once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..conversion import DEFAULT_HISTORY, DEFAULT_WINDOW
 from ..errors import RunError
 from ..files import read_json
-from ..models import ModelSpec
-from ..norm import check_window_options
-from .norms import NORMS
 
+if TYPE_CHECKING:
+    from ..models import ModelSpec
+
+NORMS = ("cbn", "bn", "frozen", "gn", "brn")
 DEFAULT_LR = {"sgd": 3e-3, "adamw": 3e-4}
-OPTIMIZERS = tuple(DEFAULT_LR)
+DEFAULT_LR_IMAGES = 2  # images per update that these are for
+SCHEDULES = ("cosine", "linear", "constant")
+CLASS_BALANCES = ("none", "sample", "weight")
+PRECISIONS = ("no", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+ON_NAN = ("stop", "skip")
+
+MODEL, METHOD, TRAINING = "Model and weights", "Method", "Training"
+OPTIMIZER, DATA, SPEED, RUN = (
+    "Optimizer and schedule",
+    "Data and augmentation",
+    "Speed and memory",
+    "Run and checkpoints",
+)
+PANELS = (MODEL, METHOD, TRAINING, OPTIMIZER, DATA, SPEED, RUN)
+
+
+def _setting(default: Any, panel: str, help: str, **rules: Any) -> Any:
+    """A field with what the command line and `check` need: least, below, choices, flags, metavar."""
+    metadata = {"panel": panel, "help": help, **rules}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class FinetuneConfig:
-    """Arguments of `finetune`; the ones of the model are those of `ModelSpec`.
+    """Arguments of `finetune`; `cbn finetune --help` describes each, the model's are those of `ModelSpec`.
 
     data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without val/.
-    output: run folder. norm: "cbn", "bn", "frozen" (running statistics fixed), "gn" (GroupNorm), "brn" (Batch
-    Renormalization). window to burn_in: as in CrossIterationBatchNorm2d. lr: peak of a cosine schedule that warms up
-    over `warmup_ratio` of the steps; by default 3e-3 with "sgd" and 3e-4 with "adamw". clip_grad: largest norm of the
-    gradient, longer ones are shortened to it; 0 lets every length pass. max_steps: ends earlier, the schedule included.
-    no_aug: resize and crop only.
-    device: "auto" takes a GPU where there is one.
+    output: run folder. lr: None is a rule, see `peak_lr`. window to burn_in: as in CrossIterationBatchNorm2d.
     """
 
     data: str
     model: str
     output: str
-    arch: str | None = None
-    checkpoint: str | None = None
-    pretrained: bool = True
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    img_size: int | None = None
-    norm: str = "cbn"
-    window: int = DEFAULT_WINDOW
-    compensation: str = "projection"
-    gradient: str = "full"
-    history: str = DEFAULT_HISTORY
-    burn_in: int = 0
-    epochs: int = 10
-    max_steps: int | None = None
-    batch_size: int = 2
-    lr: float | None = None
-    clip_grad: float = 5.0
-    opt: str = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_ratio: float = 0.05
-    label_smoothing: float = 0.1
-    val_fraction: float | None = None
-    no_aug: bool = False
-    seed: int = 0
-    workers: int = 2
-    device: str = "auto"
 
-    def __post_init__(self) -> None:
-        if self.lr is None:
-            self.lr = DEFAULT_LR.get(self.opt)
+    arch: str | None = _setting(None, MODEL, "timm name, for a .safetensors file.")
+    checkpoint: str | None = _setting(None, MODEL, "Weights: .safetensors, or .pth with tensors only.", metavar="FILE")
+    pretrained: bool = _setting(True, MODEL, "Pretrained or random weights.", flags=("--pretrained/--no-pretrained",))
+    model_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "panel": MODEL, "help": "For timm.create_model, e.g. pad_type=same.", "metavar": "K=V,..", "type": str,
+        },
+    )  # fmt: skip
+    mean: tuple[float, ...] | None = _setting(
+        None, MODEL, "Channel means, e.g. 0.5,0.5,0.5.", type=str, metavar="M,M,M"
+    )
+    std: tuple[float, ...] | None = _setting(None, MODEL, "Channel standard deviations.", type=str, metavar="S,S,S")
+    img_size: int | None = _setting(None, MODEL, "Height and width of the input.", least=1)
+    drop_path: float = _setting(0.0, MODEL, "Stochastic depth rate.", least=0, below=1)
+    freeze: str | None = _setting(
+        None, MODEL, "Parts whose weights and statistics stay: stem, stage1, .., or a pattern of names.",
+        metavar="PART,..",
+    )  # fmt: skip
+
+    norm: str = _setting(
+        "cbn", METHOD,
+        "cbn; or, to compare: bn, frozen (fixed statistics), gn (GroupNorm), brn (Batch Renormalization).",
+        choices=NORMS,
+    )  # fmt: skip
+    window: int = _setting(16, METHOD, "Iterations averaged over; 1 is BN.", least=1)
+    compensation: str = _setting("projection", METHOD, "projection, taylor (the paper's), none.")
+    gradient: str = _setting("full", METHOD, "full, or current (the paper's code).")
+    history: str = _setting("ema", METHOD, "ring (exact window) or ema (less memory).")
+    burn_in: int = _setting(0, METHOD, "Iterations before the window grows beyond 1.", least=0)
+    sync_cbn: bool = _setting(False, METHOD, "Share each batch's statistics among processes.")
+    ema: float | None = _setting(
+        None, METHOD, "Evaluate an average of the weights with this decay, e.g. 0.999.", least=0, below=1,
+        metavar="DECAY",
+    )  # fmt: skip
+    recalibrate: int | None = _setting(
+        None, METHOD, "Before evaluating, measure the statistics anew on so many batches; 0, or 32 with --ema.",
+        least=0, metavar="BATCHES",
+    )  # fmt: skip
+
+    epochs: int = _setting(10, TRAINING, "Passes over the data.", least=1)
+    max_steps: int | None = _setting(None, TRAINING, "End after so many updates.", least=1)
+    batch_size: int = _setting(2, TRAINING, "Images per step and process.", least=1, flags=("--batch-size", "-b"))
+    accumulate: int = _setting(1, TRAINING, "Steps per update of the weights.", least=1)
+    label_smoothing: float = _setting(0.1, TRAINING, "Part of the target spread over all classes.", least=0, below=1)
+    class_balance: str = _setting(
+        "none", TRAINING, "For unequal classes: none, sample (each equally often), weight (in the loss).",
+        choices=CLASS_BALANCES,
+    )  # fmt: skip
+    eval_every: int | None = _setting(None, TRAINING, "Updates between evaluations; default: an epoch.", least=1)
+    patience: int | None = _setting(None, TRAINING, "Stop after so many evaluations without a new best.", least=1)
+    seed: int = _setting(0, TRAINING, "Of everything random.", least=0, below=2**31)
+
+    lr: float | None = _setting(
+        None, OPTIMIZER, "Peak learning rate, or auto: 3e-3 (sgd) or 3e-4 (adamw) x sqrt(images per update / 2).",
+        type=str, metavar="RATE|auto",
+    )  # fmt: skip
+    opt: str = _setting("sgd", OPTIMIZER, "sgd (Nesterov), adamw; with --lr any of timm's.")
+    momentum: float = _setting(0.9, OPTIMIZER, "Of sgd.", least=0, below=1)
+    weight_decay: float = _setting(1e-4, OPTIMIZER, "Not applied to norms and biases.", least=0)
+    clip_grad: float = _setting(5.0, OPTIMIZER, "Largest norm of the gradient; 0 for no limit.", least=0)
+    layer_decay: float | None = _setting(
+        None, OPTIMIZER, "Factor of the rate from a stage to the one below, e.g. 0.75.", above=0, most=1
+    )
+    sched: str = _setting("cosine", OPTIMIZER, "cosine, linear or constant, after the warm-up.", choices=SCHEDULES)
+    warmup_ratio: float = _setting(0.05, OPTIMIZER, "Part of the updates in which the rate rises.", least=0, below=1)
+
+    val_fraction: float | None = _setting(
+        None, DATA, "Hold out this part of each class; for a folder without val/.", above=0, below=1
+    )
+    no_aug: bool = _setting(False, DATA, "Resize and crop only, no random changes.")
+    min_scale: float = _setting(0.08, DATA, "Smallest part of the image that a random crop shows.", above=0, most=1)
+    hflip: float = _setting(0.5, DATA, "Probability of a left-right flip.", least=0, most=1)
+    vflip: float = _setting(0.0, DATA, "Probability of an upside-down flip.", least=0, most=1)
+    color_jitter: float = _setting(0.4, DATA, "Strength of colour changes.", least=0)
+    auto_augment: str | None = _setting(
+        None, DATA, "timm's policy, e.g. rand-m9-mstd0.5 (RandAugment).", flags=("--auto-augment", "--aa"),
+        metavar="POLICY",
+    )  # fmt: skip
+    random_erasing: float = _setting(0.0, DATA, "Probability of erasing a rectangle.", least=0, most=1)
+    mixup: float = _setting(0.0, DATA, "Mixup alpha; needs an even batch size.", least=0)
+    cutmix: float = _setting(0.0, DATA, "CutMix alpha; needs an even batch size.", least=0)
+    workers: int = _setting(2, DATA, "Processes that load images.", least=0)
+    skip_bad_images: bool = _setting(False, DATA, "Leave out unreadable images, and list them.")
+
+    device: str = _setting("auto", SPEED, "auto, cpu, cuda or mps.", choices=DEVICES)
+    mixed_precision: str = _setting("no", SPEED, "no, bf16, or fp16 (with loss scaling).", choices=PRECISIONS)
+    channels_last: bool = _setting(False, SPEED, "Memory format of images and weights.")
+    compile: bool = _setting(False, SPEED, "torch.compile.")
+    grad_checkpointing: bool = _setting(False, SPEED, "Recompute activations instead of keeping them.")
+
+    save_every: int | None = _setting(None, RUN, "Updates between checkpoints, beside each evaluation.", least=1)
+    keep: int = _setting(2, RUN, "Checkpoints to keep.", least=1)
+    on_nan: str = _setting("stop", RUN, "When a gradient is not finite: stop, or skip that update.", choices=ON_NAN)
+    tracker: str | None = _setting(None, RUN, "tensorboard, wandb or another of accelerate's trackers.")
 
     def check(self) -> None:
-        """Raises RunError for the first argument that is out of range."""
-        for name, allowed in (("norm", NORMS), ("opt", OPTIMIZERS), ("device", DEVICES)):
-            if getattr(self, name) not in allowed:
-                raise RunError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < low:
-                raise RunError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name, low in (("max_steps", 1), ("img_size", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise RunError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**31:
-            raise RunError(f"seed must be at least 0 and below 2147483648, got {self.seed}")
-        if self.lr is None or not self.lr > 0:
+        """Raises RunError for the first argument that is of another type or out of range."""
+        for f in fields(self):
+            _check(f.name, getattr(self, f.name), f)
+        if self.lr is None and self.opt not in DEFAULT_LR:
+            raise RunError(f"lr has no automatic value for opt {self.opt!r}, only for sgd and adamw; give a rate")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise RunError(f"lr must be above 0, got {self.lr}")
-        for name in ("warmup_ratio", "label_smoothing", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RunError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "clip_grad"):
-            if not getattr(self, name) >= 0:
-                raise RunError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise RunError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise RunError(f"mixup and cutmix mix pairs of images, so batch_size must be even, got {self.batch_size}")
+        if (self.mixup or self.cutmix) and self.class_balance == "weight":
+            raise RunError("class_balance 'weight' has no meaning for mixed labels; use 'sample' with mixup or cutmix")
+        from ..norm import check_window_options
+
         try:
             check_window_options(self.window, self.compensation, self.gradient, self.history, self.burn_in)
         except ValueError as error:
             raise RunError(str(error)) from None
 
+    def peak_lr(self, ranks: int = 1) -> float:
+        """`lr`; or, where it is None, 3e-3 ("sgd") or 3e-4 ("adamw") for 2 images per update of all `ranks` processes.
+
+        For other numbers it grows with their square root (docs/training.md has the evidence).
+        """
+        if self.lr is not None:
+            return self.lr
+        return DEFAULT_LR[self.opt] * math.sqrt(self.batch_size * self.accumulate * ranks / DEFAULT_LR_IMAGES)
+
+    @property
+    def recalibration_batches(self) -> int:
+        """Batches on which the statistics are measured anew before an evaluation."""
+        if self.recalibrate is None:
+            return 0 if self.ema is None else 32
+        return self.recalibrate
+
     def model_spec(self) -> ModelSpec:
         """The part that describes the model."""
+        from ..models import ModelSpec
+
         return ModelSpec(**{f.name: getattr(self, f.name) for f in fields(ModelSpec)})
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,10 +200,13 @@ class FinetuneConfig:
 
     def summary(self) -> dict[str, Any]:
         """What a reader of the exported model wants to know, without the paths of this machine."""
-        names = ["norm", "epochs", "batch_size", "opt", "lr"]
+        names = ["norm", "epochs", "batch_size", "opt"]
         if self.norm == "cbn":
             names[1:1] = ["window", "compensation", "gradient", "history"]
-        return {"data": Path(self.data).resolve().name, **{name: getattr(self, name) for name in names}}
+        return {
+            "data": Path(self.data).resolve().name, **{name: getattr(self, name) for name in names},
+            "lr": self.peak_lr(),
+        }  # fmt: skip
 
     @classmethod
     def of_run(cls, run: str | Path) -> FinetuneConfig:
@@ -120,17 +218,46 @@ class FinetuneConfig:
             raise RunError(
                 f"{run}/config.json has settings unknown here ({', '.join(odd)}); use the version that wrote it"
             )
+        for name in ("mean", "std"):
+            if isinstance(stored.get(name), list):
+                stored[name] = tuple(stored[name])
         try:
-            for name in ("mean", "std"):
-                if stored.get(name) is not None:
-                    stored[name] = tuple(stored[name])
             config = cls(**stored)
             config.check()
-        except TypeError as error:
+        except (TypeError, RunError) as error:
             raise RunError(
-                f"{run}/config.json has a setting of the wrong type ({error}); the file is damaged"
+                f"{run}/config.json has a setting that does not fit ({error}); the file is damaged"
             ) from error
         return config
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "dict": (dict,), "tuple": (tuple,),
+}  # fmt: skip
+_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+    "most": ("at most", operator.le),
+}
+
+
+def _check(name: str, value: Any, setting: Field[Any]) -> None:
+    """Raises RunError if the value is not of the field's type, none of its choices or outside its limits."""
+    if value is None and setting.default is None:
+        return
+    kind = re.match(r"\w+", str(setting.type)).group()  # type: ignore[union-attr]
+    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise RunError(f"{name} must be of type {kind}, got {value!r}")
+    choices = setting.metadata.get("choices")
+    if choices and value not in choices:
+        raise RunError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    limits = {
+        words: (holds, setting.metadata[rule]) for rule, (words, holds) in _LIMITS.items() if rule in setting.metadata
+    }
+    if not all(holds(value, limit) for holds, limit in limits.values()):
+        wanted = " and ".join(f"{words} {limit}" for words, (_, limit) in limits.items())
+        raise RunError(f"{name} must be {wanted}, got {value}")
 
 
 def read_run(run: str | Path) -> dict[str, Any]:
@@ -147,16 +274,29 @@ def read_run(run: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Outcome of a run. top-1 in percent on the validation images, times in seconds of training without evaluation."""
+    """Outcome of a run.
+
+    top-1 and top-5 in percent on the validation images. Times in seconds of training without evaluation, by the last
+    process; loader_wait is the part of them spent waiting for images. peak_memory: largest GPU memory in MB. skipped:
+    updates left out because a gradient was not finite; bad_images: files that could not be read.
+    """
 
     output: str
     norm: str
     steps: int
     best_top1: float
+    best_top5: float
     best_epoch: int
+    best_step: int
     last_top1: float
     train_seconds: float
     median_step_seconds: float
+    images_per_second: float
+    loader_wait: float
+    peak_memory: float | None
+    skipped: int
+    bad_images: list[str]
+    stopped_early: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

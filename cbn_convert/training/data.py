@@ -1,18 +1,13 @@
-"""Image folders: classes, splits, transforms and loaders."""
+"""Image folders: classes, and which images are for training and for validation."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
-from timm.data import create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DataError
@@ -27,31 +22,11 @@ class Split:
     samples: list[tuple[str, int]]
     classes: list[str]
 
-
-def open_image(path: str) -> Image.Image:
-    """Reads an image as RGB. Raises DataError naming the file if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types, all of them about this file
-        raise DataError(
-            f"cannot read the image {path} ({type(error).__name__}: {error}); repair or remove it"
-        ) from error
-
-
-class ImageList(Dataset[Any]):
-    """A split with a transform."""
-
-    def __init__(self, split: Split, transform: Any) -> None:
-        self.split = split
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.split.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.split.samples[index]
-        return self.transform(open_image(path)), label
+    def counts(self) -> list[int]:
+        """Images of each class."""
+        return torch.bincount(
+            torch.tensor([label for _, label in self.samples], dtype=torch.long), minlength=len(self.classes)
+        ).tolist()
 
 
 def read_splits(data: str, val_fraction: float | None, seed: int) -> tuple[Split, Split]:
@@ -85,15 +60,27 @@ def read_classes(folder: Path, classes: list[str] | None = None) -> Split:
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
         raise DataError(f"{folder} has the class {unknown[0]!r}, which is none of the {len(classes)} training classes")
     order = classes or found
-    mapping = {name: i for i, name in enumerate(order)}
-    samples = ImageFolder.make_dataset(
-        str(folder), {name: mapping[name] for name in found}, extensions=IMG_EXTENSIONS, allow_empty=True
-    )
-    samples = [sample for sample in samples if not Path(sample[0]).name.startswith(".")]
-    present = {label for _, label in samples}
-    if empty := [name for name in found if mapping[name] not in present]:
-        raise DataError(f"class folder {folder / empty[0]} holds no images; add some, {_IMAGES}, or remove the folder")
+    samples = []
+    for name in found:
+        own = [(path, order.index(name)) for path in sorted(_images(folder / name))]
+        if not own:
+            raise DataError(f"class folder {folder / name} holds no images; add some, {_IMAGES}, or remove the folder")
+        samples += own
     return Split(samples, order)
+
+
+def _images(folder: Path) -> Iterator[str]:
+    """Image files below the folder, links followed, each folder once though links may lead round in a circle."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
+                yield str(Path(root, name))
 
 
 def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:
@@ -102,39 +89,6 @@ def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:
     if split is not None:
         return read_classes(root / split, classes)
     return read_classes(root / "val" if (root / "val").is_dir() else root, classes)
-
-
-def make_loader(
-    split: Split,
-    data_config: dict[str, Any],
-    batch_size: int,
-    workers: int,
-    *,
-    training: bool = False,
-    augment: bool = False,
-    generator: torch.Generator | None = None,
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Loader with timm's transforms for `data_config`; in training it shuffles and drops an incomplete last batch."""
-    transform = create_transform(**data_config, is_training=training and augment)
-    return DataLoader(
-        ImageList(split, transform),
-        batch_size=batch_size,
-        shuffle=training,
-        drop_last=training and len(split.samples) >= batch_size,
-        num_workers=workers,
-        generator=generator,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def batches(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterates; an error about an image arrives as one sentence even from a worker process."""
-    try:
-        yield from loader
-    except DataError as error:
-        # a worker wraps the message into its traceback
-        last = str(error).strip().splitlines()[-1]
-        raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
 
 
 def _folder(path: str) -> Path:

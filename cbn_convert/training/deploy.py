@@ -15,7 +15,7 @@ from ..deploy.graphs import TOLERANCE, check_onnx_installed, random_images, rela
 from ..errors import ExportError
 from ..files import check_output
 from .config import read_run
-from .evaluation import load_trained
+from .trained import load_trained
 
 
 def export_run(

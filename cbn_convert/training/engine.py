@@ -5,56 +5,44 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from timm.data import resolve_model_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import __version__
 from ..conversion import warm_up
 from ..deploy import export
-from ..errors import RunError
-from ..files import check_output, check_replaceable, read_json, write_json
-from ..models import ModelSpec, create_model, reset_head
-from ..norm import CrossIterationMixin
-from .checkpoint import load_last, save_last
+from ..errors import CbnWarning, DataError, RunError
+from ..files import write_json
+from ..norm import history_state, load_history_state
+from . import checkpoint
 from .config import FinetuneConfig, FinetuneResult, read_run
-from .data import Split, batches, make_loader, read_splits
-from .evaluation import accuracy, resolve_device
+from .evaluation import Evaluation, accuracy, resolve_device
+from .faults import StopSignals, TrainingInterrupted, first_non_finite, out_of_memory
+from .loading import Batch, batches, evaluation_batch, plain_loader, training_loader
 from .metrics import MetricsLog, draw_curves
-from .norms import apply_norm
+from .norms import restore_norm
+from .optimization import FUSED, make_optimizer, make_scheduler
+from .parallel import Ranks
 from .progress import Progress
+from .recalibration import recalibrate
+from .setup import Setup, build, check_new, owned, prepare_folder, total_steps
+from .totals import Totals
 
-LOG_EVERY = 20  # steps between records of the training loss, the only moments at which the device is waited for
-
-
-@dataclass
-class _Totals:
-    """Sums since the last record, kept on the device so that no step waits for it."""
-
-    sums: Tensor
-    images: int = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        hits = (logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.detach().float() * len(labels), hits.float()])
-        self.images += len(labels)
-
-    def take(self) -> tuple[float, float]:
-        """Mean loss and top-1 in percent; starts again from zero."""
-        loss, hits = (self.sums / max(self.images, 1)).tolist()
-        self.sums.zero_()
-        self.images = 0
-        return loss, 100 * hits
+LOG_EVERY = 20  # updates between records of the training loss, the only moments at which a GPU is waited for
 
 
 def finetune(
@@ -62,237 +50,430 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tunes a model on an image folder; writes and returns the outcome.
 
-    The run folder holds config.json, metrics.jsonl, curves.png, checkpoints/last (for `resume`) and best/ (the weights
-    with the highest validation top-1, a folder that plain timm loads). With `resume`, `config` must be that of the run.
+    The run folder holds config.json, metrics.jsonl, curves.png, results.json, checkpoints/ (for `resume`) and best/
+    (the weights with the highest validation top-1, a folder that plain timm loads). With `resume`, `config` must be
+    that of the run; on a CPU it then ends in the same weights as without the interruption. Under torchrun or
+    `accelerate launch` all processes call this.
 
-    Raises RunError, DataError, ModelError or ConversionError, each naming the argument or the file; RunError also if
-    the loss is no longer finite.
+    The first SIGINT or SIGTERM ends the run after the step that is under way, with a checkpoint and
+    TrainingInterrupted, a KeyboardInterrupt. Raises RunError, DataError, ModelError or ConversionError, each naming the
+    argument or the file; RunError also if a gradient is not finite, the memory of the GPU is not enough, or nothing can
+    be written.
     """
     run = Path(config.output)
     config.check()
-    if not resume:
-        check_output(run, overwrite)
-        for folder in ("best", "checkpoints/last"):
-            check_replaceable(run / folder)
+    accelerator = _accelerator(config)
+    ranks = Ranks()
+    if resume:
+        read_run(run)
+    elif ranks.main:
+        check_new(run, overwrite)
+    # a run that was killed before its first checkpoint starts again
+    setup = build(config, resumed=resume and bool(checkpoint.checkpoints(run)))
+    if resume:
+        stored = read_run(run)
+        if (stored["classes"], stored["images"]) != (setup.training.classes, setup.images):
+            raise RunError(
+                f"{config.data} has other images than the run in {run}; resume with the data it was started with"
+            )
+    trainer = _Trainer(config, run, setup, accelerator, ranks)
+    with owned(run) if ranks.main else nullcontext():
+        if ranks.main and not resume:
+            prepare_folder(run, config, setup, ranks.count)
+        ranks.wait()
+        return trainer.train(resume, quiet or not ranks.main)
+
+
+def _accelerator(config: FinetuneConfig) -> Accelerator:
     device = resolve_device(config.device)
-    model, training, validation, data_config = _build(config, _own_spec(run) if resume else config.model_spec())
-    images = {"train": len(training.samples), "val": len(validation.samples)}
-    if resume and (read_run(run)["classes"], read_run(run)["images"]) != (training.classes, images):
-        raise RunError(
-            f"{config.data} has other images than the run in {run}; resume with the data it was started with"
-        )
-    if not resume:
-        _prepare_folder(run, config, training, data_config, images)
-    return _Trainer(config, run, model, device, training, validation, data_config).train(resume, quiet)
-
-
-def plan(config: FinetuneConfig) -> dict[str, Any]:
-    """What `finetune` would do, found out by building everything and writing nothing. Raises what it raises."""
-    config.check()
-    model, training, validation, data_config = _build(config, config.model_spec())
-    layers = [m for m in model.modules() if isinstance(m, CrossIterationMixin)]
-    return {
-        "model": model.pretrained_cfg["architecture"],
-        "norm": config.norm,
-        "cross_iteration_layers": len(layers),
-        "classes": len(training.classes),
-        "training_images": len(training.samples),
-        "validation_images": len(validation.samples),
-        "input_size": list(data_config["input_size"]),
-        "steps_per_epoch": max(1, len(training.samples) // config.batch_size),
-    }
-
-
-def _own_spec(run: Path) -> ModelSpec:
-    """The model of a run without the weights that it started from, which need not be there any more."""
-    path = run / "best" / "config.json"
-    if not path.is_file():
-        raise RunError(f"{run} has no checkpoint to resume from; start again with --overwrite")
-    about = read_json(path, "model settings")
-    kwargs = {k: v for k, v in about.get("model_args", {}).items() if k != "num_classes"}
-    cfg = about["pretrained_cfg"]
-    return ModelSpec(
-        about["architecture"],
-        pretrained=False,
-        model_kwargs=kwargs,
-        mean=cfg["mean"],
-        std=cfg["std"],
-        img_size=cfg["input_size"][-1],
-    )
-
-
-def _build(config: FinetuneConfig, spec: ModelSpec) -> tuple[Any, Split, Split, dict[str, Any]]:
-    """The model with its norm layers and a new head, both splits, and timm's data config."""
-    training, validation = read_splits(config.data, config.val_fraction, config.seed)
-    set_seed(config.seed)
-    model = create_model(spec, len(training.classes))
-    reset_head(model)
-    data_config = resolve_model_data_config(model)
-    apply_norm(
-        model, config.norm,
-        window=config.window, compensation=config.compensation, gradient=config.gradient, history=config.history,
-        burn_in=config.burn_in, example_input=torch.zeros(1, *data_config["input_size"]),
-    )  # fmt: skip
-    return model, training, validation, data_config
-
-
-def _prepare_folder(
-    run: Path, config: FinetuneConfig, training: Split, data_config: dict[str, Any], images: dict[str, int]
-) -> None:
+    shared = AcceleratorState._shared_state
+    if shared and (shared.get("_mixed_precision") != config.mixed_precision or shared["device"].type != device.type):
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        # what an overwritten run left must not be taken for this one's
-        for name in ("metrics.jsonl", "curves.png", "best/model.safetensors", "checkpoints/last/training.pt"):
-            (run / name).unlink(missing_ok=True)
-        versions = {"cbn_convert": __version__, "torch": torch.__version__, "timm": timm.__version__}
-        write_json(
-            run / "config.json",
-            {
-                "config": config.to_dict(),
-                "classes": training.classes,
-                "images": images,
-                "data_config": data_config,
-                "versions": versions,
-            },
-        )
-    except OSError as error:
-        raise RunError(
-            f"cannot write {run}: {error.strerror}; choose an output folder that you may write to"
-        ) from error
+        return Accelerator(
+            cpu=device.type == "cpu", mixed_precision=config.mixed_precision, log_with=config.tracker,
+            project_dir=config.output, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )  # fmt: skip
+    except ValueError as error:
+        argument = "tracker" if config.tracker and config.tracker in str(error) else "mixed_precision"
+        raise RunError(f"{argument} {getattr(config, argument)!r} does not work here: {error}") from error
 
 
 class _Trainer:
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        run: Path,
-        model: nn.Module,
-        device: torch.device,
-        training: Split,
-        validation: Split,
-        data_config: dict[str, Any],
-    ) -> None:
-        assert config.lr is not None
-        self.config, self.run, self.classes, self.lr = config, run, training.classes, config.lr
-        self.data_config = data_config
-        self.order = torch.Generator()
-        self.loader = make_loader(
-            training, data_config, config.batch_size, config.workers,
-            training=True, augment=not config.no_aug, generator=self.order,
+    def __init__(self, config: FinetuneConfig, run: Path, setup: Setup, accelerator: Accelerator, ranks: Ranks) -> None:
+        self.config, self.run, self.setup, self.ranks = config, run, setup, ranks
+        self.accelerator, self.device = accelerator, accelerator.device
+        self.lr = config.peak_lr(ranks.count)
+        self.loader, self.sampler = training_loader(setup.training, setup.data_config, config, ranks.rank, ranks.count)
+        self.val_loader = plain_loader(
+            setup.validation, setup.data_config, evaluation_batch(config.batch_size, setup.data_config), config.workers,
+            skip_bad=config.skip_bad_images, rank=ranks.rank, ranks=ranks.count,
         )  # fmt: skip
-        self.val_loader = make_loader(validation, data_config, max(config.batch_size, 32), config.workers)
-        steps_per_epoch = len(self.loader)
-        self.steps = config.epochs * steps_per_epoch
-        if config.max_steps is not None:
-            self.steps = min(self.steps, config.max_steps)
-        self.epochs = math.ceil(self.steps / steps_per_epoch)
+        self.steps = total_steps(config, self.sampler)
+        self.eval_every = config.eval_every or self.sampler.updates
 
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
-        optimizer = create_optimizer_v2(
-            model, opt=config.opt, lr=self.lr, weight_decay=config.weight_decay, momentum=config.momentum
-        )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        warmup = min(round(config.warmup_ratio * self.steps), self.steps - 1)
-        self.scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=self.steps - warmup,
-            warmup_t=warmup,
-            warmup_lr_init=self.lr / max(warmup, 1),
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        self.device = self.accelerator.device
-        self.totals = _Totals(torch.zeros(2, device=self.device))
-        self.step = self.epoch = 0
-        self.best_top1, self.best_epoch, self.last_top1 = -1.0, 0, 0.0
-        self.train_seconds = 0.0
+        self.model = setup.model  # the plain module, without what is wrapped around it
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(self.model, config, self.lr)
+        self.scheduler = make_scheduler(self.optimizer, config, self.lr, self.steps)
+        self.wrapped, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
+        if config.compile:
+            self.wrapped = torch.compile(self.wrapped)
+        self.ema = None
+        if config.ema is not None:
+            self.ema = ModelEmaV3(self.model, config.ema, use_warmup=True, exclude_buffers=True)
+        self.mixup, self.loss = self._loss()
+        self.guarded = [
+            b for m in self.model.modules() if config.on_nan == "skip" and isinstance(m, _BatchNorm)
+            for b in (m.running_mean, m.running_var) if b is not None
+        ]  # fmt: skip
+
+        self.totals = Totals(self.device, ranks)
+        self.step = 0
+        self.evaluated = -1  # the step of the last evaluation
+        self.best_top1, self.best_top5, self.best_epoch, self.best_step, self.last_top1 = -1.0, 0.0, 0, 0, 0.0
+        self.without_best = 0
+        self.skipped = 0
+        self.bad_images: list[str] = []
+        self.train_seconds = self.wait_seconds = 0.0
         self.step_seconds: list[float] = []
 
+    def _loss(self) -> tuple[Any, nn.Module]:
+        config = self.config
+        if config.mixup or config.cutmix:
+            mixup = Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                num_classes=len(self.setup.training.classes),
+            )  # fmt: skip
+            return mixup, SoftTargetCrossEntropy()
+        weight = None
+        if config.class_balance == "weight":
+            counts = torch.tensor(self.setup.training.counts(), dtype=torch.float32, device=self.device)
+            weight = counts.sum() / (len(counts) * counts)
+        return None, nn.CrossEntropyLoss(weight, label_smoothing=config.label_smoothing)
+
     def train(self, resume: bool, quiet: bool) -> FinetuneResult:
-        if resume:
-            progress = load_last(self.run, self.model, self.optimizer)
-            for name, value in progress.items():
-                setattr(self, name, value)
-        self.log = MetricsLog(self.run, keep_steps=self.step)
-        with Progress(self.steps, self.step, quiet) as progress_bar:
-            while self.epoch < self.epochs:
-                self._train_epoch(progress_bar)
-                self._end_epoch(progress_bar)
+        records = self._restore() if resume else None
+        if self.config.tracker:
+            self.accelerator.init_trackers("cbn", {k: str(v) for k, v in self.config.to_dict().items()})
+        if self.ranks.main:
+            track = self.accelerator.log if self.config.tracker else None
+            self.log = MetricsLog(self.run, records or 0, track)
+        with StopSignals() as self.signals, Progress(self.steps, self.step, quiet) as self.progress:
+            if records is None:
+                set_seed(self.config.seed + self.ranks.rank)
+                self._warm_up()
+                self._save()
+            try:
+                while not self._finished():
+                    self._train_epoch()
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(self.config.batch_size, self.device) from error
+        if self.config.tracker:
+            self.accelerator.end_training()
         return self._result()
 
-    def _train_epoch(self, progress_bar: Progress) -> None:
-        # An epoch depends on its number and the state at its start alone, so a resumed run repeats it exactly.
-        seed = self.config.seed + 1000 * (self.epoch + 1)
-        set_seed(seed)
-        if self.step == 0 and self.config.norm == "cbn":
-            self.order.manual_seed(seed)
-            warm_up(self.model, islice(batches(self.loader), self.config.window))
-        self.order.manual_seed(seed)
-        self.model.train()
+    def _warm_up(self) -> None:
+        """Fills the history under the weights that training starts from."""
+        if self.config.norm == "cbn":
+            self.sampler.start(epoch=-1)
+            images = (self._on_device(batch.images) for batch in islice(batches(self.loader), self.config.window))
+            with self.accelerator.autocast():
+                warm_up(self.model, images)
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.config.patience is not None and self.without_best >= self.config.patience
+
+    def _finished(self) -> bool:
+        """Evaluates and saves where that is due; whether the run is at its end. Raises TrainingInterrupted."""
+        due = self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
+        if due and self.evaluated != self.step:
+            self._record()
+            if (result := self._evaluate()) is not None:
+                self._after_evaluation(result)
+                self._save()
+        if number := self.ranks.largest(self.signals.received):
+            self._record()
+            self._save()
+            raise TrainingInterrupted(number, self.step, str(self.run))
+        return self.step >= self.steps or self.stopped_early
+
+    def _train_epoch(self) -> None:
+        """From the update that the run is at to the end of the epoch or to the next evaluation."""
+        self.sampler.start(*divmod(self.step, self.sampler.updates))
+        images = batches(self.loader)
+        self.wrapped.train()
         started = time.perf_counter()
-        for x, y in islice(batches(self.loader), self.steps - self.step):
-            self.scheduler.step_update(self.step)
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            logits = self.model(x)
-            loss = self.loss(logits, y)
-            self.accelerator.backward(loss)
-            if self.config.clip_grad:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.step += 1
-            self.totals.add(loss, logits, y)
+        for _ in range(min(self.sampler.updates - self.sampler.first, self.steps - self.step)):
+            try:
+                parts = list(islice(images, self.sampler.accumulate))
+            except DataError:
+                if self.signals.received:  # it was for the processes that load images, too
+                    return
+                raise
+            self.wait_seconds += time.perf_counter() - started
+            self._update(parts)
             now = time.perf_counter()
             self.step_seconds.append(now - started)
             self.train_seconds += now - started
-            started = now
+            self.progress.advance(self.sampler.batch * self.sampler.accumulate * self.ranks.count)
             if self.step % LOG_EVERY == 0:
-                self._record(progress_bar)
-            progress_bar.advance(len(y))
-        if self.totals.images:
-            self._record(progress_bar)
+                self._record()
+            if self._finished():
+                break
+            if self.config.save_every and self.step % self.config.save_every == 0 and self.evaluated != self.step:
+                self._save()
+            self.wrapped.train()
+            started = time.perf_counter()
 
-    def _record(self, progress_bar: Progress) -> None:
-        loss, top1 = self.totals.take()
-        lr = self.optimizer.param_groups[0]["lr"]
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is no longer finite at step {self.step} with lr {lr:.2g}; lower --lr (now {self.lr:g})"
-            )
-        self.log.write(event="train", step=self.step, epoch=self.epoch + 1, lr=lr, loss=loss, top1=top1)
-        progress_bar.show(loss, top1)
+    def _update(self, parts: list[Batch]) -> None:
+        """One update of the weights, by the gradient of all parts."""
+        self.scheduler.step_update(self.step)
+        self.totals.lr = self.optimizer.param_groups[0]["lr"]
+        before = [buffer.clone() for buffer in self.guarded]
+        for part, batch in enumerate(parts, 1):
+            self.bad_images += batch.bad
+            x, y = self._on_device(batch.images), batch.labels.to(self.device, non_blocking=True)
+            target = y
+            if self.mixup:
+                x, target = self.mixup(x, y)
+            with nullcontext() if part == len(parts) else self.accelerator.no_sync(self.wrapped):
+                logits = self.wrapped(x)
+                loss = self.loss(logits, target)
+                self.accelerator.backward(loss / len(parts))
+            self.totals.add(loss, logits, y)
+        bad = self._step_unless_bad()
+        for buffer, old in zip(self.guarded, before, strict=True):
+            buffer.copy_(torch.where(bad, old, buffer))
+        self.prepared_optimizer.zero_grad()
+        self.step += 1
+        self.totals.note(bad, self.step)
+        if self.device.type == "cpu":
+            self._stop_if_bad(x)
+        self.last_images = x
 
-    def _end_epoch(self, progress_bar: Progress) -> None:
-        self.epoch += 1
-        result = accuracy(self.model, batches(self.val_loader), self.device)
-        self.last_top1 = result.top1
-        self.log.write(
-            event="eval", step=self.step, epoch=self.epoch, loss=result.loss, top1=result.top1, top5=result.top5,
-            train_seconds=self.train_seconds, images_per_second=self.step * self.config.batch_size / self.train_seconds,
-        )  # fmt: skip
-        progress_bar.line(
-            f"epoch {self.epoch}/{self.epochs}: validation top-1 {result.top1:.2f} %, loss {result.loss:.4f}"
+    def _step_unless_bad(self) -> Tensor:
+        """Steps the optimizer, but not with a gradient that is not finite; whether that was so, on the device."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        limit = self.config.clip_grad or math.inf
+        bad = ~torch.isfinite(self.accelerator.clip_grad_norm_(parameters, limit))
+        if self.accelerator.scaler is not None:
+            # too large a loss scale is no fault: the scaler leaves the step out and lowers it
+            bad = self.totals.last_loss_is_bad
+            self.prepared_optimizer.step()
+        elif self.config.opt in FUSED and self.optimizer.state:
+            # torch's fused optimizers leave a step out by this flag, as GradScaler sets it, without waiting for the GPU
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.prepared_optimizer.step()
+        elif not bool(bad):
+            self.prepared_optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
+        return bad
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return images.to(self.device, non_blocking=True, memory_format=memory_format)
+
+    def _stop_if_bad(self, images: Tensor) -> None:
+        """Raises RunError if a gradient since the last record was not finite and the run is to stop then."""
+        if self.config.on_nan == "skip" or not (fault := self.totals.first_bad()):
+            return
+        step, lr = fault
+        place = first_non_finite(self.model.train(), images)
+        raise RunError(
+            f"the loss is no longer finite at step {step} with lr {lr:.2g}, first {place}; lower --lr (now "
+            f"{self.lr:g}), or leave such steps out with --on-nan skip; the last checkpoint is good"
         )
-        if result.top1 > self.best_top1:
-            self.best_top1, self.best_epoch = result.top1, self.epoch
+
+    def _record(self) -> None:
+        """Writes the mean loss and top-1 since the last record."""
+        if not self.totals.updates:
+            return
+        self._stop_if_bad(self.last_images)
+        loss, top1, skipped = self.totals.take()
+        self.skipped += skipped
+        if self.ranks.main:
+            more = {"skipped": self.skipped} if self.skipped else {}
+            self.log.write(
+                event="train", step=self.step, epoch=self._epoch, lr=self.totals.lr, loss=loss, top1=top1, **more
+            )
+        self.progress.show(loss, top1)
+
+    @property
+    def _epoch(self) -> int:
+        """The epoch of the last update, from 1 on."""
+        return math.ceil(self.step / self.sampler.updates)
+
+    def _evaluate(self) -> Evaluation | None:
+        """None if a signal came."""
+        self.ranks.average_statistics(self.model)
+        self.candidate: Any = self.model if self.ema is None else self.ema.module
+        if self.config.recalibration_batches:
+            self.candidate = deepcopy(self.candidate)
+            restore_norm(self.candidate)
+            with self.accelerator.autocast():
+                recalibrate(self.candidate, self._recalibration_images())
+        # the processes must agree, so only one that is alone gives up in the middle
+        interrupted = (lambda: bool(self.signals.received)) if self.ranks.count == 1 else lambda: False
+        with self.accelerator.autocast():
+            return accuracy(self.candidate, batches(self.val_loader), self.device, self.ranks, interrupted)
+
+    def _recalibration_images(self) -> Iterator[Tensor]:
+        """The same training images in every process and at every evaluation, as evaluation sees them."""
+        size = evaluation_batch(self.config.batch_size, self.setup.data_config)
+        total = len(self.setup.training.samples)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        chosen = torch.randperm(total, generator=generator)[: size * self.config.recalibration_batches].tolist()
+        loader = plain_loader(
+            self.setup.training, self.setup.data_config, size, self.config.workers,
+            skip_bad=self.config.skip_bad_images, indices=chosen,
+        )  # fmt: skip
+        for batch in batches(loader):
+            yield self._on_device(batch.images[batch.labels >= 0])
+
+    def _after_evaluation(self, result: Evaluation) -> None:
+        self.evaluated = self.step
+        self.last_top1 = result.top1
+        self.bad_images = self.ranks.union([*self.bad_images, *result.bad_images])
+        self.without_best += 1
+        better = result.top1 > self.best_top1
+        if better:
+            self.best_top1, self.best_top5, self.without_best = result.top1, result.top5, 0
+            self.best_epoch, self.best_step = self._epoch, self.step
+        if not self.ranks.main:
+            return
+        self.log.write(
+            event="eval", step=self.step, epoch=self._epoch, loss=result.loss, top1=result.top1, top5=result.top5,
+            train_seconds=self.train_seconds, images_per_second=self._images_per_second,
+            loader_wait=self.wait_seconds / max(self.train_seconds, 1e-9),
+        )  # fmt: skip
+        self.progress.line(
+            f"epoch {self._epoch}/{math.ceil(self.steps / self.sampler.updates)}, step {self.step}: validation top-1 "
+            f"{result.top1:.2f} %, loss {result.loss:.4f}"
+        )
+        if better:
             export(
-                self.accelerator.unwrap_model(self.model), self.run / "best", class_names=self.classes,
-                model_args=self.config.model_kwargs, data_config=self.data_config,
-                metadata={**self.config.summary(), "top1": result.top1, "epoch": self.epoch}, overwrite=True,
+                self.candidate, self.run / "best", class_names=self.setup.training.classes,
+                model_args=self.config.model_kwargs, data_config=self.setup.data_config,
+                metadata={**self.config.summary(), "top1": result.top1, "epoch": self._epoch}, overwrite=True,
             )  # fmt: skip
-        names = ("step", "epoch", "best_top1", "best_epoch", "last_top1", "train_seconds")
-        save_last(self.run, self.model, self.optimizer, {name: getattr(self, name) for name in names})
+            write_json(
+                self.run / "results.json",
+                {
+                    **result.to_dict(), "step": self.step, "epoch": self._epoch, "classes": self.setup.training.classes,
+                    "confusion": result.confusion,
+                },
+            )  # fmt: skip
         draw_curves({self.config.norm: self.run}, self.run / "curves.png")
 
+    @property
+    def _images_per_second(self) -> float:
+        images = self.step * self.sampler.batch * self.sampler.accumulate * self.ranks.count
+        return images / max(self.train_seconds, 1e-9)
+
+    _PROGRESS = (
+        "step", "evaluated", "best_top1", "best_top5", "best_epoch", "best_step", "last_top1", "without_best",
+        "skipped", "train_seconds", "wait_seconds",
+    )  # fmt: skip
+
+    def _save(self) -> None:
+        """Writes a checkpoint of this moment."""
+        if self.totals.updates:
+            self._stop_if_bad(self.last_images)
+        self.bad_images = self.ranks.union(self.bad_images)
+        buffers = {name: buffer for name, buffer in self.model.named_buffers()}
+        own = {
+            "history": history_state(self.model), "buffers": buffers, "random": checkpoint.random_states(),
+            "totals": self.totals.state(),
+        }  # fmt: skip
+        states = self.ranks.gather(own)
+        if self.ranks.main:
+            scaler = self.accelerator.scaler
+            shared = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "progress": {name: getattr(self, name) for name in self._PROGRESS},
+                "updates_per_epoch": self.sampler.updates,
+                "bad_images": self.bad_images,
+                "records": self.log.records,
+            }
+            checkpoint.save(self.run, self.step, shared, states, self.config.keep)
+        self.ranks.wait()
+
+    def _restore(self) -> int | None:
+        """Puts everything back as it was at the newest good checkpoint; the records of metrics.jsonl that it knows of.
+
+        None if there is no checkpoint: the run begins anew.
+        """
+        if (loaded := checkpoint.load(self.run)) is None:
+            return None
+        shared, states = loaded
+        own = states[self.ranks.rank % len(states)]
+        try:
+            self.model.load_state_dict(shared["model"])
+            buffers = dict(self.model.named_buffers())
+            for name, buffer in own["buffers"].items():
+                buffers[name].copy_(buffer)
+            load_history_state(self.model, own["history"])
+            self.optimizer.load_state_dict(shared["optimizer"])
+            self.scheduler.load_state_dict(shared["scheduler"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(shared["scaler"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(shared["ema"])
+            for name, value in shared["progress"].items():
+                setattr(self, name, value)
+            self.bad_images = list(shared["bad_images"])
+            if len(states) == self.ranks.count:
+                self.totals.load(own["totals"])
+                checkpoint.restore_random_states(own["random"])
+            else:
+                self._resume_with_other_ranks(len(states), shared["updates_per_epoch"])
+            return int(shared["records"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"the checkpoint in {self.run} is of another model or version ({str(error).splitlines()[0]}); "
+                "start again with --overwrite"
+            ) from error
+
+    def _resume_with_other_ranks(self, before: int, updates: int) -> None:
+        """The same part of the epoch is done, in updates of another number of images."""
+        epoch, done = divmod(self.step, updates)
+        was_evaluated = self.evaluated == self.step
+        self.step = epoch * self.sampler.updates + round(done / updates * self.sampler.updates)
+        self.evaluated = self.step if was_evaluated else -1
+        set_seed(self.config.seed + self.ranks.rank + self.step)
+        warnings.warn(
+            f"the run in {self.run} had {before} processes and goes on with {self.ranks.count}, so that its steps see "
+            "other numbers of images",
+            CbnWarning,
+            stacklevel=2,
+        )
+
     def _result(self) -> FinetuneResult:
+        peak = torch.cuda.max_memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else None
         return FinetuneResult(
             output=str(self.run),
             norm=self.config.norm,
             steps=self.step,
             best_top1=self.best_top1,
+            best_top5=self.best_top5,
             best_epoch=self.best_epoch,
+            best_step=self.best_step,
             last_top1=self.last_top1,
             train_seconds=self.train_seconds,
             median_step_seconds=statistics.median(self.step_seconds) if self.step_seconds else 0.0,
+            images_per_second=self._images_per_second,
+            loader_wait=self.wait_seconds / max(self.train_seconds, 1e-9),
+            peak_memory=peak,
+            skipped=self.skipped,
+            bad_images=self.bad_images,
+            stopped_early=self.stopped_early and self.step < self.steps,
         )

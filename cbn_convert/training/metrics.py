@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
+from ..files import replaced_file
 
 
 class MetricsLog:
-    """Appends records to run/metrics.jsonl. A resumed run first drops what came after its checkpoint."""
+    """Appends records to run/metrics.jsonl, and passes their numbers to a tracker.
 
-    def __init__(self, run: Path, keep_steps: int = 0) -> None:
-        self.path = run / "metrics.jsonl"
-        kept = [r for r in read_metrics(run) if r["step"] <= keep_steps] if keep_steps else []
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    A resumed run first drops what came after its checkpoint, of which the number of records is known.
+    """
+
+    def __init__(self, run: Path, keep: int = 0, track: Callable[[dict[str, float], int], None] | None = None) -> None:
+        self.path, self.track = run / "metrics.jsonl", track
+        kept = read_metrics(run)[:keep] if keep else []
+        self.records = len(kept)
+        with replaced_file(self.path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
 
     def write(self, **record: Any) -> None:
-        """Appends one record."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Appends one record. Raises RunError if it cannot be written."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror}; free some space and go on with --resume"
+            ) from error
+        self.records += 1
+        if self.track:
+            event = record["event"]
+            numbers = {f"{event}/{k}": v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+            self.track(numbers, record["step"])
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

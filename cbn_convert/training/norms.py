@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..conversion import convert, norm_layers
+from ..conversion import convert, norm_layers, revert
 from ..errors import ConversionError
-from ..norm import CONVERTED, drop_and_act
+from ..norm import CONVERTED, CrossIterationMixin, drop_and_act
 from ..norm.functional import statistics_dtype
 from ..norm.kernels import batch_statistics
-
-NORMS = ("cbn", "bn", "frozen", "gn", "brn")
 
 R_MAX, D_MAX = 3.0, 5.0  # Ioffe 2017, section 4.1: the values that training ends with
 
@@ -72,11 +71,11 @@ def _subclasses(mixin: type[_Alternative]) -> dict[type[Any], type[Any]]:
 _CLASSES = {"frozen": _subclasses(_Frozen), "brn": _subclasses(_BatchRenorm)}
 
 
-def apply_norm(model: nn.Module, norm: str, **window: Any) -> None:
+def apply_norm(model: nn.Module, norm: str, frozen: Collection[str] = (), **window: Any) -> None:
     """Puts `norm`, one of NORMS, in the place of the model's BatchNorm layers; "bn" leaves them as they are.
 
-    `window` goes to `convert` for "cbn". The state_dict keys stay, except with "gn". Raises ConversionError for a model
-    without BatchNorm.
+    Those named in `frozen` keep their running statistics. `window` goes to `convert` for "cbn". The state_dict keys
+    stay, except with "gn". Raises ConversionError for a model without BatchNorm.
     """
     layers = norm_layers(model)
     if not layers:
@@ -84,17 +83,26 @@ def apply_norm(model: nn.Module, norm: str, **window: Any) -> None:
             f"{type(model).__name__} has no BatchNorm layer, so there is nothing to replace; "
             "choose a model with BatchNorm"
         )
-    if norm == "cbn":
-        convert(model, **window)
-    elif norm == "gn":
-        for name, layer in layers.items():
-            if type(layer) in CONVERTED:
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, _group_norm(layer))
-    elif norm in _CLASSES:
-        for layer in layers.values():
-            if type(layer) in CONVERTED:
-                layer.__class__ = _CLASSES[norm][type(layer)]
+    if norm == "cbn" and (len(frozen) == 0 or any(name not in frozen for name in layers)):
+        convert(model, exclude=lambda name, module: name in frozen, **window)
+    for name, layer in layers.items():
+        kind = "frozen" if name in frozen else norm
+        if type(layer) not in CONVERTED:
+            continue
+        if kind == "gn":
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, _group_norm(layer))
+        elif kind in _CLASSES:
+            layer.__class__ = _CLASSES[kind][type(layer)]
+
+
+def restore_norm(model: nn.Module) -> None:
+    """Undoes `apply_norm` in place, except for GroupNorm: plain BatchNorm with the running statistics."""
+    if any(isinstance(m, CrossIterationMixin) for m in model.modules()):
+        revert(model)
+    for module in model.modules():
+        if isinstance(module, _Alternative):
+            module.__class__ = type(module).__bases__[1]
 
 
 def _group_norm(norm: Any) -> nn.Module:

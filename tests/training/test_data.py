@@ -10,7 +10,9 @@ from conftest import write_image
 from timm.data import resolve_data_config
 
 from cbn_convert.errors import DataError
-from cbn_convert.training.data import batches, evaluation_split, make_loader, open_image, read_splits
+from cbn_convert.training.data import evaluation_split, read_splits
+from cbn_convert.training.images import open_image
+from cbn_convert.training.loading import batches, plain_loader
 
 
 def test_train_and_val_share_one_class_map(colors: Path) -> None:
@@ -71,12 +73,12 @@ def test_unreadable_image_is_named_in_one_sentence(colors: Path, workers: int) -
     bad = colors / "train/blue/3.png"
     bad.write_bytes(bad.read_bytes()[:200])
     training, _ = read_splits(str(colors), None, 0)
-    loader = make_loader(training, resolve_data_config({"img_size": 32}), 4, workers)
+    loader = plain_loader(training, resolve_data_config({"img_size": 32}), 4, workers)
     with pytest.raises(DataError) as error:
         list(batches(loader))
     assert "\n" not in str(error.value)
     assert str(bad) in str(error.value)
-    assert str(error.value).endswith("repair or remove it")
+    assert str(error.value).endswith("repair or remove it, or pass --skip-bad-images")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])

@@ -10,7 +10,8 @@ from torch import nn
 
 from cbn_convert.errors import ConversionError
 from cbn_convert.norm import CrossIterationMixin
-from cbn_convert.training.norms import D_MAX, NORMS, R_MAX, apply_norm
+from cbn_convert.training.config import NORMS
+from cbn_convert.training.norms import D_MAX, R_MAX, apply_norm
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -1,0 +1,85 @@
+"""Which weights learn, and how: frozen parts, optimizer, schedule."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from timm.models import group_modules
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from ..errors import RunError
+from .config import FinetuneConfig
+
+FUSED = ("sgd", "adamw")  # the ones of torch that can leave a step out without waiting for the GPU
+
+
+def frozen_modules(model: Any, parts: str | None) -> list[str]:
+    """Names of the modules that `parts` means: "stem", "stage1" and so on as timm groups them, or patterns of names.
+
+    Raises RunError for a part that the model does not have.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found: set[str] = set()
+    for part in filter(None, (p.strip() for p in (parts or "").split(","))):
+        if re.fullmatch(r"stem|stage[1-9]\d*", part):
+            stages = _stages(model)
+            own = stages.get(part, [])
+            known = f"it has {', '.join(stages)}" if stages else "timm knows no stages of it, give patterns of names"
+        else:
+            own = [name for name in names if fnmatchcase(name, part)]
+            known = f"its modules are {', '.join(n for n, _ in model.named_children())}"
+        if not own:
+            raise RunError(f"freeze: {type(model).__name__} has no part {part!r}; {known}")
+        found.update(own)
+    return [name for name in names if any(name == own or name.startswith(f"{own}.") for own in found)]
+
+
+def _stages(model: Any) -> dict[str, list[str]]:
+    if not hasattr(model, "group_matcher"):
+        return {}
+    groups = group_modules(model, model.group_matcher(coarse=True))
+    numbers = sorted(groups)[: -1 if len(groups) > 1 else None]  # the last one is the head
+    return {"stem" if number == 0 else f"stage{number}": groups[number] for number in numbers}
+
+
+def freeze(model: nn.Module, modules: list[str]) -> None:
+    """Takes the parameters of the modules out of training."""
+    for name in modules:
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RunError("freeze leaves no weight to train; name fewer parts")
+
+
+def make_optimizer(model: nn.Module, config: FinetuneConfig, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer of that name, without weight decay for norms and biases. Raises RunError for an unknown name."""
+    if config.opt not in list_optimizers():
+        raise RunError(f"opt must be sgd, adamw or another of timm's optimizers, got {config.opt!r}")
+    more: dict[str, Any] = {"fused": True} if config.opt in FUSED else {}
+    try:
+        return create_optimizer_v2(
+            model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum,
+            layer_decay=config.layer_decay, **more,
+        )  # fmt: skip
+    except (TypeError, ValueError, AssertionError, ModuleNotFoundError) as error:
+        raise RunError(f"optimizer {config.opt} cannot be made ({error}); take sgd or adamw") from error
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: FinetuneConfig, lr: float, steps: int) -> Scheduler:
+    """timm's schedule over `steps` updates, the warm-up among them; `step_update(n)` sets the rate of update n."""
+    warmup = min(round(config.warmup_ratio * steps), steps - 1)
+    common: dict[str, Any] = {
+        "warmup_t": warmup, "warmup_lr_init": lr / max(warmup, 1), "warmup_prefix": True, "t_in_epochs": False,
+    }  # fmt: skip
+    left = steps - warmup
+    if config.sched == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=left, **common)
+    if config.sched == "linear":
+        return PolyLRScheduler(optimizer, t_initial=left, power=1.0, **common)
+    return StepLRScheduler(optimizer, decay_t=left + 1, decay_rate=1.0, **common)

@@ -1,0 +1,173 @@
+"""Everything that a run needs before its first step: settings, images, model, run folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate.utils import set_seed
+from timm.data import resolve_model_data_config
+
+from .. import __version__
+from ..conversion import norm_layers
+from ..errors import ModelError, RunError
+from ..files import check_output, check_replaceable, clean_up, remove_directory, write_json
+from ..models import ModelSpec, create_model, reset_head
+from ..norm import CrossIterationMixin
+from .checkpoint import checkpoints
+from .config import FinetuneConfig, read_run
+from .data import Split, read_splits
+from .evaluation import resolve_device
+from .loading import StepSampler
+from .norms import apply_norm
+from .optimization import freeze, frozen_modules
+
+
+@dataclass
+class Setup:
+    """What a run works with. `spec` describes the model without the weights that it started from."""
+
+    model: Any
+    training: Split
+    validation: Split
+    data_config: dict[str, Any]
+    spec: dict[str, Any]
+
+    @property
+    def images(self) -> dict[str, int]:
+        """Images for training and for validation."""
+        return {"train": len(self.training.samples), "val": len(self.validation.samples)}
+
+
+def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
+    """The model with its norm layers and a new head, both splits, and timm's data config.
+
+    A resumed run with a checkpoint is built without the weights that it started from, which need not be there any more.
+    """
+    training, validation = read_splits(config.data, config.val_fraction, config.seed)
+    stored = read_run(config.output).get("model") if resumed else None
+    if resumed and stored is None:
+        raise RunError(f"{config.output} is a run of an older version, which cannot be resumed; start again")
+    spec = config.model_spec() if stored is None else ModelSpec(stored["architecture"], pretrained=False, **{
+        **stored["spec"], "mean": tuple(stored["spec"]["mean"]), "std": tuple(stored["spec"]["std"]),
+    })  # fmt: skip
+    if config.drop_path:
+        spec = replace(spec, model_kwargs={**spec.model_kwargs, "drop_path_rate": config.drop_path})
+    set_seed(config.seed)
+    model = create_model(spec, len(training.classes))
+    reset_head(model)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ModelError(
+                f"{config.model} has no activation checkpointing; leave out --grad-checkpointing"
+            ) from error
+    data_config = resolve_model_data_config(model)
+    still = frozen_modules(model, config.freeze)
+    freeze(model, still)
+    apply_norm(
+        model, config.norm, set(still) & set(norm_layers(model)),
+        window=config.window, compensation=config.compensation, gradient=config.gradient, history=config.history,
+        burn_in=config.burn_in, sync=config.sync_cbn, example_input=torch.zeros(1, *data_config["input_size"]),
+    )  # fmt: skip
+    described = {
+        "architecture": model.pretrained_cfg["architecture"],
+        "spec": {
+            "model_kwargs": config.model_kwargs, "mean": data_config["mean"], "std": data_config["std"],
+            "img_size": data_config["input_size"][-1],
+        },
+    }  # fmt: skip
+    return Setup(model, training, validation, data_config, described)
+
+
+def plan(config: FinetuneConfig) -> dict[str, Any]:
+    """What `finetune` would do, found out by building everything and writing nothing. Raises what it raises."""
+    config.check()
+    resolve_device(config.device)
+    setup = build(config)
+    counts = setup.training.counts()
+    sampler = StepSampler(len(setup.training.samples), config.batch_size, config.seed, accumulate=config.accumulate)
+    return {
+        "model": setup.spec["architecture"],
+        "norm": config.norm,
+        "cross_iteration_layers": sum(isinstance(m, CrossIterationMixin) for m in setup.model.modules()),
+        "trained_parameters": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
+        "classes": len(setup.training.classes),
+        "training_images": len(setup.training.samples),
+        "validation_images": len(setup.validation.samples),
+        "largest_class": max(counts),
+        "smallest_class": min(counts),
+        "input_size": list(setup.data_config["input_size"]),
+        "lr": config.peak_lr(),
+        "steps_per_epoch": sampler.updates,
+        "steps": total_steps(config, sampler),
+    }
+
+
+def total_steps(config: FinetuneConfig, sampler: StepSampler) -> int:
+    """Updates of the weights in the whole run."""
+    return min(config.epochs * sampler.updates, config.max_steps or math.inf)  # type: ignore[return-value]
+
+
+def prepare_folder(run: Path, config: FinetuneConfig, setup: Setup, ranks: int) -> None:
+    """Writes the run's config.json, after deleting what an overwritten run has left."""
+    try:
+        for name in ("config.json", "metrics.jsonl", "curves.png", "results.json"):
+            (run / name).unlink(missing_ok=True)
+        for folder in [run / "best", *checkpoints(run), *(run / "checkpoints").glob("damaged-step-*")]:
+            if folder.is_dir():
+                remove_directory(folder)
+    except OSError as error:
+        raise RunError(f"cannot delete what is in {run}: {error.strerror}; choose another output folder") from error
+    write_json(
+        run / "config.json",
+        {
+            "config": config.to_dict(),
+            "classes": setup.training.classes,
+            "images": setup.images,
+            "data_config": setup.data_config,
+            "model": setup.spec,
+            "lr": config.peak_lr(ranks),
+            "processes": ranks,
+            "versions": {"cbn_convert": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        },
+    )
+
+
+def check_new(run: Path, overwrite: bool) -> None:
+    """Raises RunError if a new run must not be written there."""
+    check_output(run, overwrite)
+    for folder in [run / "best", *checkpoints(run)]:
+        check_replaceable(folder)
+
+
+@contextmanager
+def owned(run: Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder, and cleans up what a killed one has left in it.
+
+    Raises RunError if another process writes to it now.
+    """
+    import fcntl
+
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("w")
+    except OSError as error:
+        raise RunError(
+            f"cannot write {run}: {error.strerror}; choose an output folder that you may write to"
+        ) from error
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another process is writing to the run in {run}; wait for it or stop it") from None
+        for folder in (run, run / "checkpoints"):
+            clean_up(folder)
+        yield

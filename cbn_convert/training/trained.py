@@ -1,0 +1,85 @@
+"""What a run or an export has left: the model, its classes, and how good it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_model_data_config
+
+from ..errors import DataError, RunError
+from ..files import read_json
+from ..models import ModelSpec, create_model, load_weights
+from .config import read_run
+from .data import evaluation_split
+from .evaluation import Evaluation, accuracy, resolve_device
+from .loading import batches, plain_loader
+from .norms import apply_norm
+
+
+def load_run(run: str | Path) -> tuple[Any, list[str]]:
+    """The best model of a run, with plain BatchNorm (GroupNorm for a "gn" run), and its class names.
+
+    Raises RunError if `run` is no run folder or has no best model yet, ModelError if the weights are damaged.
+    """
+    stored = read_run(run)
+    best = Path(run) / "best"
+    if not (best / "model.safetensors").is_file():
+        raise RunError(f"{run} has no best model yet; let the run finish an epoch")
+    if stored["config"].get("norm") == "gn":
+        model = _group_norm_model(best)
+    else:
+        model = create_model(ModelSpec(f"local-dir:{best}"))
+    return model.eval(), list(stored["classes"])
+
+
+def _group_norm_model(best: Path) -> Any:
+    """timm's loader knows nothing of the GroupNorm layers, so they are put in before the weights are read."""
+    about = read_json(best / "config.json", "model settings")
+    model = create_model(ModelSpec(about["architecture"], pretrained=False, model_kwargs=about.get("model_args", {})))
+    apply_norm(model, "gn")
+    load_weights(model, best / "model.safetensors")
+    model.pretrained_cfg = {**model.pretrained_cfg, **about["pretrained_cfg"]}
+    return model
+
+
+def load_trained(path: str | Path) -> tuple[Any, list[str]]:
+    """Model and class names of a run folder or of an exported folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RunError(f"{folder} does not exist; give a run folder or an exported folder")
+    if (folder / "metrics.jsonl").is_file():
+        return load_run(folder)
+    model = create_model(ModelSpec(f"local-dir:{folder}"))
+    labels = read_json(folder / "config.json", "model settings").get("label_names")
+    if not labels:
+        raise RunError(f"{folder}/config.json has no label_names, so its outputs are of unknown classes; export a run")
+    return model.eval(), list(labels)
+
+
+def evaluate(
+    trained: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    batch_size: int = 32,
+    workers: int = 2,
+    device: str = "auto",
+    skip_bad_images: bool = False,
+) -> Evaluation:
+    """Evaluates a run's best model, or an exported folder, on data/`split` (default: val/ if there, else `data`).
+
+    Raises RunError, ModelError or DataError, each naming the folder or file.
+    """
+    if batch_size < 1:
+        raise RunError(f"batch_size must be at least 1, got {batch_size}")
+    model, classes = load_trained(trained)
+    images = evaluation_split(data, classes, split)
+    if not images.samples:
+        raise DataError(f"{data} holds no images to evaluate on")
+    where = resolve_device(device)
+    data_config = resolve_model_data_config(model)
+    loader = plain_loader(images, data_config, batch_size, workers, skip_bad=skip_bad_images)
+    result = accuracy(model.to(where), batches(loader), where)
+    assert result is not None
+    return result

@@ -1,0 +1,108 @@
+"""The flags of `cbn finetune`, made from the table of settings, and --config, a file with the same names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_type_hints
+
+import typer
+
+from cbn_convert.training.config import FinetuneConfig
+
+from .options import parse_channels, parse_kwargs
+
+GIVEN = ("data", "model", "output")  # these have parameters of their own
+_METAVARS = {"int": "N", "float": "X"}
+_SETTINGS = {f.name: f for f in fields(FinetuneConfig) if f.name not in GIVEN}
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives the command, whose last parameter is **settings, an option for each setting."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    hints = get_type_hints(FinetuneConfig)
+    options = [_option(name, hints[name]) for name in _SETTINGS]
+    # the settings first: what a command shares with the others comes last in its help
+    kinds = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) if p.default is not p.empty else p for p in own]
+    first = [p for p in kinds if p.name in ("ctx", *GIVEN)]
+    parameters = [*first, *options, *(p for p in kinds if p not in first)]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _option(name: str, hint: Any) -> inspect.Parameter:
+    setting = _SETTINGS[name]
+    rules = setting.metadata
+    kind = rules.get("type")
+    default = None if kind else setting.default
+    annotation = Optional[kind] if kind else hint  # noqa: UP045  (a type known at run time only)
+    flag = f"--{name.replace('_', '-')}"
+    limits = {"min": rules["least"]} if "least" in rules and not kind else {}
+    metavar = rules.get("metavar", _METAVARS.get(str(setting.type).partition(" ")[0]))
+    option = typer.Option(
+        *rules.get("flags", (flag,)), help=rules["help"], rich_help_panel=rules["panel"],
+        metavar=metavar, show_default=default is not None, **limits,
+    )  # fmt: skip
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
+
+
+def read_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """The values of the options as FinetuneConfig has them. Raises typer.BadParameter for one that cannot be read."""
+    lr = settings["lr"]
+    try:
+        rate = None if lr in (None, "auto") else float(lr)
+    except ValueError:
+        raise typer.BadParameter(f"{lr!r} is neither a number nor auto", param_hint="--lr") from None
+    return {
+        **settings,
+        "lr": rate,
+        "model_kwargs": parse_kwargs(settings["model_kwargs"]),
+        "mean": parse_channels(settings["mean"], "--mean"),
+        "std": parse_channels(settings["std"], "--std"),
+    }
+
+
+def _load(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Makes what the file says the defaults of the command, which flags override."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if isinstance(stored, dict) and isinstance(stored.get("config"), dict):
+        stored = {k: v for k, v in stored["config"].items() if v is not None}  # the config.json of a run
+    if not isinstance(stored, dict):
+        raise typer.BadParameter(f"{path} does not hold settings of the form name: value")
+    known = {*_SETTINGS, *GIVEN}
+    values = {str(key).replace("-", "_"): value for key, value in stored.items()}
+    for key in sorted(set(values) - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        raise typer.BadParameter(f"{path} has the unknown setting {key!r}" + (f"; is it {close[0]}?" if close else ""))
+    for key, value in values.items():
+        if isinstance(value, dict):
+            values[key] = ",".join(f"{name}={item!r}" for name, item in value.items())
+        elif isinstance(value, (list, tuple)):
+            values[key] = ",".join(str(item) for item in value)
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    return path
+
+
+Config = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="YAML file of settings, named as the flags are; or the config.json of a run.", callback=_load,
+        is_eager=True, metavar="FILE", rich_help_panel="Output",
+    ),
+]  # fmt: skip
