@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError
+
 from .errors import RunError
 
 
@@ -73,10 +75,9 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
                 _fsync(file)
         _fsync(temporary)
         replace_directory(temporary, path)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

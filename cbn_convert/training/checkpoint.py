@@ -32,7 +32,10 @@ def save(run: Path, step: int, shared: dict[str, Any], ranks: list[dict[str, Any
         contents = {_SHARED: shared, **{f"rank-{number}.pt": state for number, state in enumerate(ranks)}}
         for name, state in contents.items():
             with (folder / name).open("wb") as file:
-                torch.save(state, file)
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # torch's own words for a disk that is full
+                    raise OSError(f"{name} could not be written whole") from error
         files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in contents}
         write_json(folder / _MANIFEST, {"step": step, "ranks": len(ranks), "files": files})
     for old in checkpoints(run)[keep:]:

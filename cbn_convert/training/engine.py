@@ -86,17 +86,22 @@ def finetune(
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:
     device = resolve_device(config.device)
+    if config.mixed_precision == "fp16" and device.type != "cuda":
+        raise RunError(f"mixed_precision 'fp16' needs a GPU, the device is {device.type}; use bf16 or no")
     shared = AcceleratorState._shared_state
     if shared and (shared.get("_mixed_precision") != config.mixed_precision or shared["device"].type != device.type):
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision=config.mixed_precision, log_with=config.tracker,
             project_dir=config.output, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )  # fmt: skip
     except ValueError as error:
         argument = "tracker" if config.tracker and config.tracker in str(error) else "mixed_precision"
         raise RunError(f"{argument} {getattr(config, argument)!r} does not work here: {error}") from error
+    if config.tracker and config.tracker not in [str(getattr(t, "value", t)) for t in accelerator.log_with]:
+        raise RunError(f"tracker {config.tracker!r} is not installed; pip install it, or leave out --tracker")
+    return accelerator
 
 
 class _Trainer:
@@ -117,7 +122,10 @@ class _Trainer:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, config, self.lr)
         self.scheduler = make_scheduler(self.optimizer, config, self.lr, self.steps)
-        self.wrapped, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.wrapped, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
+        self._settle_buckets()
         if config.compile:
             self.wrapped = torch.compile(self.wrapped)
         self.ema = None
@@ -138,6 +146,18 @@ class _Trainer:
         self.bad_images: list[str] = []
         self.train_seconds = self.wait_seconds = 0.0
         self.step_seconds: list[float] = []
+
+    def _settle_buckets(self) -> None:
+        """DistributedDataParallel orders its buckets anew after the first step, and with them the sums over processes.
+
+        Done before a run begins or goes on, this makes both the same from the first step on.
+        """
+        if self.ranks.count > 1:
+            self.wrapped.eval()
+            images = torch.zeros(self.sampler.batch, *self.setup.data_config["input_size"])
+            for _ in range(2):
+                self.wrapped(self._on_device(images)).sum().backward()
+            self.optimizer.zero_grad()
 
     def _loss(self) -> tuple[Any, nn.Module]:
         config = self.config

@@ -165,7 +165,8 @@ def owned(run: Path) -> Iterator[None]:
         ) from error
     with file as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # unlike with flock, the processes that load images do not inherit it, and live on without their parent
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is writing to the run in {run}; wait for it or stop it") from None
         for folder in (run, run / "checkpoints"):

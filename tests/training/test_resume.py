@@ -1,0 +1,212 @@
+"""A run that was interrupted ends in the same bits as one that was not, wherever it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from test_engine import config
+
+import cbn_convert as cbn
+from cbn_convert.errors import CbnWarning, RunError
+from cbn_convert.training import checkpoint, engine
+from cbn_convert.training.config import FinetuneConfig
+from cbn_convert.training.metrics import read_metrics
+
+TIMES = ("train_seconds", "images_per_second", "loader_wait")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing is caught, nothing is saved."""
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    """All that the last checkpoint and the log say, without times."""
+    newest = checkpoint.checkpoints(run)[0]
+    shared = torch.load(newest / "training.pt", weights_only=True)
+    for name in ("train_seconds", "wait_seconds"):
+        del shared["progress"][name]
+    records = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)]
+    rank = torch.load(newest / "rank-0.pt", weights_only=True)
+    return {"step": newest.name, "shared": shared, "rank": rank, "records": records}
+
+
+def assert_equal(got: Any, want: Any, path: str = "") -> None:
+    """Tensors bit by bit."""
+    assert type(got) is type(want), path
+    if isinstance(want, torch.Tensor):
+        assert got.dtype == want.dtype, path
+        assert torch.equal(got.nan_to_num(), want.nan_to_num()), path
+    elif isinstance(want, dict):
+        assert list(got) == list(want), path
+        for key in want:
+            assert_equal(got[key], want[key], f"{path}/{key}")
+    elif isinstance(want, (list, tuple)):
+        assert len(got) == len(want), path
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            assert_equal(g, w, f"{path}/{i}")
+    else:
+        assert got == want, path
+
+
+def kill_after(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends in the middle of the next update after this one."""
+    original = engine._Trainer._step_unless_bad
+
+    def killing(self: Any) -> Any:
+        if self.step == update:
+            raise Killed
+        return original(self)
+
+    monkeypatch.setattr(engine._Trainer, "_step_unless_bad", killing)
+
+
+CASES = {
+    "cbn": {"norm": "cbn", "history": "ema", "no_aug": False},
+    "ring, adamw, accumulation": {"history": "ring", "opt": "adamw", "accumulate": 3, "lr": 1e-3},
+    "EMA, mixup, drop path": {
+        "ema": 0.9, "recalibrate": 2, "mixup": 0.4, "drop_path": 0.2, "eval_every": 11, "no_aug": False,
+    },
+    "bn, balance, skip": {"norm": "bn", "class_balance": "sample", "on_nan": "skip", "opt": "lamb"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_anywhere(case: str, colors: Path, tmp_path: Path) -> None:
+    settings = {"epochs": 2, "save_every": 5, **CASES[case]}
+    cbn.finetune(config(colors, tmp_path / "whole", **settings), quiet=True)
+    expected = final_state(tmp_path / "whole")
+    for update in (0, 7, 9):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(update, patch)
+            with pytest.raises(Killed):
+                cbn.finetune(config(colors, tmp_path / "cut", **settings), overwrite=True, quiet=True)
+        torch.manual_seed(update)  # the state of the process that goes on is another one
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(timm.models, "load_state_dict", None)  # the weights it started from are not read again
+            cbn.finetune(FinetuneConfig.of_run(tmp_path / "cut"), resume=True, quiet=True)
+        assert_equal(final_state(tmp_path / "cut"), expected)
+        assert_equal(*(load_file(tmp_path / run / "best/model.safetensors") for run in ("whole", "cut")))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_number_of_workers_does_not_matter(colors: Path, tmp_path: Path) -> None:
+    states = []
+    for workers in (0, 1, 3):
+        run = tmp_path / f"run{workers}"
+        cbn.finetune(config(colors, run, workers=workers, max_steps=6, no_aug=False), quiet=True)
+        states.append(final_state(run))
+    assert_equal(states[1], states[0])
+    assert_equal(states[2], states[0])
+
+
+def test_a_finished_run_is_not_trained_again(colors: Path, tmp_path: Path) -> None:
+    first = cbn.finetune(config(colors, tmp_path / "run", max_steps=3), quiet=True)
+    before = final_state(tmp_path / "run")
+    again = cbn.finetune(FinetuneConfig.of_run(tmp_path / "run"), resume=True, quiet=True)
+    assert (again.steps, again.best_top1) == (first.steps, first.best_top1)
+    assert_equal(final_state(tmp_path / "run"), before)
+
+
+def test_killed_before_the_first_checkpoint(colors: Path, tmp_path: Path, monkeypatch) -> None:
+    def killed(*args: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", killed)
+        with pytest.raises(Killed):
+            cbn.finetune(config(colors, tmp_path / "run", max_steps=3), quiet=True)
+    assert not checkpoint.checkpoints(tmp_path / "run")
+    cbn.finetune(FinetuneConfig.of_run(tmp_path / "run"), resume=True, quiet=True)
+    cbn.finetune(config(colors, tmp_path / "whole", max_steps=3), quiet=True)
+    assert_equal(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Images, and a run of 32 updates with checkpoints at 16 and 32."""
+    from conftest import write_image
+
+    folder = tmp_path_factory.mktemp("finished")
+    for split, count in (("train", 16), ("val", 4)):
+        for label, color in (("blue", (60, 60, 200)), ("red", (200, 60, 60))):
+            for i in range(count):
+                write_image(folder / "colors" / split / label / f"{i}.png", color, i)
+    cbn.finetune(config(folder / "colors", folder / "run"), quiet=True)
+    return folder / "colors", folder / "run"
+
+
+@pytest.mark.parametrize("file", ["training.pt", "rank-0.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flipped bit", "cut off", "gone"])
+def test_a_damaged_checkpoint_is_set_aside(file: str, damage: str, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    stored = json.loads((run / "config.json").read_text())
+    stored["config"]["output"] = str(run)
+    (run / "config.json").write_text(json.dumps(stored))
+    path = run / "checkpoints/step-00000032" / file
+    content = bytearray(path.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    elif damage == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    with pytest.warns(CbnWarning, match=r"step-00000032 is damaged \(.+\); it is now damaged-step-00000032") as warned:
+        result = cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+    assert "\n" not in str(warned[0].message)
+    assert result.steps == 32
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {
+        "damaged-step-00000032", "step-00000016", "step-00000032",
+    }  # fmt: skip
+    assert_equal(final_state(run), final_state(finished[1]))
+
+
+def test_all_checkpoints_damaged(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    for path in checkpoint.checkpoints(run):
+        (path / "training.pt").write_bytes(b"junk")
+    wanted = FinetuneConfig.of_run(run)
+    wanted.output = str(run)
+    with pytest.warns(CbnWarning), pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
+        cbn.finetune(wanted, resume=True, quiet=True)
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not even if the manifest vouches for the file."""
+    run = Path(shutil.copytree(finished[1], tmp_path / "run"))
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "owned",))
+
+    newest = checkpoint.checkpoints(run)[0]
+    torch.save({"model": Evil()}, newest / "training.pt")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    path = newest / "training.pt"
+    manifest["files"]["training.pt"] = {"bytes": path.stat().st_size, "sha256": checkpoint._sha256(path)}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.warns(CbnWarning, match="damaged"):
+        assert checkpoint.load(run) is not None
+    assert not (tmp_path / "owned").exists()
+
+
+def test_as_many_checkpoints_as_asked_for(colors: Path, tmp_path: Path) -> None:
+    cbn.finetune(config(colors, tmp_path / "run", max_steps=8, save_every=2, keep=3), quiet=True)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "run")]
+    assert names == ["step-00000008", "step-00000006", "step-00000004"]
+
+
+def test_other_images_are_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    data = Path(shutil.copytree(finished[0], tmp_path / "colors"))
+    (data / "train/red/0.png").unlink()
+    wanted = FinetuneConfig.of_run(finished[1])
+    wanted.data = str(data)
+    with pytest.raises(RunError, match="has other images than the run"):
+        cbn.finetune(wanted, resume=True, quiet=True)
