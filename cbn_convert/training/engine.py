@@ -17,30 +17,24 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from ..conversion import warm_up
 from ..deploy import export
 from ..errors import CbnWarning, DataError, RunError
 from ..files import write_json
-from ..norm import history_state, load_history_state
 from . import checkpoint
 from .config import FinetuneConfig, FinetuneResult, read_run
 from .evaluation import Evaluation, accuracy, resolve_device
-from .faults import StopSignals, TrainingInterrupted, first_non_finite, out_of_memory
-from .loading import Batch, batches, evaluation_batch, plain_loader, training_loader
+from .faults import StopSignals, TrainingInterrupted, out_of_memory
+from .learner import Learner
+from .loading import batches, evaluation_batch, plain_loader, training_loader
 from .metrics import MetricsLog, draw_curves
 from .norms import restore_norm
-from .optimization import FUSED, make_optimizer, make_scheduler
 from .parallel import Ranks
 from .progress import Progress
 from .recalibration import recalibrate
 from .setup import Setup, build, check_new, owned, prepare_folder, total_steps
-from .totals import Totals
 
 LOG_EVERY = 20  # updates between records of the training loss, the only moments at which a GPU is waited for
 
@@ -108,7 +102,6 @@ class _Trainer:
     def __init__(self, config: FinetuneConfig, run: Path, setup: Setup, accelerator: Accelerator, ranks: Ranks) -> None:
         self.config, self.run, self.setup, self.ranks = config, run, setup, ranks
         self.accelerator, self.device = accelerator, accelerator.device
-        self.lr = config.peak_lr(ranks.count)
         self.loader, self.sampler = training_loader(setup.training, setup.data_config, config, ranks.rank, ranks.count)
         self.val_loader = plain_loader(
             setup.validation, setup.data_config, evaluation_batch(config.batch_size, setup.data_config), config.workers,
@@ -116,29 +109,8 @@ class _Trainer:
         )  # fmt: skip
         self.steps = total_steps(config, self.sampler)
         self.eval_every = config.eval_every or self.sampler.updates
-
-        self.model = setup.model  # the plain module, without what is wrapped around it
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.model, config, self.lr)
-        self.scheduler = make_scheduler(self.optimizer, config, self.lr, self.steps)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.wrapped, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
-        self._settle_buckets()
-        if config.compile:
-            self.wrapped = torch.compile(self.wrapped)
-        self.ema = None
-        if config.ema is not None:
-            self.ema = ModelEmaV3(self.model, config.ema, use_warmup=True, exclude_buffers=True)
-        self.mixup, self.loss = self._loss()
-        self.guarded = [
-            b for m in self.model.modules() if config.on_nan == "skip" and isinstance(m, _BatchNorm)
-            for b in (m.running_mean, m.running_var) if b is not None
-        ]  # fmt: skip
-
-        self.totals = Totals(self.device, ranks)
-        self.step = 0
+        self.learner = Learner(config, setup, accelerator, ranks, self.steps)
+        self.model, self.totals = self.learner.model, self.learner.totals
         self.evaluated = -1  # the step of the last evaluation
         self.best_top1, self.best_top5, self.best_epoch, self.best_step, self.last_top1 = -1.0, 0.0, 0, 0, 0.0
         self.without_best = 0
@@ -147,31 +119,10 @@ class _Trainer:
         self.train_seconds = self.wait_seconds = 0.0
         self.step_seconds: list[float] = []
 
-    def _settle_buckets(self) -> None:
-        """DistributedDataParallel orders its buckets anew after the first step, and with them the sums over processes.
-
-        Done before a run begins or goes on, this makes both the same from the first step on.
-        """
-        if self.ranks.count > 1:
-            self.wrapped.eval()
-            images = torch.zeros(self.sampler.batch, *self.setup.data_config["input_size"])
-            for _ in range(2):
-                self.wrapped(self._on_device(images)).sum().backward()
-            self.optimizer.zero_grad()
-
-    def _loss(self) -> tuple[Any, nn.Module]:
-        config = self.config
-        if config.mixup or config.cutmix:
-            mixup = Mixup(
-                config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
-                num_classes=len(self.setup.training.classes),
-            )  # fmt: skip
-            return mixup, SoftTargetCrossEntropy()
-        weight = None
-        if config.class_balance == "weight":
-            counts = torch.tensor(self.setup.training.counts(), dtype=torch.float32, device=self.device)
-            weight = counts.sum() / (len(counts) * counts)
-        return None, nn.CrossEntropyLoss(weight, label_smoothing=config.label_smoothing)
+    @property
+    def step(self) -> int:
+        """Updates of the weights that are done."""
+        return self.learner.updates
 
     def train(self, resume: bool, quiet: bool) -> FinetuneResult:
         records = self._restore() if resume else None
@@ -198,7 +149,9 @@ class _Trainer:
         """Fills the history under the weights that training starts from."""
         if self.config.norm == "cbn":
             self.sampler.start(epoch=-1)
-            images = (self._on_device(batch.images) for batch in islice(batches(self.loader), self.config.window))
+            images = (
+                self.learner.on_device(batch.images) for batch in islice(batches(self.loader), self.config.window)
+            )
             with self.accelerator.autocast():
                 warm_up(self.model, images)
 
@@ -224,7 +177,7 @@ class _Trainer:
         """From the update that the run is at to the end of the epoch or to the next evaluation."""
         self.sampler.start(*divmod(self.step, self.sampler.updates))
         images = batches(self.loader)
-        self.wrapped.train()
+        self.learner.wrapped.train()
         started = time.perf_counter()
         for _ in range(min(self.sampler.updates - self.sampler.first, self.steps - self.step)):
             try:
@@ -234,7 +187,8 @@ class _Trainer:
                     return
                 raise
             self.wait_seconds += time.perf_counter() - started
-            self._update(parts)
+            self.bad_images += [path for batch in parts for path in batch.bad]
+            self.learner.update(parts)
             now = time.perf_counter()
             self.step_seconds.append(now - started)
             self.train_seconds += now - started
@@ -245,75 +199,14 @@ class _Trainer:
                 break
             if self.config.save_every and self.step % self.config.save_every == 0 and self.evaluated != self.step:
                 self._save()
-            self.wrapped.train()
+            self.learner.wrapped.train()
             started = time.perf_counter()
-
-    def _update(self, parts: list[Batch]) -> None:
-        """One update of the weights, by the gradient of all parts."""
-        self.scheduler.step_update(self.step)
-        self.totals.lr = self.optimizer.param_groups[0]["lr"]
-        before = [buffer.clone() for buffer in self.guarded]
-        for part, batch in enumerate(parts, 1):
-            self.bad_images += batch.bad
-            x, y = self._on_device(batch.images), batch.labels.to(self.device, non_blocking=True)
-            target = y
-            if self.mixup:
-                x, target = self.mixup(x, y)
-            with nullcontext() if part == len(parts) else self.accelerator.no_sync(self.wrapped):
-                logits = self.wrapped(x)
-                loss = self.loss(logits, target)
-                self.accelerator.backward(loss / len(parts))
-            self.totals.add(loss, logits, y)
-        bad = self._step_unless_bad()
-        for buffer, old in zip(self.guarded, before, strict=True):
-            buffer.copy_(torch.where(bad, old, buffer))
-        self.prepared_optimizer.zero_grad()
-        self.step += 1
-        self.totals.note(bad, self.step)
-        if self.device.type == "cpu":
-            self._stop_if_bad(x)
-        self.last_images = x
-
-    def _step_unless_bad(self) -> Tensor:
-        """Steps the optimizer, but not with a gradient that is not finite; whether that was so, on the device."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        limit = self.config.clip_grad or math.inf
-        bad = ~torch.isfinite(self.accelerator.clip_grad_norm_(parameters, limit))
-        if self.accelerator.scaler is not None:
-            # too large a loss scale is no fault: the scaler leaves the step out and lowers it
-            bad = self.totals.last_loss_is_bad
-            self.prepared_optimizer.step()
-        elif self.config.opt in FUSED and self.optimizer.state:
-            # torch's fused optimizers leave a step out by this flag, as GradScaler sets it, without waiting for the GPU
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.prepared_optimizer.step()
-        elif not bool(bad):
-            self.prepared_optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.model, self.step)
-        return bad
-
-    def _on_device(self, images: Tensor) -> Tensor:
-        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        return images.to(self.device, non_blocking=True, memory_format=memory_format)
-
-    def _stop_if_bad(self, images: Tensor) -> None:
-        """Raises RunError if a gradient since the last record was not finite and the run is to stop then."""
-        if self.config.on_nan == "skip" or not (fault := self.totals.first_bad()):
-            return
-        step, lr = fault
-        place = first_non_finite(self.model.train(), images)
-        raise RunError(
-            f"the loss is no longer finite at step {step} with lr {lr:.2g}, first {place}; lower --lr (now "
-            f"{self.lr:g}), or leave such steps out with --on-nan skip; the last checkpoint is good"
-        )
 
     def _record(self) -> None:
         """Writes the mean loss and top-1 since the last record."""
         if not self.totals.updates:
             return
-        self._stop_if_bad(self.last_images)
+        self.learner.stop_if_bad()
         loss, top1, skipped = self.totals.take()
         self.skipped += skipped
         if self.ranks.main:
@@ -331,7 +224,7 @@ class _Trainer:
     def _evaluate(self) -> Evaluation | None:
         """None if a signal came."""
         self.ranks.average_statistics(self.model)
-        self.candidate: Any = self.model if self.ema is None else self.ema.module
+        self.candidate: Any = self.model if self.learner.ema is None else self.learner.ema.module
         if self.config.recalibration_batches:
             self.candidate = deepcopy(self.candidate)
             restore_norm(self.candidate)
@@ -353,7 +246,7 @@ class _Trainer:
             skip_bad=self.config.skip_bad_images, indices=chosen,
         )  # fmt: skip
         for batch in batches(loader):
-            yield self._on_device(batch.images[batch.labels >= 0])
+            yield self.learner.on_device(batch.images[batch.labels >= 0])
 
     def _after_evaluation(self, result: Evaluation) -> None:
         self.evaluated = self.step
@@ -396,29 +289,18 @@ class _Trainer:
         return images / max(self.train_seconds, 1e-9)
 
     _PROGRESS = (
-        "step", "evaluated", "best_top1", "best_top5", "best_epoch", "best_step", "last_top1", "without_best",
+        "evaluated", "best_top1", "best_top5", "best_epoch", "best_step", "last_top1", "without_best",
         "skipped", "train_seconds", "wait_seconds",
     )  # fmt: skip
 
     def _save(self) -> None:
         """Writes a checkpoint of this moment."""
-        if self.totals.updates:
-            self._stop_if_bad(self.last_images)
+        self.learner.stop_if_bad()
         self.bad_images = self.ranks.union(self.bad_images)
-        buffers = {name: buffer for name, buffer in self.model.named_buffers()}
-        own = {
-            "history": history_state(self.model), "buffers": buffers, "random": checkpoint.random_states(),
-            "totals": self.totals.state(),
-        }  # fmt: skip
-        states = self.ranks.gather(own)
+        states = self.ranks.gather(self.learner.own_state())
         if self.ranks.main:
-            scaler = self.accelerator.scaler
             shared = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                **self.learner.state(),
                 "progress": {name: getattr(self, name) for name in self._PROGRESS},
                 "updates_per_epoch": self.sampler.updates,
                 "bad_images": self.bad_images,
@@ -437,24 +319,11 @@ class _Trainer:
         shared, states = loaded
         own = states[self.ranks.rank % len(states)]
         try:
-            self.model.load_state_dict(shared["model"])
-            buffers = dict(self.model.named_buffers())
-            for name, buffer in own["buffers"].items():
-                buffers[name].copy_(buffer)
-            load_history_state(self.model, own["history"])
-            self.optimizer.load_state_dict(shared["optimizer"])
-            self.scheduler.load_state_dict(shared["scheduler"])
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(shared["scaler"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(shared["ema"])
+            self.learner.load(shared, own, len(states) == self.ranks.count)
             for name, value in shared["progress"].items():
                 setattr(self, name, value)
             self.bad_images = list(shared["bad_images"])
-            if len(states) == self.ranks.count:
-                self.totals.load(own["totals"])
-                checkpoint.restore_random_states(own["random"])
-            else:
+            if len(states) != self.ranks.count:
                 self._resume_with_other_ranks(len(states), shared["updates_per_epoch"])
             return int(shared["records"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -467,7 +336,7 @@ class _Trainer:
         """The same part of the epoch is done, in updates of another number of images."""
         epoch, done = divmod(self.step, updates)
         was_evaluated = self.evaluated == self.step
-        self.step = epoch * self.sampler.updates + round(done / updates * self.sampler.updates)
+        self.learner.updates = epoch * self.sampler.updates + round(done / updates * self.sampler.updates)
         self.evaluated = self.step if was_evaluated else -1
         set_seed(self.config.seed + self.ranks.rank + self.step)
         warnings.warn(

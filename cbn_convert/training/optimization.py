@@ -78,7 +78,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: FinetuneConfig, lr:
         "warmup_t": warmup, "warmup_lr_init": lr / max(warmup, 1), "warmup_prefix": True, "t_in_epochs": False,
     }  # fmt: skip
     left = steps - warmup
-    if config.sched == "cosine":
+    if config.sched == "cosine" and left > 1:  # of one update timm says that it is no cosine
         return CosineLRScheduler(optimizer, t_initial=left, **common)
     if config.sched == "linear":
         return PolyLRScheduler(optimizer, t_initial=left, power=1.0, **common)

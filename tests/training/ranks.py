@@ -13,6 +13,7 @@ from torch.distributed import destroy_process_group, get_rank
 import cbn_convert as cbn
 from cbn_convert.training import engine
 from cbn_convert.training.config import FinetuneConfig
+from cbn_convert.training.learner import Learner
 
 torch.set_num_threads(1)
 
@@ -24,14 +25,14 @@ class Killed(BaseException):
 def main(folder: Path, settings: dict[str, Any]) -> None:
     """A whole run, and one that is killed in the middle of an epoch and resumed; the model of each process is kept."""
     trainers: list[Any] = []
-    init, step = engine._Trainer.__init__, engine._Trainer._step_unless_bad
+    init, step = engine._Trainer.__init__, Learner.step_unless_bad
 
     def noted(self: Any, *arguments: Any) -> None:
         init(self, *arguments)
         trainers.append(self)
 
     def killing(self: Any) -> Any:
-        if self.step == 7:
+        if self.updates == 7:
             raise Killed
         return step(self)
 
@@ -40,11 +41,11 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     torch.save(trainers[0].model.state_dict(), folder / f"whole-{get_rank()}.pt")
     result = cbn.finetune(FinetuneConfig.of_run(folder / "whole"), resume=True, quiet=True)
 
-    engine._Trainer._step_unless_bad = killing
+    Learner.step_unless_bad = killing
     try:
         cbn.finetune(FinetuneConfig(output=str(folder / "cut"), **settings), quiet=True)
     except Killed:
-        engine._Trainer._step_unless_bad = step
+        Learner.step_unless_bad = step
     cbn.finetune(FinetuneConfig.of_run(folder / "cut"), resume=True, quiet=True)
     torch.save(trainers[-1].model.state_dict(), folder / f"cut-{get_rank()}.pt")
     (folder / f"result-{get_rank()}.json").write_text(json.dumps(result.to_dict()))

@@ -22,6 +22,7 @@ from cbn_convert.errors import DataError, RunError
 from cbn_convert.training import checkpoint, engine
 from cbn_convert.training.config import FinetuneConfig
 from cbn_convert.training.faults import TrainingInterrupted, first_non_finite
+from cbn_convert.training.learner import Learner
 from cbn_convert.training.metrics import read_metrics
 from cbn_convert.training.setup import owned
 
@@ -56,7 +57,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     with pytest.raises(RunError, match=rf"at step {update} with lr 0\.\d+, first in the loss or its gradient; lower"):
         cbn.finetune(config(colors, tmp_path / "run", opt=opt, save_every=2), quiet=True)
     shared, _ = checkpoint.load(tmp_path / "run")
-    assert shared["progress"]["step"] == 2 * ((update - 1) // 2)
+    assert shared["updates"] == 2 * ((update - 1) // 2)
     assert all(torch.isfinite(t).all() for t in shared["model"].values())
 
 
@@ -68,7 +69,7 @@ def test_such_an_update_can_be_left_out(
     """The weights, the optimizer's state and the statistics stay as they were."""
     spoil(monkeypatch, 1, 4)
     states = []
-    step = engine._Trainer._step_unless_bad
+    step = Learner.step_unless_bad
 
     def spy(self: Any) -> Tensor:
         before = {k: v.clone() for k, v in self.model.named_parameters()}
@@ -77,7 +78,7 @@ def test_such_an_update_can_be_left_out(
         states.append((bool(bad), moved))
         return bad
 
-    monkeypatch.setattr(engine._Trainer, "_step_unless_bad", spy)
+    monkeypatch.setattr(Learner, "step_unless_bad", spy)
     settings = config(colors, tmp_path / "run", norm=norm, opt=opt, max_steps=6, on_nan="skip")
     result = cbn.finetune(settings, quiet=True)
     assert states == [(True, False), (False, True), (False, True), (True, False), (False, True), (False, True)]
@@ -95,7 +96,7 @@ def test_an_image_of_nan_leaves_no_trace_where_it_is_left_out(
     norm: str, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 0
-    update = engine._Trainer._update
+    update = Learner.update
 
     def poisoned(self: Any, parts: list[Any]) -> None:
         nonlocal count
@@ -104,7 +105,7 @@ def test_an_image_of_nan_leaves_no_trace_where_it_is_left_out(
             parts[0].images[0] = torch.nan
         update(self, parts)
 
-    monkeypatch.setattr(engine._Trainer, "_update", poisoned)
+    monkeypatch.setattr(Learner, "update", poisoned)
     result = cbn.finetune(config(colors, tmp_path / "run", norm=norm, max_steps=6, on_nan="skip"), quiet=True)
     assert result.skipped == 1
     assert result.last_top1 > 0
@@ -132,16 +133,16 @@ def test_a_signal_ends_the_run_after_its_step(
 ) -> None:
     settings = {"epochs": 2, "no_aug": False}
     cbn.finetune(config(colors, tmp_path / "whole", **settings), quiet=True)
-    update = engine._Trainer._update
+    update = Learner.update
 
     def signalled(self: Any, parts: list[Any]) -> None:
-        if self.step == 5:
+        if self.updates == 5:
             os.kill(os.getpid(), number)
         update(self, parts)
 
     before = signal.getsignal(number)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._Trainer, "_update", signalled)
+        patch.setattr(Learner, "update", signalled)
         with pytest.raises(TrainingInterrupted, match=r"after step 6; go on with --resume") as raised:
             cbn.finetune(config(colors, tmp_path / "run", **settings), quiet=True)
     assert raised.value.exit_code == 128 + number
@@ -251,7 +252,7 @@ def test_too_little_memory(batch: int, advice: str, colors: Path, tmp_path: Path
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nand more")
 
-    monkeypatch.setattr(engine._Trainer, "_update", full)
+    monkeypatch.setattr(Learner, "update", full)
     with pytest.raises(RunError, match=rf"is not enough for batch size {batch}; {advice}"):
         cbn.finetune(config(colors, tmp_path / "run", batch_size=batch), quiet=True)
 

@@ -18,6 +18,7 @@ import cbn_convert as cbn
 from cbn_convert.errors import ModelError, RunError
 from cbn_convert.norm import CrossIterationMixin
 from cbn_convert.training import checkpoint, engine
+from cbn_convert.training.learner import Learner
 from cbn_convert.training.metrics import read_metrics
 
 
@@ -54,19 +55,19 @@ def test_accumulated_steps_are_one_large_step(colors: Path, tmp_path: Path) -> N
 
 def test_the_average_of_the_weights_is_what_is_evaluated(colors: Path, tmp_path: Path, trainers, monkeypatch) -> None:
     averages: list[dict[str, Tensor]] = []
-    step = engine._Trainer._step_unless_bad
+    step = Learner.step_unless_bad
 
     def spy(self: Any) -> Tensor:
         if not averages:
             averages.append({k: v.detach().double().clone() for k, v in self.model.named_parameters()})
-        number = self.step
+        number = self.updates
         result = step(self)
         decay = 0.0 if number < 2 else min(0.5, 1 - number ** (-2 / 3))  # timm's warm-up, never above what was asked
         for k, v in self.model.named_parameters():
             averages[0][k] = decay * averages[0][k] + (1 - decay) * v.detach().double()
         return result
 
-    monkeypatch.setattr(engine._Trainer, "_step_unless_bad", spy)
+    monkeypatch.setattr(Learner, "step_unless_bad", spy)
     cbn.finetune(config(colors, tmp_path / "run", ema=0.5, max_steps=9), quiet=True)
     best, last = load_file(tmp_path / "run/best/model.safetensors"), weights(tmp_path / "run")
     for name, value in averages[0].items():
@@ -75,7 +76,9 @@ def test_the_average_of_the_weights_is_what_is_evaluated(colors: Path, tmp_path:
     means = [name for name in best if name.endswith("running_mean")]
     assert not any(torch.equal(best[name], last[name]) for name in means)  # measured anew with these weights
     assert not [
-        m for m in trainers[0].ema.module.modules() if isinstance(m, CrossIterationMixin) and m.history_tensors()
+        m
+        for m in trainers[0].learner.ema.module.modules()
+        if isinstance(m, CrossIterationMixin) and m.history_tensors()
     ]
 
 
@@ -105,7 +108,7 @@ def test_classes_are_balanced_in_the_loss(colors: Path, tmp_path: Path, trainers
     for i in range(4, 16):
         (colors / f"train/red/{i}.png").unlink()
     cbn.finetune(config(colors, tmp_path / "run", class_balance="weight", max_steps=2), quiet=True)
-    weight = trainers[0].loss.weight
+    weight = trainers[0].learner.loss.weight
     torch.testing.assert_close(weight, torch.tensor([20 / 2 / 16, 20 / 2 / 4]))
 
 
@@ -167,7 +170,7 @@ def test_memory_formats_and_checkpointing_and_compilation_compute_the_same(
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
     assert trainers[1].model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert trainers[2].model.grad_checkpointing
-    assert hasattr(trainers[3].wrapped, "_orig_mod")
+    assert hasattr(trainers[3].learner.wrapped, "_orig_mod")
 
 
 def test_drop_path_and_what_a_model_does_not_have(colors: Path, tmp_path: Path, trainers) -> None:

@@ -15,8 +15,9 @@ from test_engine import config
 
 import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning, RunError
-from cbn_convert.training import checkpoint, engine
+from cbn_convert.training import checkpoint
 from cbn_convert.training.config import FinetuneConfig
+from cbn_convert.training.learner import Learner
 from cbn_convert.training.metrics import read_metrics
 
 TIMES = ("train_seconds", "images_per_second", "loader_wait")
@@ -57,14 +58,14 @@ def assert_equal(got: Any, want: Any, path: str = "") -> None:
 
 def kill_after(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process ends in the middle of the next update after this one."""
-    original = engine._Trainer._step_unless_bad
+    original = Learner.step_unless_bad
 
     def killing(self: Any) -> Any:
-        if self.step == update:
+        if self.updates == update:
             raise Killed
         return original(self)
 
-    monkeypatch.setattr(engine._Trainer, "_step_unless_bad", killing)
+    monkeypatch.setattr(Learner, "step_unless_bad", killing)
 
 
 CASES = {
