@@ -2,15 +2,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-gpu demo lint format bench-cpu bench-gpu stability estimation sweep clean
+.PHONY: test test-gpu demo lint format bench-cpu bench-gpu stability estimation sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# two processes of one thread each: small tensors gain nothing from more
 test: $(STAMP)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 # on a machine with a GPU: the kernels compiled instead of interpreted, and the layer on CUDA
 test-gpu: $(STAMP)
@@ -51,6 +52,19 @@ sweep: $(STAMP)
 	$(PY) benchmarks/sweep.py
 	$(PY) benchmarks/sweep.py --onnx
 	$(PY) benchmarks/coverage.py
+
+# runs that are killed and resumed, and damaged files
+chaos: $(STAMP)
+	$(PY) benchmarks/chaos.py
+	$(PY) benchmarks/reliability.py
+
+# what docs/training.md and examples/README.md say
+training: $(STAMP)
+	$(PY) benchmarks/auto_lr.py --data ../shared/data
+	$(PY) benchmarks/loader.py --data ../shared/data/clothing
+	$(VENV)/bin/torchrun --nproc-per-node 2 benchmarks/communication.py
+	$(PY) benchmarks/recipes.py --data ../shared/data
+	$(PY) benchmarks/training.py
 
 estimation: $(STAMP)
 	$(PY) benchmarks/estimation.py --data ../shared/data

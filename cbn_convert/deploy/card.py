@@ -41,21 +41,27 @@ def write_card(
         what, task = "backbone without a head", "image-feature-extraction"
         choice = f", features_only=True, out_indices={tuple(features)}"
     source = json.dumps(f"local-dir:{name}", ensure_ascii=False)
-    lines = [
-        f"{_FRONT.format(task=task)}# {architecture}, {what}",
-        "",
+    group_norm = about.get("norm") == "gn"
+    usage = [
         "```python",
         "import timm",
         "",
         f"model = timm.create_model({source}, pretrained=True{choice}).eval()",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         "```",
+    ]
+    if group_norm:
+        usage = ["GroupNorm is in the place of BatchNorm, which timm does not build; `cbn evaluate RUN` reads the run."]
+    lines = [
+        f"{_FRONT.format(task=task)}# {architecture}, {what}",
+        "",
+        *usage,
         "",
         f"- **architecture:** {architecture}",
         *_classes(config.get("label_names", [])),
         f"- **input:** {' × '.join(map(str, data['input_size']))}, mean {_text(data['mean'])}, "
         f"std {_text(data['std'])}, {data['interpolation']} interpolation",
-        f"- **normalization:** {_FOLDS[fold]}",
+        f"- **normalization:** {'GroupNorm' if group_norm else _FOLDS[fold]}",
         *(f"- **{_NAMES.get(key, key.replace('_', ' '))}:** {_text(value)}" for key, value in about.items()),
         f"- **versions:** cbn_convert {version}, timm {timm.__version__}, torch {torch.__version__}",
     ]

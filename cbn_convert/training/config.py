@@ -232,7 +232,7 @@ class FinetuneConfig:
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "dict": (dict,), "tuple": (tuple,),
+    "str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "dict": (dict,), "tuple": (tuple, list),
 }  # fmt: skip
 _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "least": ("at least", operator.ge),

@@ -1,0 +1,66 @@
+"""What --lr auto chooses, beside a third and three times of it, for 1 to 8 images per update.
+
+    python benchmarks/auto_lr.py --data ../shared/data
+
+MobileNetV2-0.35 (ImageNet) on clothing photos as in clothing.py: one epoch of 3,068 images at 96 px, CBN with its
+defaults, SGD and AdamW. Writes benchmarks/results/auto_lr.json after every cell; cells that are there already are not
+run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from clothing import CELL
+from report import RESULTS, provenance
+
+from cbn_convert import FinetuneConfig
+
+OUTPUT = RESULTS / "auto_lr.json"
+BATCHES, FACTORS = (1, 2, 4, 8), (1 / 3, 1.0, 3.0)
+
+
+def run_cell(data: Path, opt: str, batch_size: int, factor: float, seed: int) -> dict[str, object]:
+    """One run; its validation top-1."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = FinetuneConfig(
+            data=str(data / "clothing"), model="mobilenetv2_035", output=f"{folder}/run",
+            checkpoint=str(data / "weights" / "mobilenetv2_035_keras.timm.safetensors"),
+            model_kwargs={"pad_type": "same"}, mean=(0.5,) * 3, std=(0.5,) * 3, img_size=96, batch_size=batch_size,
+            epochs=1, opt=opt, seed=seed, workers=0, device="cpu",
+        )  # fmt: skip
+        config.lr = factor * config.peak_lr()
+        done = subprocess.run(
+            [sys.executable, "-c", CELL, json.dumps(config.to_dict())], capture_output=True, text=True, check=True
+        )
+    result = json.loads(done.stdout.splitlines()[-1])
+    kept = {k: result[k] for k in ("steps", "last_top1", "error") if k in result}
+    return {"opt": opt, "batch_size": batch_size, "factor": round(factor, 3), "lr": config.lr, "seed": seed, **kept}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with clothing/ and weights/")
+    parser.add_argument("--opts", default="sgd,adamw")
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    cells = json.loads(OUTPUT.read_text())["cells"] if OUTPUT.is_file() else []
+    have = {(c["opt"], c["batch_size"], c["factor"], c["seed"]) for c in cells}
+    todo = [
+        (opt, batch, factor, seed) for seed in range(arguments.seeds) for opt in arguments.opts.split(",")
+        for batch in BATCHES for factor in FACTORS if (opt, batch, round(factor, 3), seed) not in have
+    ]  # fmt: skip
+    for cell in todo:
+        cells.append(run_cell(arguments.data, *cell))
+        cells.sort(key=lambda c: (c["opt"], c["batch_size"], c["factor"], c["seed"]))
+        OUTPUT.write_text(json.dumps({**provenance("python benchmarks/auto_lr.py"), "cells": cells}, indent=1) + "\n")
+        print(cells[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
