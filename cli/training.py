@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 PLACE = ("workers", "device")  # what a resumed run may have otherwise: they say where it runs, not what it computes
 
 Data = Annotated[
-    Path, typer.Argument(help="Folder with train/CLASS/* and val/CLASS/*, or see --val-fraction.", show_default=False)
+    str,
+    typer.Argument(
+        help="Folder with train/CLASS/* and val/CLASS/*, or see --val-fraction; or hfds/NAME.", show_default=False
+    ),
 ]
 
 
@@ -113,7 +116,9 @@ def _summary(result: FinetuneResult) -> Table:
 
 def evaluate(
     trained: Annotated[Path, typer.Argument(help="Run folder or exported folder.", show_default=False)],
-    data: Annotated[Path, typer.Argument(help="Folder of images, CLASS/* or with splits.", show_default=False)],
+    data: Annotated[
+        str, typer.Argument(help="Folder of images, CLASS/* or with splits; or hfds/NAME.", show_default=False)
+    ],
     split: Annotated[
         str | None, typer.Option(help="Subfolder of DATA, such as test. Default: val if there is one.")
     ] = None,

@@ -49,7 +49,8 @@ def _setting(default: Any, panel: str, help: str, **rules: Any) -> Any:
 class FinetuneConfig:
     """Arguments of `finetune`; `cbn finetune --help` describes each, the model's are those of `ModelSpec`.
 
-    data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without val/.
+    data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without val/;
+    or "hfds/NAME", a data set of Hugging Face with images of one label.
     output: run folder. lr: None is a rule, see `peak_lr`. window to burn_in: as in CrossIterationBatchNorm2d.
     """
 

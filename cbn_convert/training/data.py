@@ -1,16 +1,19 @@
-"""Image folders: classes, and which images are for training and for validation."""
+"""Which images there are, of which classes, and which of them are for training and for validation."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DataError
+from . import named
+from .images import open_image
 
 _IMAGES = "such as .jpg or .png"
 
@@ -21,6 +24,7 @@ class Split:
 
     samples: list[tuple[str, int]]
     classes: list[str]
+    open: Callable[[str], Image.Image] = open_image
 
     def counts(self) -> list[int]:
         """Images of each class."""
@@ -30,12 +34,17 @@ class Split:
 
 
 def read_splits(data: str, val_fraction: float | None, seed: int) -> tuple[Split, Split]:
-    """Training and validation images of a folder.
+    """Training and validation images of a folder, or of "hfds/NAME", a data set of Hugging Face.
 
     With train/ and val/ inside, those; else `val_fraction` of each class, chosen by `seed`, is held out from train/ or
     from the folder itself. Raises DataError if a folder or its images are missing, a class is empty, or val/ has a
     class that train/ has not.
     """
+    if named.is_name(data):
+        training = _named_split(data, "train")
+        if val_fraction is not None:
+            return _hold_out(training, val_fraction, seed)
+        return training, _named_split(data, "validation", training.classes)
     root = _folder(data)
     train, val = root / "train", root / "val"
     if val.is_dir() and not train.is_dir():
@@ -85,10 +94,19 @@ def _images(folder: Path) -> Iterator[str]:
 
 def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:
     """Images to evaluate on: data/`split`, by default data/val where it exists, else `data` itself."""
+    if named.is_name(data):
+        return _named_split(data, split or "validation", classes)
     root = _folder(data)
     if split is not None:
         return read_classes(root / split, classes)
     return read_classes(root / "val" if (root / "val").is_dir() else root, classes)
+
+
+def _named_split(data: str, split: str, classes: list[str] | None = None) -> Split:
+    samples, found, opened = named.read(data, split)
+    if classes is not None and found != classes:
+        raise DataError(f"{data} has other classes in its split {split} than there are in training")
+    return Split(samples, found, opened)
 
 
 def _folder(path: str) -> Path:
@@ -111,4 +129,4 @@ def _hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
         order = torch.randperm(len(own), generator=generator).tolist()
         held += [own[i] for i in order[:count]]
         training += [own[i] for i in order[count:]]
-    return Split(sorted(training), split.classes), Split(sorted(held), split.classes)
+    return replace(split, samples=sorted(training)), replace(split, samples=sorted(held))

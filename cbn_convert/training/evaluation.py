@@ -76,7 +76,7 @@ def accuracy(
         pairs = torch.where(known, y * classes + logits.argmax(1), 0)
         confusion.index_add_(0, pairs, known.long())
         bad += batch.bad
-    ranks = ranks or Ranks()
+    ranks = ranks or Ranks(alone=True)
     sums, bad = ranks.sum(sums), ranks.union(bad)
     loss, top1, top5, images = sums.tolist()
     if not images:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,14 +14,16 @@ from ..errors import DataError
 _SIXTEEN_BIT = 65535 / 255
 
 
-def open_image(path: str) -> Image.Image:
+def open_image(path: str, file: IO[bytes] | None = None) -> Image.Image:
     """Reads an image as RGB: turned as its EXIF data say, on white where it is transparent, 16 bits scaled to 8.
+
+    With `file`, what is open already, `path` is only its name.
 
     Images of any size are read; the memory for one is 3 bytes a pixel. Raises DataError naming the file if it cannot be
     read or holds floating-point values.
     """
     try:
-        with _any_size(), Image.open(path) as image:
+        with _any_size(), Image.open(path if file is None else file) as image:
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise many types, all of them about this file

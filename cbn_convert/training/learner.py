@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import RunError
-from ..norm import history_state, load_history_state
+from ..norm import CrossIterationMixin, history_state, load_history_state
 from .checkpoint import random_states, restore_random_states
 from .config import FinetuneConfig
 from .faults import first_non_finite
@@ -51,9 +51,10 @@ class Learner:
         if config.ema is not None:
             self.ema = ModelEmaV3(self.model, config.ema, use_warmup=True, exclude_buffers=True)
         self.mixup, self.loss = self._loss()
-        # CBN's own statistics do not take in a batch that is not finite
+        # CBN does not take in a batch that is not finite, BatchNorm does
         self.guarded = [
-            b for m in self.model.modules() if config.on_nan == "skip" and isinstance(m, _BatchNorm)
+            b for m in self.model.modules()
+            if config.on_nan == "skip" and isinstance(m, _BatchNorm) and not isinstance(m, CrossIterationMixin)
             for b in (m.running_mean, m.running_var) if b is not None
         ]  # fmt: skip
         self.totals = Totals(self.device, ranks)

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import DataError
 from .config import FinetuneConfig
 from .data import Split
-from .images import open_image
 
 Item = tuple[int, int | None]  # the index of an image, and the seed of its changes
 
@@ -103,7 +102,7 @@ class ImageList(Dataset[Any]):
         for place in range(index, index + len(self)):
             path, label = self.split.samples[place % len(self)]
             try:
-                image = open_image(path)
+                image = self.split.open(path)
             except DataError:
                 if not self.skip_bad:
                     raise

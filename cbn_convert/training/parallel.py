@@ -15,10 +15,10 @@ from ..norm import CrossIterationMixin
 
 
 class Ranks:
-    """This process among all of the run."""
+    """This process among all of the run; `alone` it takes no notice of others that there may be."""
 
-    def __init__(self) -> None:
-        joined = dist.is_available() and dist.is_initialized()
+    def __init__(self, alone: bool = False) -> None:
+        joined = not alone and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if joined else 0
         self.count = dist.get_world_size() if joined else 1
         self.main = self.rank == 0
