@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -126,15 +126,15 @@ def clean_up(folder: Path) -> None:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[TextIO]:
-    """A text file to write to that takes the place of `path` at the end, or vanishes on an error.
+def replaced_file(path: Path, binary: bool = False) -> Iterator[Any]:
+    """A file to write text or bytes to that takes the place of `path` at the end, or vanishes on an error.
 
     Raises RunError if it cannot be written.
     """
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with os.fdopen(descriptor, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

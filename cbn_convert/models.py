@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -71,8 +72,19 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     for key, value in (("mean", spec.mean), ("std", spec.std)):
         if value is not None:
             cfg[key] = value
+    _check_data_config(cfg, name)
     model.pretrained_cfg = cfg
     return model
+
+
+def _check_data_config(cfg: dict[str, Any], name: str) -> None:
+    """Raises ModelError if the images that a model takes are not described by numbers, as in a damaged config.json."""
+    for key, kinds in (("input_size", (int,)), ("mean", (int, float)), ("std", (int, float))):
+        if (values := cfg.get(key)) is None:
+            continue
+        good = isinstance(values, (tuple, list)) and len(values) and not any(isinstance(v, bool) for v in values)
+        if not good or not all(isinstance(v, kinds) and math.isfinite(v) and (key == "mean" or v > 0) for v in values):
+            raise ModelError(f"{name} has {key} {values!r}, which no image has; its settings are damaged")
 
 
 def load_weights(model: Any, checkpoint: str | Path, new_head: bool = False) -> None:

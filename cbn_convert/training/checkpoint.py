@@ -37,7 +37,7 @@ def save(run: Path, step: int, shared: dict[str, Any], ranks: list[dict[str, Any
                 except RuntimeError as error:  # torch's own words for a disk that is full
                     raise OSError(f"{name} could not be written whole") from error
         files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in contents}
-        write_json(folder / _MANIFEST, {"step": step, "ranks": len(ranks), "files": files})
+        write_json(folder / _MANIFEST, {"step": step, "files": files})
     for old in checkpoints(run)[keep:]:
         remove_directory(old)
 
@@ -68,13 +68,15 @@ def load(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
 
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     manifest = read_json(path / _MANIFEST, "the manifest")
+    names = [_SHARED, *(f"rank-{number}.pt" for number in range(len(manifest["files"]) - 1))]
+    if sorted(manifest["files"]) != sorted(names):
+        raise ValueError(f"its manifest names {', '.join(manifest['files'])}")
     for name, expected in manifest["files"].items():
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
             raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
         if _sha256(path / name) != expected["sha256"]:
             raise ValueError(f"{name} is not the file that was written")
-    names = [_SHARED, *(f"rank-{number}.pt" for number in range(manifest["ranks"]))]
     shared, *ranks = (torch.load(path / name, map_location="cpu", weights_only=True) for name in names)
     return shared, ranks
 

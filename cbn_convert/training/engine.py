@@ -134,7 +134,12 @@ class _Trainer:
         with StopSignals() as self.signals, Progress(self.steps, self.step, quiet) as self.progress:
             if records is None:
                 set_seed(self.config.seed + self.ranks.rank)
-                self._warm_up()
+                try:
+                    self._warm_up()
+                except DataError as error:
+                    if number := self.signals.received:  # it was for the processes that load images, too
+                        raise TrainingInterrupted(number, self.step, str(self.run)) from error
+                    raise
                 self._save()
             try:
                 while not self._finished():
@@ -168,7 +173,6 @@ class _Trainer:
                 self._after_evaluation(result)
                 self._save()
         if number := self.ranks.largest(self.signals.received):
-            self._record()
             self._save()
             raise TrainingInterrupted(number, self.step, str(self.run))
         return self.step >= self.steps or self.stopped_early
@@ -225,15 +229,19 @@ class _Trainer:
         """None if a signal came."""
         self.ranks.average_statistics(self.model)
         self.candidate: Any = self.model if self.learner.ema is None else self.learner.ema.module
-        if self.config.recalibration_batches:
-            self.candidate = deepcopy(self.candidate)
-            restore_norm(self.candidate)
-            with self.accelerator.autocast():
-                recalibrate(self.candidate, self._recalibration_images())
         # the processes must agree, so only one that is alone gives up in the middle
         interrupted = (lambda: bool(self.signals.received)) if self.ranks.count == 1 else lambda: False
-        with self.accelerator.autocast():
-            return accuracy(self.candidate, batches(self.val_loader), self.device, self.ranks, interrupted)
+        try:
+            with self.accelerator.autocast():
+                if self.config.recalibration_batches:
+                    self.candidate = deepcopy(self.candidate)
+                    restore_norm(self.candidate)
+                    recalibrate(self.candidate, self._recalibration_images())
+                return accuracy(self.candidate, batches(self.val_loader), self.device, self.ranks, interrupted)
+        except DataError:
+            if interrupted():  # the signal was for the processes that load images, too
+                return None
+            raise
 
     def _recalibration_images(self) -> Iterator[Tensor]:
         """The same training images in every process and at every evaluation, as evaluation sees them."""
@@ -323,6 +331,10 @@ class _Trainer:
             for name, value in shared["progress"].items():
                 setattr(self, name, value)
             self.bad_images = list(shared["bad_images"])
+            lost = self.best_step > 0 and not (self.run / "best" / "model.safetensors").is_file()
+            if self.ranks.largest(int(lost)):
+                self.best_top1, self.evaluated = -1.0, -1
+                warnings.warn(f"{self.run}/best is lost; the next evaluation writes it anew", CbnWarning, stacklevel=2)
             if len(states) != self.ranks.count:
                 self._resume_with_other_ranks(len(states), shared["updates_per_epoch"])
             return int(shared["records"])

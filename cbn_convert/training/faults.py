@@ -50,9 +50,6 @@ class StopSignals:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-        if number == signal.SIGTERM and signal.SIGCHLD not in self._before:
-            # it may be for the processes that load images, too, whose end torch would raise in the middle of a step
-            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
 
 @torch.no_grad()

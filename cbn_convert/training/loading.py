@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,18 +219,27 @@ def _in_worker(number: int) -> None:
 def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
     """Iterates; an error about an image arrives as one sentence even from a worker process."""
     try:
-        yield from loader
+        yield from _iterator(loader)
     except DataError as error:
         # a worker wraps the message into its traceback
         last = str(error).strip().splitlines()[-1]
         raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two if it dies while it hands images over
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
         raise DataError(
-            f"a process that loads images has died ({str(error).splitlines()[0].rstrip('. ')}), perhaps for want of "
-            "memory; use fewer --workers"
+            f"a process that loads images has died ({reason}), perhaps for want of memory; use fewer --workers"
         ) from error
+
+
+def _iterator(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """Without torch's handler of SIGCHLD, which raises in the middle of whatever is under way; the queue tells, too."""
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
 
 
 def _mixed(*numbers: int) -> int:

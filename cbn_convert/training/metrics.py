@@ -45,11 +45,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+                raise ValueError("no record")
+            if not all(isinstance(record.get(name), (int, float)) for name in ("step", "loss", "top1")):
+                raise ValueError("no numbers")
+            records.append(record)
         except ValueError as error:
             if number < len(lines):
                 raise RunError(f"{path} is damaged in line {number}; remove the line to go on") from error
@@ -78,7 +83,8 @@ def draw_curves(runs: dict[str, Path], output: Path) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
-    temporary = output.with_name(f".{output.name}.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    temporary.replace(output)
+    try:
+        with replaced_file(output, binary=True) as file:
+            figure.savefig(file, dpi=150, format="png")
+    finally:
+        plt.close(figure)

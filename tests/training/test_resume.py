@@ -211,3 +211,15 @@ def test_other_images_are_refused(finished: tuple[Path, Path], tmp_path: Path) -
     wanted.data = str(data)
     with pytest.raises(RunError, match="has other images than the run"):
         cbn.finetune(wanted, resume=True, quiet=True)
+
+
+def test_a_lost_best_model_is_written_anew(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    shutil.rmtree(run / "best")
+    wanted = FinetuneConfig.of_run(run)
+    wanted.output = str(run)
+    with pytest.warns(CbnWarning, match="best is lost; the next evaluation writes it anew"):
+        cbn.finetune(wanted, resume=True, quiet=True)
+    # that of the last step, as there is no other
+    best, last = load_file(run / "best/model.safetensors"), final_state(finished[1])["shared"]["model"]
+    assert_equal({name: best[name] for name in last}, dict(last))
