@@ -49,15 +49,16 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def load(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """The newest checkpoint that is whole: what is shared, and the states of the processes; None if there is none.
+def load(run: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, Any], int] | None:
+    """The newest checkpoint that is whole: what is shared, the state of process `rank`, and how many processes it has.
 
-    A damaged one is moved aside, with a CbnWarning. Raises RunError if all are damaged.
+    With fewer processes in it, that of `rank` modulo their number. None if there is no checkpoint. A damaged one is moved
+    aside, with a CbnWarning. Raises RunError if all are damaged.
     """
     found = checkpoints(run)
     for path in found:
         try:
-            return _read(path)
+            return _read(path, rank)
         except Exception as error:  # whatever is wrong with it, the older ones may be good
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             _set_aside(path, reason)
@@ -66,9 +67,10 @@ def load(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     return None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _read(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], int]:
     manifest = read_json(path / _MANIFEST, "the manifest")
-    names = [_SHARED, *(f"rank-{number}.pt" for number in range(len(manifest["files"]) - 1))]
+    ranks = len(manifest["files"]) - 1
+    names = [_SHARED, *(f"rank-{number}.pt" for number in range(ranks))]
     if sorted(manifest["files"]) != sorted(names):
         raise ValueError(f"its manifest names {', '.join(manifest['files'])}")
     for name, expected in manifest["files"].items():
@@ -77,8 +79,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
         if _sha256(path / name) != expected["sha256"]:
             raise ValueError(f"{name} is not the file that was written")
-    shared, *ranks = (torch.load(path / name, map_location="cpu", weights_only=True) for name in names)
-    return shared, ranks
+    wanted = (_SHARED, f"rank-{rank % ranks}.pt")
+    shared, own = (torch.load(path / name, map_location="cpu", weights_only=True) for name in wanted)
+    return shared, own, ranks
 
 
 def _set_aside(path: Path, reason: str) -> None:

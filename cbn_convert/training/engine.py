@@ -322,12 +322,15 @@ class _Trainer:
 
         None if there is no checkpoint: the run begins anew.
         """
-        if (loaded := checkpoint.load(self.run)) is None:
+        loaded = checkpoint.load(self.run) if self.ranks.main else None
+        self.ranks.wait()  # until damaged ones are set aside
+        if not self.ranks.main:
+            loaded = checkpoint.load(self.run, self.ranks.rank)
+        if loaded is None:
             return None
-        shared, states = loaded
-        own = states[self.ranks.rank % len(states)]
+        shared, own, count = loaded
         try:
-            self.learner.load(shared, own, len(states) == self.ranks.count)
+            self.learner.load(shared, own, count == self.ranks.count)
             for name, value in shared["progress"].items():
                 setattr(self, name, value)
             self.bad_images = list(shared["bad_images"])
@@ -335,8 +338,8 @@ class _Trainer:
             if self.ranks.largest(int(lost)):
                 self.best_top1, self.evaluated = -1.0, -1
                 warnings.warn(f"{self.run}/best is lost; the next evaluation writes it anew", CbnWarning, stacklevel=2)
-            if len(states) != self.ranks.count:
-                self._resume_with_other_ranks(len(states), shared["updates_per_epoch"])
+            if count != self.ranks.count:
+                self._resume_with_other_ranks(count, shared["updates_per_epoch"])
             return int(shared["records"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(

@@ -56,7 +56,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     spoil(monkeypatch, update)
     with pytest.raises(RunError, match=rf"at step {update} with lr 0\.\d+, first in the loss or its gradient; lower"):
         cbn.finetune(config(colors, tmp_path / "run", opt=opt, save_every=2), quiet=True)
-    shared, _ = checkpoint.load(tmp_path / "run")
+    shared, _, _ = checkpoint.load(tmp_path / "run")
     assert shared["updates"] == 2 * ((update - 1) // 2)
     assert all(torch.isfinite(t).all() for t in shared["model"].values())
 
@@ -84,7 +84,7 @@ def test_such_an_update_can_be_left_out(
     assert states == [(True, False), (False, True), (False, True), (True, False), (False, True), (False, True)]
     assert result.skipped == 2
     assert read_metrics(tmp_path / "run")[0]["skipped"] == 2
-    shared, _ = checkpoint.load(tmp_path / "run")
+    shared, _, _ = checkpoint.load(tmp_path / "run")
     assert all(torch.isfinite(t).all() for t in shared["model"].values())
     optimizer = [t for state in shared["optimizer"]["state"].values() for t in state.values() if isinstance(t, Tensor)]
     assert optimizer
@@ -109,9 +109,9 @@ def test_an_image_of_nan_leaves_no_trace_where_it_is_left_out(
     result = cbn.finetune(config(colors, tmp_path / "run", norm=norm, max_steps=6, on_nan="skip"), quiet=True)
     assert result.skipped == 1
     assert result.last_top1 > 0
-    shared, ranks = checkpoint.load(tmp_path / "run")
+    shared, own, _ = checkpoint.load(tmp_path / "run")
     assert all(torch.isfinite(t).all() for t in shared["model"].values())
-    for source in (s for layer in ranks[0]["history"].values() for s in layer["sources"]):
+    for source in (s for layer in own["history"].values() for s in layer["sources"]):
         tensors = [t for t in torch.utils._pytree.tree_leaves(source) if isinstance(t, Tensor)]
         assert all(torch.isfinite(t).all() for t in tensors)
 
