@@ -142,7 +142,7 @@ def _largest_difference(output: Path) -> float:
     images = read_classes(output / "data/digits-5-9/val", classes)
     loader = plain_loader(images, resolve_model_data_config(plain), 64, 0)
     with torch.inference_mode():
-        return max(float((tuned(x) - plain(x)).abs().max()) for x, _ in loader)
+        return max(float((tuned(b.images) - plain(b.images)).abs().max()) for b in loader)
 
 
 def _table(results: dict[str, Any]) -> Table:

@@ -13,6 +13,14 @@ METHOD, TRAINING, WEIGHTS, OUTPUT = "Method", "Training", "Model and weights", "
 
 def parse_kwargs(text: str | None) -> dict[str, Any]:
     """Reads "k=v,k=v"; values are Python literals, everything else is a string. Raises typer.BadParameter."""
+    if text and text.startswith("{"):  # a mapping, as --config hands it on
+        try:
+            mapping = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            mapping = None
+        if not isinstance(mapping, dict) or not all(isinstance(key, str) for key in mapping):
+            raise typer.BadParameter(f"{text!r} is not a mapping of names to plain values", param_hint="--model-kwargs")
+        return mapping
     result: dict[str, Any] = {}
     for part in filter(None, (text or "").split(",")):
         key, equals, value = part.partition("=")

@@ -51,7 +51,7 @@ class Session:
 
             stream = sys.stderr if self.as_json else sys.stdout
             # a file or a pipe has no width to fit into
-            console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+            console = Console(file=stream, highlight=False, emoji=False, width=None if stream.isatty() else 200)
             console.print(text, markup=False, soft_wrap=isinstance(text, str))
 
     def result(self, data: dict[str, Any]) -> None:

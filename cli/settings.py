@@ -92,7 +92,7 @@ def _load(ctx: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} has the unknown setting {key!r}" + (f"; is it {close[0]}?" if close else ""))
     for key, value in values.items():
         if isinstance(value, dict):
-            values[key] = ",".join(f"{name}={item!r}" for name, item in value.items())
+            values[key] = repr(value)
         elif isinstance(value, (list, tuple)):
             values[key] = ",".join(str(item) for item in value)
     ctx.default_map = {**(ctx.default_map or {}), **values}

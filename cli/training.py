@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 from . import options as o
 from .session import Session
@@ -67,9 +66,15 @@ def finetune(
         if resume is not None:
             wanted = FinetuneConfig.of_run(resume)
             wanted.data, wanted.output = str(data), str(resume)
-            for name in PLACE:
-                if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-                    setattr(wanted, name, values[name])
+            for name in (*values, "model", "config"):
+                if getattr(ctx.get_parameter_source(name), "name", None) == "DEFAULT":
+                    continue
+                if name not in PLACE:
+                    raise typer.BadParameter(
+                        f"a resumed run has its own; leave it out, or start another run with --config "
+                        f"{resume}/config.json", param_hint=f"--{name.replace('_', '-')}",
+                    )  # fmt: skip
+                setattr(wanted, name, values[name])
         else:
             wanted = FinetuneConfig(data=str(data), output=str(output), model=str(model), **values)
         if dry_run:

@@ -52,8 +52,8 @@ def checkpoints(run: Path) -> list[Path]:
 def load(run: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, Any], int] | None:
     """The newest checkpoint that is whole: what is shared, the state of process `rank`, and how many processes it has.
 
-    With fewer processes in it, that of `rank` modulo their number. None if there is no checkpoint. A damaged one is moved
-    aside, with a CbnWarning. Raises RunError if all are damaged.
+    With fewer processes in it, that of `rank` modulo their number. None if there is no checkpoint. A damaged one is
+    moved aside, with a CbnWarning. Raises RunError if all are damaged.
     """
     found = checkpoints(run)
     for path in found:

@@ -120,7 +120,7 @@ class FinetuneConfig:
     weight_decay: float = _setting(1e-4, OPTIMIZER, "Not applied to norms and biases.", least=0)
     clip_grad: float = _setting(5.0, OPTIMIZER, "Largest norm of the gradient; 0 for no limit.", least=0)
     layer_decay: float | None = _setting(
-        None, OPTIMIZER, "Factor of the rate from a stage to the one below, e.g. 0.75.", above=0, most=1
+        None, OPTIMIZER, "Factor of the rate from a block to the one below, e.g. 0.75.", above=0, most=1
     )
     sched: str = _setting("cosine", OPTIMIZER, "cosine, linear or constant, after the warm-up.", choices=SCHEDULES)
     warmup_ratio: float = _setting(0.05, OPTIMIZER, "Part of the updates in which the rate rises.", least=0, below=1)
@@ -162,6 +162,8 @@ class FinetuneConfig:
             raise RunError(f"lr has no automatic value for opt {self.opt!r}, only for sgd and adamw; give a rate")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise RunError(f"lr must be above 0, got {self.lr}")
+        if self.norm == "gn" and self.freeze:
+            raise RunError("freeze keeps BatchNorm's statistics, and a GroupNorm run has none; leave out norm 'gn'")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise RunError(f"mixup and cutmix mix pairs of images, so batch_size must be even, got {self.batch_size}")
         if (self.mixup or self.cutmix) and self.class_balance == "weight":

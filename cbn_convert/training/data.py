@@ -80,8 +80,8 @@ def read_classes(folder: Path, classes: list[str] | None = None) -> Split:
 
 def _images(folder: Path) -> Iterator[str]:
     """Image files below the folder, links followed, each folder once though links may lead round in a circle."""
-    seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    seen = {os.path.realpath(parent) for parent in folder.parents}
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         if (real := os.path.realpath(root)) in seen:
             folders.clear()
             continue
@@ -90,6 +90,10 @@ def _images(folder: Path) -> Iterator[str]:
         for name in files:
             if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
                 yield str(Path(root, name))
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"cannot read the folder {error.filename} ({error.strerror}); allow it or remove it") from error
 
 
 def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:

@@ -236,7 +236,7 @@ class _Trainer:
                 if self.config.recalibration_batches:
                     self.candidate = deepcopy(self.candidate)
                     restore_norm(self.candidate)
-                    recalibrate(self.candidate, self._recalibration_images())
+                    recalibrate(self.candidate, self._recalibration_images(), self.setup.frozen)
                 return accuracy(self.candidate, batches(self.val_loader), self.device, self.ranks, interrupted)
         except DataError:
             if interrupted():  # the signal was for the processes that load images, too
@@ -249,6 +249,7 @@ class _Trainer:
         total = len(self.setup.training.samples)
         generator = torch.Generator().manual_seed(self.config.seed)
         chosen = torch.randperm(total, generator=generator)[: size * self.config.recalibration_batches].tolist()
+        chosen = chosen[: max(1, len(chosen) // size) * size]  # a mean over equal batches, none of them of one image
         loader = plain_loader(
             self.setup.training, self.setup.data_config, size, self.config.workers,
             skip_bad=self.config.skip_bad_images, indices=chosen,

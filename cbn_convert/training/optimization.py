@@ -59,7 +59,7 @@ def freeze(model: nn.Module, modules: list[str]) -> None:
 
 def make_optimizer(model: nn.Module, config: FinetuneConfig, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer of that name, without weight decay for norms and biases. Raises RunError for an unknown name."""
-    if config.opt not in list_optimizers():
+    if config.opt not in list_optimizers() or config.opt == "adahessian":  # which needs second derivatives
         raise RunError(f"opt must be sgd, adamw or another of timm's optimizers, got {config.opt!r}")
     more: dict[str, Any] = {"fused": True} if config.opt in FUSED else {}
     try:

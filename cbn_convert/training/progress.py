@@ -14,7 +14,7 @@ class Progress:
     """A bar over all steps with loss, top-1, images/s and the time left; nothing at all when quiet."""
 
     def __init__(self, steps: int, done: int, quiet: bool) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = Console(stderr=True, quiet=quiet, emoji=False)
         self.bar = progress.Progress(
             progress.TextColumn("training"),
             progress.BarColumn(bar_width=None),

@@ -38,6 +38,7 @@ class Setup:
     validation: Split
     data_config: dict[str, Any]
     spec: dict[str, Any]
+    frozen: list[str]
 
     @property
     def images(self) -> dict[str, int]:
@@ -84,7 +85,7 @@ def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
             "img_size": data_config["input_size"][-1],
         },
     }  # fmt: skip
-    return Setup(model, training, validation, data_config, described)
+    return Setup(model, training, validation, data_config, described, still)
 
 
 def plan(config: FinetuneConfig) -> dict[str, Any]:

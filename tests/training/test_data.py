@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,7 @@ from conftest import write_image
 from timm.data import resolve_data_config
 
 from cbn_convert.errors import DataError
-from cbn_convert.training.data import evaluation_split, read_splits
-from cbn_convert.training.images import open_image
+from cbn_convert.training.data import evaluation_split, read_classes, read_splits
 from cbn_convert.training.loading import batches, plain_loader
 
 
@@ -81,10 +81,54 @@ def test_unreadable_image_is_named_in_one_sentence(colors: Path, workers: int) -
     assert str(error.value).endswith("repair or remove it, or pass --skip-bad-images")
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
-def test_any_mode_is_read_as_rgb(mode: str, tmp_path: Path) -> None:
-    from PIL import Image
+def test_any_folder_name_is_a_class(tmp_path: Path) -> None:
+    names = ["Zürich", "a b", "grün & blau", "日本", "100%", ".hidden"]
+    for name in names:
+        write_image(tmp_path / name / "photo 1.png", (9, 9, 9), 0)
+    (tmp_path / "notes.txt").write_text("no class")
+    split = read_classes(tmp_path)
+    assert split.classes == sorted(names[:-1])
+    assert {Path(path).parent.name: label for path, label in split.samples} == {
+        name: number for number, name in enumerate(sorted(names[:-1]))
+    }
 
-    Image.new(mode, (9, 5)).save(tmp_path / "x.png")
-    image = open_image(str(tmp_path / "x.png"))
-    assert (image.mode, image.size) == ("RGB", (9, 5))
+
+def test_images_of_nested_folders_but_nothing_hidden_and_no_other_files(tmp_path: Path) -> None:
+    wanted = {"a/0.png", "a/1.PNG", "a/2020/05/2.jpeg", "b/x.webp"}
+    for name in wanted:
+        write_image(tmp_path / "set" / name, (9, 9, 9), 0)
+    for name in ("a/.3.png", "a/.thumbs/4.png", "a/notes.txt", "a/Thumbs.db", "a/png"):
+        (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(b"not an image")
+    split = read_classes(tmp_path / "set")
+    assert [label for _, label in split.samples] == [0, 0, 0, 1]
+    assert {path for path, _ in split.samples} == {str(tmp_path / "set" / name) for name in wanted}
+
+
+def test_links_are_followed_and_each_image_is_there_once(tmp_path: Path) -> None:
+    for name in ("store/0.png", "store/1.png", "other/2.png", "set/a/3.png", "set/b/4.png", "set/d/5.png"):
+        write_image(tmp_path / name, (9, 9, 9), 0)
+    for link, target in (
+        ("set/a/more", "store"),
+        ("set/a/again", "store"),
+        ("set/b/round", "set/b"),  # a loop
+        ("set/c", "store"),  # a class that is a link
+        ("set/d/there", "other"),
+        ("set/d/up", "set"),  # to all classes
+        ("other/back", "set/d"),  # a loop by a detour
+    ):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    split = read_classes(tmp_path / "set")
+    assert split.classes == ["a", "b", "c", "d"]
+    found = sorted((label, os.path.relpath(os.path.realpath(path), tmp_path)) for path, label in split.samples)
+    wanted = [["set/a/3.png", "store/0.png", "store/1.png"], ["set/b/4.png"], ["store/0.png", "store/1.png"]]
+    wanted.append(["other/2.png", "set/d/5.png"])
+    assert found == [(label, name) for label, names in enumerate(wanted) for name in names]
+
+
+def test_a_link_to_nowhere_is_named_when_it_is_read(colors: Path) -> None:
+    link = colors / "train/blue/lost.png"
+    link.symlink_to(colors / "moved away.png")
+    training, _ = read_splits(str(colors), None, 0)
+    with pytest.raises(DataError, match=r"cannot read the image .*train/blue/lost\.png \(FileNotFoundError"):
+        list(batches(plain_loader(training, resolve_data_config({"img_size": 32}), 4, 0)))

@@ -109,7 +109,6 @@ def test_a_run_leaves_frozen_weights_and_statistics_as_they_are(
     check_frozen(*run(colors, tmp_path / "run", monkeypatch, norm=norm, freeze="stem,stage1", weight_decay=0.1))
 
 
-@pytest.mark.xfail(strict=True, reason="statistics are measured anew in the frozen parts as well")
 @pytest.mark.parametrize("changes", [{"recalibrate": 2}, {"ema": 0.5}])
 def test_frozen_statistics_are_not_measured_anew(
     changes: dict[str, Any], colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,7 +116,6 @@ def test_frozen_statistics_are_not_measured_anew(
     check_frozen(*run(colors, tmp_path / "run", monkeypatch, freeze="stem,stage1", weight_decay=0.1, **changes))
 
 
-@pytest.mark.xfail(strict=True, reason="the frozen parts of a GroupNorm run keep BatchNorm, which nothing loads")
 def test_freezing_with_group_norm_is_refused_at_once(colors: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="freeze"):
         cbn.finetune(config(colors, tmp_path / "run", norm="gn", freeze="stem", max_steps=1), quiet=True)
