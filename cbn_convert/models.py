@@ -82,8 +82,12 @@ def _check_data_config(cfg: dict[str, Any], name: str) -> None:
     for key, kinds in (("input_size", (int,)), ("mean", (int, float)), ("std", (int, float))):
         if (values := cfg.get(key)) is None:
             continue
-        good = isinstance(values, (tuple, list)) and len(values) and not any(isinstance(v, bool) for v in values)
-        if not good or not all(isinstance(v, kinds) and math.isfinite(v) and (key == "mean" or v > 0) for v in values):
+        lengths = (3,) if key == "input_size" else (1, 3, cfg.get("input_size", (3,))[0])
+        good = isinstance(values, (tuple, list)) and len(values) in lengths
+        if not good or not all(
+            not isinstance(v, bool) and isinstance(v, kinds) and math.isfinite(v) and (key == "mean" or v > 0)
+            for v in values
+        ):
             raise ModelError(f"{name} has {key} {values!r}, which no image has; its settings are damaged")
 
 
