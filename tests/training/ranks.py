@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: python ranks.py SETTINGS.json, under torchrun."""
+"""What each process of test_processes.py runs: python ranks.py SETTINGS.json, under torchrun."""
 
 from __future__ import annotations
 
