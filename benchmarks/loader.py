@@ -30,7 +30,7 @@ from cbn_convert.training.loading import batches, training_loader
 from cbn_convert.training.parallel import Ranks
 from cbn_convert.training.setup import build
 
-CASES = (("mobilenetv2_035", 96, 2), ("mobilenetv2_100", 224, 2), ("resnet50", 224, 2), ("resnet50", 512, 1))
+CASES = (("mobilenetv2_035", 96, 2), ("mobilenetv2_100", 224, 2), ("resnet50", 224, 2))
 
 
 def enlarged(data: Path, folder: Path, pixels: int, images: int) -> Path:
@@ -85,9 +85,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pixels", type=int, default=480)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", default="0,1,2")
+    parser.add_argument("--workers", default="0,2")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
