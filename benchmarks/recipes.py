@@ -1,6 +1,6 @@
 """Runs the recipes of examples/ as their first lines say, on photos, cut to a few updates, and says what came out.
 
-    python benchmarks/recipes.py --data ../shared/data [--steps 200]
+    python benchmarks/recipes.py --data ../shared/data [--steps 60]
 
 The model is MobileNetV2-0.35 with ImageNet weights from the folder in place of the recipe's, at 96 px (256 px for large
 images). The unbalanced folder is made of the photos: the n-th class keeps 1 / n of its images. Two processes run on the
@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from readme import fill
 from report import RESULTS, provenance
 
 ROOT = RESULTS.parents[1]
@@ -72,7 +72,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/ and weights/")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     data, weights = arguments.data / "clothing", arguments.data / "weights/mobilenetv2_035_keras.timm.safetensors"
     rows = []
@@ -84,9 +84,7 @@ def main() -> None:
             print(rows[-1], file=sys.stderr, flush=True)
     head = provenance("python benchmarks/recipes.py --data ../shared/data")
     (RESULTS / "recipes.json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    readme = ROOT / "examples/README.md"
-    marked = re.compile(r"(<!-- recipes -->\n).*?(\n<!-- /recipes -->)", re.DOTALL)
-    readme.write_text(marked.sub(lambda m: m[1] + table(rows) + m[2], readme.read_text()))
+    fill(ROOT / "examples" / "README.md", {"recipes": table(rows)})
 
 
 if __name__ == "__main__":
