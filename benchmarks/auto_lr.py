@@ -1,9 +1,9 @@
-"""What --lr auto chooses, beside a third and three times of it, for 2 and 8 images per update.
+"""What --lr auto chooses, beside a third and three times of it, for 1 to 8 images per update.
 
     python benchmarks/auto_lr.py --data ../shared/data
 
 MobileNetV2-0.35 (ImageNet) on clothing photos as in clothing.py: one epoch of 3,068 images at 96 px, CBN with its
-defaults, SGD, one thread for a cell. Writes benchmarks/results/auto_lr.json after every cell; cells that are there
+defaults, SGD and AdamW, one thread for a cell. Writes benchmarks/results/auto_lr.json after every cell; cells that are there
 already are not run again.
 """
 
@@ -24,7 +24,7 @@ from report import RESULTS, provenance
 from cbn_convert import FinetuneConfig
 
 OUTPUT = RESULTS / "auto_lr.json"
-BATCHES, FACTORS = (8, 2), (1 / 3, 1.0, 3.0)
+BATCHES, FACTORS = (8, 4, 2, 1), (1 / 3, 1.0, 3.0)
 
 
 def run_cell(data: Path, opt: str, batch_size: int, factor: float, seed: int) -> dict[str, object]:
@@ -48,7 +48,7 @@ def run_cell(data: Path, opt: str, batch_size: int, factor: float, seed: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/ and weights/")
-    parser.add_argument("--opts", default="sgd")
+    parser.add_argument("--opts", default="sgd,adamw")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
