@@ -3,8 +3,8 @@
     python benchmarks/auto_lr.py --data ../shared/data
 
 MobileNetV2-0.35 (ImageNet) on clothing photos as in clothing.py: one epoch of 3,068 images at 96 px, CBN with its
-defaults, SGD and AdamW, one thread for a cell. Writes benchmarks/results/auto_lr.json after every cell; cells that are there
-already are not run again.
+defaults, SGD and AdamW, one thread for a cell. Writes benchmarks/results/auto_lr.json after every cell; cells that are
+there already are not run again.
 """
 
 from __future__ import annotations

@@ -91,6 +91,8 @@ def _load(ctx: typer.Context, path: Path | None) -> Path | None:
         close = difflib.get_close_matches(key, known, n=1)
         raise typer.BadParameter(f"{path} has the unknown setting {key!r}" + (f"; is it {close[0]}?" if close else ""))
     for key, value in values.items():
+        if isinstance(value, bool) and key in _SETTINGS and _SETTINGS[key].type != "bool":
+            raise typer.BadParameter(f"{path} gives {key} a yes or no; it needs a value, in quotes if it is a word")
         if isinstance(value, dict):
             values[key] = repr(value)
         elif isinstance(value, (list, tuple)):

@@ -22,7 +22,8 @@ PLACE = ("workers", "device")  # what a resumed run may have otherwise: they say
 Data = Annotated[
     str,
     typer.Argument(
-        help="Folder with train/CLASS/* and val/CLASS/*, or see --val-fraction; or hfds/NAME.", show_default=False
+        help="Folder with train/CLASS/* and val/CLASS/*, or see --val-fraction; or hfds/NAME, wds/FOLDER.",
+        show_default=False,
     ),
 ]
 
@@ -122,7 +123,8 @@ def _summary(result: FinetuneResult) -> Table:
 def evaluate(
     trained: Annotated[Path, typer.Argument(help="Run folder or exported folder.", show_default=False)],
     data: Annotated[
-        str, typer.Argument(help="Folder of images, CLASS/* or with splits; or hfds/NAME.", show_default=False)
+        str,
+        typer.Argument(help="Folder of images, CLASS/* or with splits; or hfds/NAME, wds/FOLDER.", show_default=False),
     ],
     split: Annotated[
         str | None, typer.Option(help="Subfolder of DATA, such as test. Default: val if there is one.")

@@ -50,7 +50,7 @@ class FinetuneConfig:
     """Arguments of `finetune`; `cbn finetune --help` describes each, the model's are those of `ModelSpec`.
 
     data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without val/;
-    or "hfds/NAME", a data set of Hugging Face with images of one label.
+    or "hfds/NAME", a data set of Hugging Face with images of one label; or "wds/FOLDER", tar files of WebDataset.
     output: run folder. lr: None is a rule, see `peak_lr`. window to burn_in: as in CrossIterationBatchNorm2d.
     """
 

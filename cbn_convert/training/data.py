@@ -34,7 +34,7 @@ class Split:
 
 
 def read_splits(data: str, val_fraction: float | None, seed: int) -> tuple[Split, Split]:
-    """Training and validation images of a folder, or of "hfds/NAME", a data set of Hugging Face.
+    """Training and validation images of a folder, or of a name as in `named`.
 
     With train/ and val/ inside, those; else `val_fraction` of each class, chosen by `seed`, is held out from train/ or
     from the folder itself. Raises DataError if a folder or its images are missing, a class is empty, or val/ has a
@@ -108,9 +108,9 @@ def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:
 
 def _named_split(data: str, split: str, classes: list[str] | None = None) -> Split:
     samples, found, opened = named.read(data, split)
-    if classes is not None and found != classes:
+    if classes is not None and found != classes[: len(found)]:
         raise DataError(f"{data} has other classes in its split {split} than there are in training")
-    return Split(samples, found, opened)
+    return Split(samples, classes or found, opened)
 
 
 def _folder(path: str) -> Path:
@@ -125,7 +125,9 @@ def _hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     training, held = [], []
     for label, name in enumerate(split.classes):
         own = [sample for sample in split.samples if sample[1] == label]
-        if len(own) < 2:
+        if not own:
+            continue  # a data set with a name may have numbers that no image has
+        if len(own) == 1:
             raise DataError(
                 f"class {name!r} has one image, which cannot be in both parts; add images or remove the class"
             )

@@ -172,7 +172,7 @@ class _Trainer:
             if (result := self._evaluate()) is not None:
                 self._after_evaluation(result)
                 self._save()
-        if number := self.ranks.largest(self.signals.received):
+        if number := int(self.ranks.largest(self.signals.received)):
             self._save()
             raise TrainingInterrupted(number, self.step, str(self.run))
         return self.step >= self.steps or self.stopped_early
@@ -255,7 +255,9 @@ class _Trainer:
             skip_bad=self.config.skip_bad_images, indices=chosen,
         )  # fmt: skip
         for batch in batches(loader):
-            yield self.learner.on_device(batch.images[batch.labels >= 0])
+            read = batch.images[batch.labels >= 0]
+            if len(read) >= min(size, 2):  # the rest could not be read, and one image is no batch
+                yield self.learner.on_device(read)
 
     def _after_evaluation(self, result: Evaluation) -> None:
         self.evaluated = self.step

@@ -81,7 +81,7 @@ def accuracy(
     loss, top1, top5, images = sums.tolist()
     if not images:
         raise DataError("there is no readable image to evaluate on; check the folder")
-    classes = ranks.largest(classes)  # a process may have had no image
+    classes = int(ranks.largest(classes))  # a process may have had no image
     table = ranks.sum(confusion if len(confusion) else confusion.new_zeros(classes * classes))
     return Evaluation(
         int(images), loss / images, 100 * top1 / images, 100 * top5 / images,

@@ -83,7 +83,7 @@ class Learner:
         weight = None
         if config.class_balance == "weight":
             counts = torch.tensor(self.setup.training.counts(), dtype=torch.float32, device=self.device)
-            weight = counts.sum() / (len(counts) * counts)
+            weight = counts.sum() / (len(counts) * counts.clamp(min=1))
         return None, nn.CrossEntropyLoss(weight, label_smoothing=config.label_smoothing)
 
     def update(self, parts: list[Batch]) -> None:

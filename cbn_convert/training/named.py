@@ -1,37 +1,44 @@
-"""Data sets that have a name instead of a folder, read through timm's create_dataset."""
+"""Data sets that have a name as timm knows them instead of a folder of images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
 
 from ..errors import DataError
+from . import shards
 from .images import open_image
 
-_PREFIX = "hfds/"
-_STREAMS = ("hfids/", "wds/", "tfds/")
+Images = tuple[list[tuple[str, int]], list[str], Callable[[str], Image.Image]]
+
+_HUB, _SHARDS = "hfds/", "wds/"
+_STREAMS = ("hfids/", "tfds/")
 
 
 def is_name(data: str) -> bool:
     """Whether it is a name as timm has them, not a folder. Raises DataError for a stream."""
     if data.startswith(_STREAMS):
         raise DataError(
-            f"{data} is a stream, in which a run cannot go on where it was interrupted; unpack it into train/CLASS/* "
-            "and val/CLASS/*, or use hfds/NAME"
+            f"{data} is a stream, in which a run cannot go on where it was interrupted; use hfds/NAME, or unpack it "
+            "into train/CLASS/* and val/CLASS/*"
         )
-    return data.startswith(_PREFIX)
+    return data.startswith((_HUB, _SHARDS))
 
 
-def read(name: str, split: str) -> tuple[list[tuple[str, int]], list[str], Callable[[str], Image.Image]]:
+def read(name: str, split: str) -> Images:
     """Names of the images with class indices, the classes, and what opens an image of that name.
 
-    Raises DataError if the package `datasets` is not installed, or there is no such data set or split.
+    "hfds/NAME" is read through timm's create_dataset and the package `datasets`, "wds/FOLDER" by an index of its .tar
+    files. Raises DataError if that package is not installed, or there is no such data set or split.
     """
+    if name.startswith(_SHARDS):
+        return shards.read(Path(name.removeprefix(_SHARDS)), split)
     try:
         import_module("datasets")  # without it timm prints, and raises
     except ImportError:

@@ -30,20 +30,12 @@ class Ranks:
             dist.all_reduce(t)
         return t
 
-    def largest(self, number: int) -> int:
+    def largest(self, number: float) -> float:
         """The largest of a number over all processes, without waiting for a GPU."""
         if self.count == 1:
             return number
-        t = torch.tensor(number)
+        t = torch.tensor(number, dtype=torch.float64)
         dist.all_reduce(t, dist.ReduceOp.MAX, group=self._cpu)
-        return int(t)
-
-    def smallest(self, number: float) -> float:
-        """The smallest of a number over all processes."""
-        if self.count == 1:
-            return number
-        t = torch.tensor(number)
-        dist.all_reduce(t, dist.ReduceOp.MIN, group=self._cpu)
         return float(t)
 
     def gather(self, thing: Any) -> list[Any]:

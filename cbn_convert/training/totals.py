@@ -45,7 +45,7 @@ class Totals:
 
     def first_bad(self) -> tuple[int, float] | None:
         """The first update since the last record that was not finite in some process, and its rate."""
-        first = self.ranks.smallest(float(self.first))
+        first = -self.ranks.largest(-float(self.first))
         return None if first == torch.inf else (int(first), self.rates.get(int(first), self.lr))
 
     def take(self) -> tuple[float, float, int]:

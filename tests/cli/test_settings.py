@@ -140,6 +140,8 @@ def joined(text: str) -> str:
         ("widow: 4", 2, "has the unknown setting 'widow'; is it window?"),
         ("batch-sise: 4", 2, "has the unknown setting 'batch_sise'; is it batch_size?"),
         ("zzz: 4", 2, "has the unknown setting 'zzz'"),
+        ("epochs: true", 2, "gives epochs a yes or no; it needs a value"),
+        ("history: no", 2, "gives history a yes or no; it needs a value, in quotes"),
         ("1: 4", 2, "has the unknown setting '1'"),
         ("window: [", 2, "is not YAML: while parsing"),
         ("a\tb: {", 2, "is not YAML"),
