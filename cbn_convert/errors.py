@@ -29,5 +29,13 @@ class RunError(CbnError, ValueError):
     """A run folder or a training argument is not usable."""
 
 
+class DivergedError(RunError):
+    """A loss or gradient is not finite."""
+
+
+class OutOfMemoryError(RunError):
+    """The memory of the GPU is not enough."""
+
+
 class CbnWarning(UserWarning):
     """Something that a user should know of, in one sentence; the command goes on."""

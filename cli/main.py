@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from cbn_convert import __version__
 
-from . import bench, demo, models, training
+from . import bench, compare, demo, models, training
 
 
 class _PlainGroup(TyperGroup):
@@ -62,6 +62,10 @@ app.command(
 app.command(short_help="Write a run for plain timm.", epilog="Example: cbn export run -o deploy --fold conv")(
     training.export
 )
+app.command(
+    short_help="Which norm is best on your images, at each batch size.",
+    epilog="Example: cbn compare photos --model resnet50 --batch-sizes 1,2,4 --norms bn,frozen,cbn -o comparison",
+)(compare.compare)
 app.command(
     short_help="Time and memory of a training step with each norm.",
     epilog="Example: cbn bench --arch mobilenetv2_100 --batch-size 2",

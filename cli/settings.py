@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
@@ -16,23 +16,32 @@ from cbn_convert.training.config import FinetuneConfig
 from .options import parse_channels, parse_kwargs
 
 GIVEN = ("data", "model", "output")  # these have parameters of their own
+PLACE = ("workers", "device")  # what a resumed run may have otherwise: they say where it runs, not what it computes
+_NO_SETTINGS = ("config", "resume", "overwrite", "dry_run", "as_json", "debug", "quiet")
 _METAVARS = {"int": "N", "float": "X"}
 _SETTINGS = {f.name: f for f in fields(FinetuneConfig) if f.name not in GIVEN}
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives the command, whose last parameter is **settings, an option for each setting."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    hints = get_type_hints(FinetuneConfig)
-    options = [_option(name, hints[name]) for name in _SETTINGS]
-    # the settings first: what a command shares with the others comes last in its help
-    kinds = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) if p.default is not p.empty else p for p in own]
-    first = [p for p in kinds if p.name in ("ctx", *GIVEN)]
-    parameters = [*first, *options, *(p for p in kinds if p not in first)]
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+def with_settings(*without: str, first: Iterable[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command, whose last parameter is **settings, an option for each setting but those named here.
+
+    Its own parameters come last in its help, but for those in `first`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        hints = get_type_hints(FinetuneConfig)
+        options = [_option(name, hints[name]) for name in _SETTINGS if name not in without]
+        # the settings first: what a command shares with the others comes last in its help
+        kinds = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) if p.default is not p.empty else p for p in own]
+        ahead = [p for p in kinds if p.name in ("ctx", *GIVEN, *first)]
+        parameters = [*ahead, *options, *(p for p in kinds if p not in ahead)]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
 
 
 def _option(name: str, hint: Any) -> inspect.Parameter:
@@ -55,7 +64,7 @@ def _option(name: str, hint: Any) -> inspect.Parameter:
 
 def read_values(settings: dict[str, Any]) -> dict[str, Any]:
     """The values of the options as FinetuneConfig has them. Raises typer.BadParameter for one that cannot be read."""
-    lr = settings["lr"]
+    lr = settings.get("lr")
     try:
         rate = None if lr in (None, "auto") else float(lr)
     except ValueError:
@@ -67,6 +76,21 @@ def read_values(settings: dict[str, Any]) -> dict[str, Any]:
         "mean": parse_channels(settings["mean"], "--mean"),
         "std": parse_channels(settings["std"], "--std"),
     }
+
+
+def given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of the parameters that have another value than their default."""
+    return [name for name in names if getattr(ctx.get_parameter_source(name), "name", None) not in ("DEFAULT", None)]
+
+
+def resumed_refuses(ctx: typer.Context, names: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raises typer.BadParameter for a parameter that was given though what is resumed has its own."""
+    for name in given(ctx, names):
+        if name not in allowed:
+            raise typer.BadParameter(
+                "what is resumed has its own; leave it out, or start anew",
+                param_hint=f"--{name.replace('_', '-')}",
+            )
 
 
 def _load(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -82,10 +106,12 @@ def _load(ctx: typer.Context, path: Path | None) -> Path | None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if isinstance(stored, dict) and isinstance(stored.get("config"), dict):
-        stored = {k: v for k, v in stored["config"].items() if v is not None}  # the config.json of a run
+        # the config.json of a run, of which a comparison sets something itself
+        own = {p.name for p in ctx.command.params}
+        stored = {k: v for k, v in stored["config"].items() if v is not None and (k in own or k not in _SETTINGS)}
     if not isinstance(stored, dict):
         raise typer.BadParameter(f"{path} does not hold settings of the form name: value")
-    known = {*_SETTINGS, *GIVEN}
+    known = {str(p.name) for p in ctx.command.params} - {*_NO_SETTINGS}
     values = {str(key).replace("-", "_"): value for key, value in stored.items()}
     for key in sorted(set(values) - known):
         close = difflib.get_close_matches(key, known, n=1)
@@ -108,3 +134,10 @@ Config = Annotated[
         is_eager=True, metavar="FILE", rich_help_panel="Output",
     ),
 ]  # fmt: skip
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="Folder with train/CLASS/* and val/CLASS/*, or see --val-fraction; or hfds/NAME, wds/FOLDER.",
+        show_default=False,
+    ),
+]

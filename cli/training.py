@@ -9,7 +9,7 @@ import typer
 
 from . import options as o
 from .session import Session
-from .settings import Config, read_values, with_settings
+from .settings import PLACE, Config, Data, given, read_values, resumed_refuses, with_settings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,18 +17,8 @@ if TYPE_CHECKING:
     from cbn_convert import FinetuneResult
     from cbn_convert.training.evaluation import Evaluation
 
-PLACE = ("workers", "device")  # what a resumed run may have otherwise: they say where it runs, not what it computes
 
-Data = Annotated[
-    str,
-    typer.Argument(
-        help="Folder with train/CLASS/* and val/CLASS/*, or see --val-fraction; or hfds/NAME, wds/FOLDER.",
-        show_default=False,
-    ),
-]
-
-
-@with_settings
+@with_settings()
 def finetune(
     ctx: typer.Context,
     data: Data,
@@ -65,16 +55,10 @@ def finetune(
         from cbn_convert import finetune as run_finetune
 
         if resume is not None:
+            resumed_refuses(ctx, ("config", *values, "model"), PLACE)
             wanted = FinetuneConfig.of_run(resume)
             wanted.data, wanted.output = str(data), str(resume)
-            for name in (*values, "model", "config"):
-                if getattr(ctx.get_parameter_source(name), "name", None) == "DEFAULT":
-                    continue
-                if name not in PLACE:
-                    raise typer.BadParameter(
-                        f"a resumed run has its own; leave it out, or start another run with --config "
-                        f"{resume}/config.json", param_hint=f"--{name.replace('_', '-')}",
-                    )  # fmt: skip
+            for name in given(ctx, PLACE):
                 setattr(wanted, name, values[name])
         else:
             wanted = FinetuneConfig(data=str(data), output=str(output), model=str(model), **values)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
 
-from ..errors import RunError
+from ..errors import OutOfMemoryError
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -80,10 +80,10 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str:
     return found[0] if found else "in the loss or its gradient"
 
 
-def out_of_memory(batch_size: int, device: torch.device) -> RunError:
+def out_of_memory(batch_size: int, device: torch.device) -> OutOfMemoryError:
     """What to do when the memory of the GPU was not enough."""
     if batch_size > 1:
         advice = f"try --batch-size {batch_size // 2}"
     else:
         advice = "try --grad-checkpointing, --mixed-precision bf16 or a smaller --img-size"
-    return RunError(f"the memory of {device} is not enough for batch size {batch_size}; {advice}")
+    return OutOfMemoryError(f"the memory of {device} is not enough for batch size {batch_size}; {advice}")

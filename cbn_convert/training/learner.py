@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import RunError
+from ..errors import DivergedError
 from ..norm import CrossIterationMixin, history_state, load_history_state
 from .checkpoint import random_states, restore_random_states
 from .config import FinetuneConfig
@@ -137,12 +137,12 @@ class Learner:
         return images.to(self.device, non_blocking=True, memory_format=memory_format)
 
     def stop_if_bad(self) -> None:
-        """Raises RunError if a gradient since the last record was not finite and the run is to stop then."""
+        """Raises DivergedError if a gradient since the last record was not finite and the run is to stop then."""
         if self.config.on_nan == "skip" or not self.totals.updates or not (fault := self.totals.first_bad()):
             return
         step, lr = fault
         place = first_non_finite(self.model.train(), self.last_images)
-        raise RunError(
+        raise DivergedError(
             f"the loss is no longer finite at step {step} with lr {lr:.2g}, first {place}; lower --lr (now "
             f"{self.lr:g}), or leave such steps out with --on-nan skip; the last checkpoint is good"
         )

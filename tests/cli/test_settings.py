@@ -290,4 +290,4 @@ def test_a_resumed_run_takes_no_other_settings(tmp_path: Path, colors: Path) -> 
         code, _, err = cbn("finetune", colors, "--resume", run, flag, value)
         assert code == 2
         assert flag in err
-        assert "a resumed run has its own" in " ".join(err.split())
+        assert "what is resumed has its own" in " ".join(err.split())

@@ -1,0 +1,110 @@
+"""Settings of a comparison. It needs no torch, so that --help answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..errors import RunError
+from ..training.config import NORMS, FinetuneConfig
+
+# What `cbn:NAME` sets, by the setting that has NAME as a value.
+VARIANTS = {
+    "compensation": ("projection", "taylor", "none", "exact"),
+    "gradient": ("full", "current", "straight_through"),
+    "history": ("ring", "ema"),
+}
+NUMBERS = ("window", "burn_in")
+GRID = ("norm", "batch_size", "lr")  # the settings of a run that the comparison sets itself
+PLACE = ("data", "output", "workers", "device")  # say where it runs, not what it computes
+
+
+@dataclass
+class ComparisonConfig:
+    """Arguments of `compare`.
+
+    run: the settings that all cells share; its norm, batch size and rate are of no meaning, its seed is the first and
+    its output the folder of the comparison. norms: names as in FinetuneConfig, of CBN also variants, such as
+    "cbn:taylor:window=8". lrs: peak learning rates to try; None searches around the automatic one until the best has a
+    worse one on either side. seeds: runs at the best rate. reference: batch size of the BN that the others are measured
+    against, 0 for none. jobs: cells at a time.
+    """
+
+    run: FinetuneConfig
+    norms: tuple[str, ...] = ("bn", "frozen", "gn", "brn", "cbn")
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    lrs: tuple[float, ...] | None = None
+    seeds: int = 3
+    reference: int = 32
+    jobs: int = 1
+
+    def check(self) -> None:
+        """Raises RunError for the first setting that does not fit."""
+        for name, values in (("norms", self.norms), ("batch sizes", self.batch_sizes), ("lrs", self.lrs)):
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise RunError(
+                    f"the {name} must be different and at least one, got {','.join(map(str, values)) or '-'}"
+                )
+        if any(size < 1 for size in self.batch_sizes):
+            raise RunError(f"batch sizes must be at least 1, got {min(self.batch_sizes)}")
+        if bad := [lr for lr in self.lrs or () if not (lr > 0 and math.isfinite(lr))]:
+            raise RunError(f"learning rates must be above 0, got {bad[0]}")
+        for name, value, least in (("seeds", self.seeds, 1), ("jobs", self.jobs, 1), ("reference", self.reference, 0)):
+            if value < least:
+                raise RunError(f"{name} must be at least {least}, got {value}")
+        for norm, batch_size in self.columns:
+            self.cell(norm, batch_size, self.lrs[0] if self.lrs else None, self.run.seed).check()
+        if self.run.patience is not None:
+            raise RunError("patience would give the cells different numbers of images; leave it out")
+
+    @property
+    def columns(self) -> list[tuple[str, int]]:
+        """Norm and batch size of every column of the grid, the reference last."""
+        columns = [(norm, size) for norm in self.norms for size in self.batch_sizes]
+        reference = ("bn", self.reference)
+        return columns if not self.reference or reference in columns else [*columns, reference]
+
+    def cell(self, norm: str, batch_size: int, lr: float | None, seed: int) -> FinetuneConfig:
+        """The settings of one run, but for its folder. Raises RunError for an unknown norm or variant."""
+        settings = {f.name: getattr(self.run, f.name) for f in fields(FinetuneConfig)}
+        settings |= {**read_norm(norm), "batch_size": batch_size, "lr": lr, "seed": seed}
+        return FinetuneConfig(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> ComparisonConfig:
+        """What `to_dict` gave, also after JSON. Raises RunError if it does not fit."""
+        try:
+            return cls(**{**with_tuples(stored), "run": FinetuneConfig(**with_tuples(stored["run"]))})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"its settings do not fit this version ({error})") from error
+
+
+def with_tuples(stored: dict[str, Any]) -> dict[str, Any]:
+    """The same with tuples in place of JSON's lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+
+
+def read_norm(name: str) -> dict[str, Any]:
+    """Settings that "bn" or "cbn:taylor:window=8" stands for. Raises RunError if it is unknown."""
+    norm, *parts = name.split(":")
+    if norm not in NORMS:
+        raise RunError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if parts and norm != "cbn":
+        raise RunError(f"only cbn has variants, got {name!r}")
+    settings: dict[str, Any] = {"norm": norm}
+    for part in parts:
+        key, _, value = part.partition("=")
+        found = next((setting for setting, values in VARIANTS.items() if part in values), None)
+        if found is not None:
+            settings[found] = part
+        elif key in NUMBERS and value.isdigit():
+            settings[key] = int(value)
+        else:
+            known = [*(v for values in VARIANTS.values() for v in values), *(f"{key}=N" for key in NUMBERS)]
+            raise RunError(f"{name!r} has the unknown part {part!r}; known are {', '.join(known)}")
+    return settings

@@ -1,0 +1,71 @@
+"""What a user sees of a comparison while it runs, on standard error."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich import progress
+from rich.console import Console
+from typing_extensions import Self
+
+from .plan import Cell
+
+
+class Display:
+    """One bar for all cells with the time left, and a line for each that is finished; nothing at all when quiet."""
+
+    def __init__(self, quiet: bool, jobs: int) -> None:
+        self.console = Console(stderr=True, quiet=quiet, emoji=False)
+        self.jobs = jobs
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.fields[done]} of {task.fields[cells]} runs"),
+            progress.BarColumn(bar_width=None),
+            progress.TextColumn("{task.fields[left]}"),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=1.0, done=0, cells=0, left="")
+        self.rates: dict[int, list[float]] = {}  # seconds per image, by batch size
+        self.started: dict[Cell, float] = {}
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def begin(self, cell: Cell) -> None:
+        """A cell has started."""
+        self.started[cell] = time.monotonic()
+
+    def end(self, cell: Cell, images: int, text: str) -> float:
+        """A cell that took so many images is finished; the seconds that it took."""
+        seconds = time.monotonic() - self.started.pop(cell)
+        self.rates.setdefault(cell.batch_size, []).append(seconds / images)
+        self.console.print(text, highlight=False)
+        return seconds
+
+    def update(self, done: int, todo: dict[Cell, float], images: int) -> None:
+        """`done` cells are finished; of those that are not, the part that is left; images of a cell."""
+        cells = done + len(todo)
+        left = ""
+        if self.rates:
+            known = [rate for rates in self.rates.values() for rate in rates]
+            seconds = sum(part * images * _mean(self.rates.get(cell.batch_size, known)) for cell, part in todo.items())
+            left = f"at least {_spoken(seconds / self.jobs)} left"
+        part = 1 - sum(todo.values()) / cells if cells else 1.0
+        self.bar.update(self.task, completed=part, done=done, cells=cells, left=left)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spoken(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,119 @@
+"""Mean and scatter of each column at its best learning rate, as a table for people and for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .config import ComparisonConfig
+from .plan import Cell, Column, Results, columns
+
+HEADERS = ("norm", "batch size", "top-1 [%]", "seeds", "best lr", "step [ms]", "GPU memory [MB]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A norm at a batch size.
+
+    top1: mean in percent over the runs at the rate `lr`, None if none has ended well; std: their sample standard
+    deviation, None for one run. failed: runs at that rate that did not end, or all if every rate failed; failure: why
+    the first one did not. step_seconds and peak_memory (MB) are medians of the runs at that rate.
+    """
+
+    norm: str
+    batch_size: int
+    lr: float | None
+    top1: float | None
+    std: float | None
+    seeds: int
+    failed: int
+    failure: str | None
+    step_seconds: float | None
+    peak_memory: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of HEADERS."""
+        top1 = (
+            "failed" if self.top1 is None else f"{self.top1:.1f}" + ("" if self.std is None else f" ± {self.std:.1f}")
+        )
+        return (
+            self.norm, str(self.batch_size), top1, f"{self.seeds}" + (f", {self.failed} failed" if self.failed else ""),
+            "-" if self.lr is None else f"{self.lr:.2g}",
+            "-" if self.step_seconds is None else f"{1000 * self.step_seconds:.0f}",
+            "-" if self.peak_memory is None else f"{self.peak_memory:.0f}",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Outcome of a comparison: its settings, a row for each column, and every finished cell."""
+
+    config: ComparisonConfig
+    rows: list[Row]
+    results: Results
+    split: str
+
+    @classmethod
+    def of(cls, config: ComparisonConfig, results: Results) -> Comparison:
+        """Sums the cells up; accuracies are of the test split if all cells that ended have one, else of validation."""
+        good = [r for r in results.values() if "error" not in r]
+        split = "test" if good and all("test_top1" in r for r in good) else "validation"
+        return cls(config, [_row(column, results, split) for column in columns(config)], results, split)
+
+    @property
+    def reference(self) -> Row | None:
+        """The row of BN at the reference batch size."""
+        return next((r for r in self.rows if (r.norm, r.batch_size) == ("bn", self.config.reference)), None)
+
+    def markdown(self) -> str:
+        """The table, the best of each batch size in bold."""
+        best = {
+            row.batch_size: max(r.top1 or 0 for r in self.rows if r.batch_size == row.batch_size) for row in self.rows
+        }
+        lines = [f"| {' | '.join(HEADERS)} |", "|---|" + "---:|" * (len(HEADERS) - 1)]
+        for row in self.rows:
+            norm, size, top1, *rest = row.cells()
+            if row.top1 is not None and row.top1 == best[row.batch_size]:
+                top1 = f"**{top1}**"
+            lines.append(f"| {' | '.join([norm, size, top1, *rest])} |")
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """The rows with all their fields."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        return text.getvalue()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, without the curves."""
+        return {
+            "output": self.config.run.output, "split": self.split, "cells": len(self.results),
+            "rows": [asdict(row) for row in self.rows],
+        }  # fmt: skip
+
+
+def chosen(column: Column, results: Results) -> list[Cell]:
+    """The finished cells of a column at its best rate."""
+    lr = column.best(results)
+    return [cell for cell in column.needed(results) if cell.lr == lr and cell in results]
+
+
+def _row(column: Column, results: Results, split: str) -> Row:
+    cells = chosen(column, results)
+    tried = [results[cell] for cell in cells or column.needed(results) if cell in results]
+    good = [r for r in tried if "error" not in r]
+    tops = [r["test_top1" if split == "test" else "top1"] for r in good]
+    memory = [r["peak_memory"] for r in good if r["peak_memory"] is not None]
+    return Row(
+        norm=column.norm, batch_size=column.batch_size, lr=column.best(results),
+        top1=statistics.mean(tops) if tops else None, std=statistics.stdev(tops) if len(tops) > 1 else None,
+        seeds=len(tops), failed=len(tried) - len(good),
+        failure=next((r["error"] for r in tried if "error" in r), None),
+        step_seconds=statistics.median(r["step_seconds"] for r in good) if good else None,
+        peak_memory=statistics.median(memory) if memory else None,
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""cbn compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cbn_convert.comparison.config import GRID, ComparisonConfig
+
+from . import options as o
+from .session import Session
+from .settings import PLACE, Config, Data, given, read_values, resumed_refuses, with_settings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cbn_convert.comparison.summary import Comparison
+
+GRID_PANEL = "What is compared"
+_DEFAULTS = ComparisonConfig.__dataclass_fields__
+_AXES = ("norms", "batch_sizes", "lrs", "seeds", "reference", "jobs")  # what a resumed comparison may have otherwise
+
+
+def _joined(name: str) -> str:
+    return ",".join(map(str, _DEFAULTS[name].default))
+
+
+@with_settings(*GRID, first=_AXES)
+def compare(
+    ctx: typer.Context,
+    data: Data,
+    norms: Annotated[
+        str,
+        typer.Option(
+            help="bn, frozen, gn, brn, cbn; variants such as cbn:taylor, cbn:current, cbn:none:window=4.",
+            rich_help_panel=GRID_PANEL,
+        ),
+    ] = _joined("norms"),
+    batch_sizes: Annotated[
+        str, typer.Option(help="Images per step and process.", rich_help_panel=GRID_PANEL)
+    ] = _joined("batch_sizes"),
+    lrs: Annotated[
+        str,
+        typer.Option(
+            help="Peak learning rates to try; auto: those around finetune's, until the best is enclosed.",
+            rich_help_panel=GRID_PANEL,
+            metavar="RATE,..|auto",
+        ),
+    ] = "auto",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs at the best rate.", rich_help_panel=GRID_PANEL)] = _DEFAULTS[
+        "seeds"
+    ].default,
+    reference: Annotated[
+        int, typer.Option(min=0, help="BN at this batch size, to measure against; 0: none.", rich_help_panel=GRID_PANEL)
+    ] = _DEFAULTS["reference"].default,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.", rich_help_panel=GRID_PANEL)] = _DEFAULTS[
+        "jobs"
+    ].default,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=o.OUTPUT)
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help=o.MODEL_HELP, rich_help_panel=o.WEIGHTS)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Comparison to continue; it may get more norms, sizes, rates, seeds.", rich_help_panel=o.OUTPUT
+        ),
+    ] = None,
+    config: Config = None,
+    overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+    quiet: o.Quiet = False,
+    **settings: Any,
+) -> None:
+    """Fine-tunes with several norms and batch sizes, each at its own best learning rate, and reports who is best.
+
+    Every run sees the same number of images. Rates are chosen by validation top-1; the accuracies reported are those of
+    DATA/test where there is one. All other settings are those of cbn finetune.
+    """
+    if resume is None and (model is None or output is None):
+        missing = "'--model' / '-m'" if model is None else "'--output' / '-o'"
+        raise typer.BadParameter("required, unless --resume names a comparison", param_hint=missing)
+    values = read_values(settings)
+    grid = {
+        "norms": _list(norms, str, "--norms"), "batch_sizes": _list(batch_sizes, int, "--batch-sizes"),
+        "lrs": None if lrs == "auto" else _list(lrs, float, "--lrs"), "seeds": seeds, "reference": reference,
+        "jobs": jobs,
+    }  # fmt: skip
+    with Session(as_json, debug, quiet) as session:
+        from cbn_convert import FinetuneConfig
+        from cbn_convert.comparison.engine import compare as run_comparison
+        from cbn_convert.comparison.engine import read_comparison
+        from cbn_convert.comparison.plan import needed
+
+        done: Any = {}
+        if resume is not None:
+            resumed_refuses(ctx, ("config", *values, "model", "output"), PLACE)
+            wanted, done = read_comparison(resume)
+            wanted.run.data = str(data)
+            for name in given(ctx, PLACE):
+                setattr(wanted.run, name, values[name])
+            for name in given(ctx, _AXES):
+                setattr(wanted, name, grid[name])
+        else:
+            run = FinetuneConfig(data=str(data), model=str(model), output=str(output), **values)
+            wanted = ComparisonConfig(run, **grid)
+        if dry_run:
+            wanted.check()
+            cells = [cell for cell in needed(wanted, done) if cell not in done]
+            session.print(f"{len(cells)} runs at least, beside {len(done)} that are done; nothing written (--dry-run)")
+            for cell in cells:
+                session.print(f"  {cell.norm}, batch {cell.batch_size}, lr {cell.lr:g}, seed {cell.seed}")
+            session.result({"cells": [cell._asdict() for cell in cells]})
+            return
+        result = run_comparison(wanted, resume=resume is not None, overwrite=overwrite, quiet=quiet)
+        session.print(_table(result))
+        session.print(f"top-1 of the {result.split} images; report: {Path(wanted.run.output) / 'report.html'}")
+        session.result(result.to_dict())
+
+
+def _list(text: str, kind: Any, flag: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise typer.BadParameter(f"{text!r} is no list of {what}, separated by commas", param_hint=flag) from None
+
+
+def _table(result: Comparison) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from cbn_convert.comparison.summary import HEADERS
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, header in enumerate(HEADERS):
+        table.add_column(header, justify="right" if number else "left")
+    for row in result.rows:
+        table.add_row(*row.cells())
+    return table
