@@ -27,7 +27,7 @@ def _joined(name: str) -> str:
     return ",".join(map(str, _DEFAULTS[name].default))
 
 
-@with_settings(*GRID, first=_AXES)
+@with_settings(*GRID, first=(*_AXES, "images"))
 def compare(
     ctx: typer.Context,
     data: Data,
@@ -49,6 +49,10 @@ def compare(
             metavar="RATE,..|auto",
         ),
     ] = "auto",
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images that each run sees; default: --epochs.", rich_help_panel=GRID_PANEL),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs at the best rate.", rich_help_panel=GRID_PANEL)] = _DEFAULTS[
         "seeds"
     ].default,
@@ -87,8 +91,8 @@ def compare(
     values = read_values(settings)
     grid = {
         "norms": _list(norms, str, "--norms"), "batch_sizes": _list(batch_sizes, int, "--batch-sizes"),
-        "lrs": None if lrs == "auto" else _list(lrs, float, "--lrs"), "seeds": seeds, "reference": reference,
-        "jobs": jobs,
+        "lrs": None if lrs == "auto" else _list(lrs, float, "--lrs"), "images": images, "seeds": seeds,
+        "reference": reference, "jobs": jobs,
     }  # fmt: skip
     with Session(as_json, debug, quiet) as session:
         from cbn_convert import FinetuneConfig
@@ -98,7 +102,7 @@ def compare(
 
         done: Any = {}
         if resume is not None:
-            resumed_refuses(ctx, ("config", *values, "model", "output"), PLACE)
+            resumed_refuses(ctx, ("config", *values, "images", "model", "output"), PLACE)
             wanted, done = read_comparison(resume)
             wanted.run.data = str(data)
             for name in given(ctx, PLACE):

@@ -27,7 +27,8 @@ class ComparisonConfig:
     run: the settings that all cells share; its norm, batch size and rate are of no meaning, its seed is the first and
     its output the folder of the comparison. norms: names as in FinetuneConfig, of CBN also variants, such as
     "cbn:taylor:window=8". lrs: peak learning rates to try; None searches around the automatic one until the best has a
-    worse one on either side. seeds: runs at the best rate. reference: batch size of the BN that the others are measured
+    worse one on either side. images: training images that each run sees, None for those of `run.epochs`. seeds: runs at
+    the best rate. reference: batch size of the BN that the others are measured
     against, 0 for none. jobs: cells at a time.
     """
 
@@ -35,6 +36,7 @@ class ComparisonConfig:
     norms: tuple[str, ...] = ("bn", "frozen", "gn", "brn", "cbn")
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     lrs: tuple[float, ...] | None = None
+    images: int | None = None
     seeds: int = 3
     reference: int = 32
     jobs: int = 1
@@ -50,13 +52,15 @@ class ComparisonConfig:
             raise RunError(f"batch sizes must be at least 1, got {min(self.batch_sizes)}")
         if bad := [lr for lr in self.lrs or () if not (lr > 0 and math.isfinite(lr))]:
             raise RunError(f"learning rates must be above 0, got {bad[0]}")
-        for name, value, least in (("seeds", self.seeds, 1), ("jobs", self.jobs, 1), ("reference", self.reference, 0)):
-            if value < least:
+        for name, least in (("seeds", 1), ("jobs", 1), ("reference", 0), ("images", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
                 raise RunError(f"{name} must be at least {least}, got {value}")
         for norm, batch_size in self.columns:
             self.cell(norm, batch_size, self.lrs[0] if self.lrs else None, self.run.seed).check()
-        if self.run.patience is not None:
-            raise RunError("patience would give the cells different numbers of images; leave it out")
+        for name in ("patience", "max_steps"):
+            if getattr(self.run, name) is not None:
+                raise RunError(f"{name} would give the runs different numbers of images; use epochs or images")
 
     @property
     def columns(self) -> list[tuple[str, int]]:

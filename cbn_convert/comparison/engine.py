@@ -13,6 +13,7 @@ import torch
 from .. import __version__
 from ..errors import RunError
 from ..files import check_output, read_json, remove_directory, write_json
+from ..training.config import FinetuneConfig
 from ..training.data import read_splits
 from ..training.faults import StopSignals
 from ..training.metrics import read_metrics
@@ -41,10 +42,10 @@ def compare(
 ) -> Comparison:
     """Fine-tunes with every norm and batch size of the grid, and writes results, table, plots and report.
 
-    Every run sees the same number of images, training images x epochs, but for the incomplete last step of an epoch. A
-    rate is chosen by validation top-1; where the data have a test/ folder, the accuracies reported are of that.
-    `resume` goes on with what `config.run.output` holds; norms, batch sizes, rates and seeds may have become more.
-    Raises RunError, DataError or ModelError, ComparisonInterrupted after a signal.
+    Every run sees the same number of images, but for the incomplete last step of an epoch. A rate is chosen by
+    validation top-1; where the data have a test/ folder, the accuracies reported are of that. `resume` goes on with
+    what `config.run.output` holds; norms, batch sizes, rates and seeds may have become more. Raises RunError, DataError
+    or ModelError, ComparisonInterrupted after a signal.
     """
     config.check()
     output = Path(config.run.output)
@@ -55,11 +56,10 @@ def compare(
     else:
         _check_new(output, overwrite)
     training, _ = read_splits(config.run.data, config.run.val_fraction, config.run.seed)
-    images = len(training.samples) * config.run.epochs
     with owned(output):
         if stored is None:
             _clear(output)
-        grid = _Grid(config, output, images, {} if stored is None else stored[1])
+        grid = _Grid(config, output, len(training.samples), {} if stored is None else stored[1])
         grid.save()
         grid.run(quiet)
         comparison = Comparison.of(config, grid.results)
@@ -84,7 +84,7 @@ def read_comparison(output: Path) -> tuple[ComparisonConfig, dict[Cell, dict[str
 
 def _check_same(config: ComparisonConfig, stored: ComparisonConfig, output: Path) -> None:
     """Raises RunError if the cells would not be those of the same comparison."""
-    own, other = config.run.to_dict(), stored.run.to_dict()
+    own, other = ({**c.run.to_dict(), "images": c.images} for c in (config, stored))
     if changed := sorted(name for name in own if name not in PLACE and own[name] != other[name]):
         name = changed[0]
         raise RunError(
@@ -107,9 +107,10 @@ class _Grid:
     """The cells and what is known of them."""
 
     def __init__(
-        self, config: ComparisonConfig, output: Path, images: int, results: dict[Cell, dict[str, Any]]
+        self, config: ComparisonConfig, output: Path, available: int, results: dict[Cell, dict[str, Any]]
     ) -> None:
-        self.config, self.output, self.images, self.results = config, output, images, results
+        self.config, self.output, self.available, self.results = config, output, available, results
+        self.images = config.images or available * config.run.epochs  # that each run sees
 
     def save(self) -> None:
         """Writes results.json."""
@@ -136,8 +137,7 @@ class _Grid:
             while todo := self._todo():
                 for cell in todo:
                     if workers.free and cell not in workers.running:
-                        settings = replace(self.config.cell(*cell), output=str(self._folder(cell)))
-                        workers.start(cell, settings.to_dict())
+                        workers.start(cell, self._settings(cell).to_dict())
                         display.begin(cell)
                 display.update(len(self.results), {cell: 1 - self._done(cell) for cell in todo}, self.images)
                 finished = workers.finished(timeout=1.0)
@@ -146,6 +146,14 @@ class _Grid:
                 if signals.received:
                     workers.stop()
                     raise ComparisonInterrupted(signals.received, self.output)
+
+    def _settings(self, cell: Cell) -> FinetuneConfig:
+        settings = replace(self.config.cell(*cell), output=str(self._folder(cell)))
+        if self.config.images:
+            per_update = cell.batch_size * settings.accumulate
+            settings.max_steps = max(1, self.images // per_update)
+            settings.epochs = 1 + -(-self.images // (self.available // per_update * per_update or self.available))
+        return settings
 
     def _keep(self, cell: Cell, result: dict[str, Any], display: Display) -> None:
         what = result.get("error") or f"top-1 {result['top1']:.2f} %"
