@@ -170,7 +170,7 @@ def state(run: Path) -> dict[str, Any]:
     return {
         **shared,
         "rank-0": torch.load(newest / "rank-0.pt", weights_only=True),
-        "checkpoints": [path.name for path in checkpoints(run)],
+        "newest": newest.name,  # an older one that is kept may be of the step at which a signal came
         "metrics": [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)],
         "best": weights(run / "best/model.safetensors"),
         "results": json.loads((run / "results.json").read_text()),

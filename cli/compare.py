@@ -138,11 +138,10 @@ def _table(result: Comparison) -> Table:
     from rich import box
     from rich.table import Table
 
-    from cbn_convert.comparison.summary import HEADERS
-
+    headers, rows = result.table()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, header in enumerate(HEADERS):
+    for number, header in enumerate(headers):
         table.add_column(header, justify="right" if number else "left")
-    for row in result.rows:
-        table.add_row(*row.cells())
+    for row in rows:
+        table.add_row(*row)
     return table

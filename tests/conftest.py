@@ -53,11 +53,16 @@ def write_image(path: Path, color: tuple[int, int, int], noise_seed: int, size: 
     Image.fromarray(pixels.numpy()).save(path)
 
 
-@pytest.fixture
-def colors(tmp_path: Path) -> Path:
+def write_colors(folder: Path) -> Path:
     """An image folder of two classes that a small network tells apart at once, with train/ and val/."""
     for split, count in (("train", 16), ("val", 6)):
         for label, color in (("blue", (60, 60, 200)), ("red", (200, 60, 60))):
             for i in range(count):
-                write_image(tmp_path / "colors" / split / label / f"{i}.png", color, 1000 * (split == "val") + i)
-    return tmp_path / "colors"
+                write_image(folder / split / label / f"{i}.png", color, 1000 * (split == "val") + i)
+    return folder
+
+
+@pytest.fixture
+def colors(tmp_path: Path) -> Path:
+    """`write_colors` in a folder of its own."""
+    return write_colors(tmp_path / "colors")

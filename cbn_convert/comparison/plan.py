@@ -66,9 +66,11 @@ class Column:
             cells = [self._cell(self._rate(place)) for place in places]
             if any(cell not in results for cell in cells):
                 return cells, None
-            # of equals the one nearest to the automatic rate: then a column that learns nothing ends here
             scores = {place: score(results[cell]) for place, cell in zip(places, cells, strict=True)}
+            # of equals the one nearest to the automatic rate: then a column that learns nothing ends here
             best = max(places, key=lambda place: (scores[place], -abs(place)))
+            if scores[best] < 0:
+                best = low  # too high, most likely
             if best == low > -FARTHEST:
                 low -= 1
             elif best == high < FARTHEST:

@@ -68,17 +68,42 @@ class Comparison:
         """The row of BN at the reference batch size."""
         return next((r for r in self.rows if (r.norm, r.batch_size) == ("bn", self.config.reference)), None)
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Headers and rows as text; without the GPU memory where there was no GPU."""
+        width = len(HEADERS) - all(row.peak_memory is None for row in self.rows)
+        return list(HEADERS[:width]), [list(row.cells()[:width]) for row in self.rows]
+
+    def best(self) -> dict[int, Row]:
+        """The row with the highest accuracy for each batch size that is compared."""
+        rows = [row for row in self.rows if row is not self.reference and row.top1 is not None]
+        sizes = {row.batch_size for row in rows}
+        return {
+            size: max((r for r in rows if r.batch_size == size), key=lambda r: r.top1 or 0) for size in sorted(sizes)
+        }
+
+    def sentences(self) -> list[str]:
+        """What the table says, in words: a difference within the scatter of both is called none."""
+        said = []
+        for size, row in self.best().items():
+            others = [
+                r for r in self.rows if r.batch_size == size and r.top1 is not None and r not in (row, self.reference)
+            ]
+            equal = [r.norm for r in others if (row.top1 or 0) - (r.top1 or 0) <= (row.std or 0) + (r.std or 0)]
+            text = f"At batch size {size} the best is {row.norm} with {row.cells()[2]} %"
+            text += " (one seed)" if row.seeds == 1 else ""
+            said.append(text + (f", which {' and '.join(equal)} equal within the scatter." if equal else "."))
+        reference = self.reference
+        if reference is not None and reference.top1 is not None:
+            said.append(f"BatchNorm at batch size {reference.batch_size} reaches {reference.cells()[2]} %.")
+        return said
+
     def markdown(self) -> str:
         """The table, the best of each batch size in bold."""
-        best = {
-            row.batch_size: max(r.top1 or 0 for r in self.rows if r.batch_size == row.batch_size) for row in self.rows
-        }
-        lines = [f"| {' | '.join(HEADERS)} |", "|---|" + "---:|" * (len(HEADERS) - 1)]
-        for row in self.rows:
-            norm, size, top1, *rest = row.cells()
-            if row.top1 is not None and row.top1 == best[row.batch_size]:
-                top1 = f"**{top1}**"
-            lines.append(f"| {' | '.join([norm, size, top1, *rest])} |")
+        headers, rows = self.table()
+        lines = [f"| {' | '.join(headers)} |", "|---|" + "---:|" * (len(headers) - 1)]
+        for row, (norm, size, top1, *rest) in zip(self.rows, rows, strict=True):
+            shown = f"**{top1}**" if row in self.best().values() else top1
+            lines.append(f"| {' | '.join([norm, size, shown, *rest])} |")
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
