@@ -2,7 +2,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-gpu demo lint format bench-cpu bench-gpu stability estimation sweep chaos training clean
+.PHONY: test test-gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -65,6 +65,11 @@ training: $(STAMP)
 	$(VENV)/bin/torchrun --nproc-per-node 2 benchmarks/communication.py
 	$(PY) benchmarks/recipes.py --data ../shared/data
 	$(PY) benchmarks/training.py
+
+# docs/results.md: hundreds of runs, most of a day on two cores; it goes on where it was stopped
+study: $(STAMP)
+	$(PY) benchmarks/study.py --data ../shared/data --work study
+	$(PY) benchmarks/study_report.py
 
 estimation: $(STAMP)
 	$(PY) benchmarks/estimation.py --data ../shared/data

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .comparison import ComparisonConfig as ComparisonConfig
+    from .comparison import compare as compare
     from .conversion import ConversionReport as ConversionReport
     from .conversion import ReportRow as ReportRow
     from .conversion import convert as convert
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _SOURCES = {
+    "comparison": ("ComparisonConfig", "compare"),
     "conversion": ("ConversionReport", "ReportRow", "convert", "revert", "warm_up"),
     "deploy": ("export", "fold"),
     "errors": ("CbnError",),

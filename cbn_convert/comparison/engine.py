@@ -72,14 +72,20 @@ def read_comparison(output: Path) -> tuple[ComparisonConfig, dict[Cell, dict[str
     path = output / RESULTS
     if not path.is_file():
         raise RunError(f"{output} is no comparison: it has no {RESULTS}; leave --resume out to start one")
-    stored = read_json(path, "results")
     try:
-        config = ComparisonConfig.from_dict(stored["config"])
-        cells = {Cell(*(cell.pop(name) for name in Cell._fields)): cell for cell in stored["cells"]}
-    except (KeyError, TypeError, AttributeError, RunError) as error:
+        config, cells = parse(read_json(path, "results"))
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is not that of a comparison ({error}); choose another folder") from error
     config.run = replace(config.run, output=str(output))
     return config, cells
+
+
+def parse(stored: dict[str, Any]) -> tuple[ComparisonConfig, dict[Cell, dict[str, Any]]]:
+    """Settings and finished cells of what results.json holds. Raises KeyError, TypeError or RunError for another."""
+    cells = (dict(cell) for cell in stored["cells"])
+    return ComparisonConfig.from_dict(stored["config"]), {
+        Cell(*(cell.pop(name) for name in Cell._fields)): cell for cell in cells
+    }
 
 
 def _check_same(config: ComparisonConfig, stored: ComparisonConfig, output: Path) -> None:

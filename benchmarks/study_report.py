@@ -1,0 +1,150 @@
+"""python benchmarks/study_report.py: writes the tables of docs/results.md and README.md from results/study/*.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NamedTuple
+
+from readme import ROOT, fill
+from study import COMPARISONS, PUBLISHED, STUDY
+
+from cbn_convert.comparison.engine import parse
+from cbn_convert.comparison.plan import Results
+from cbn_convert.comparison.plots import draw
+from cbn_convert.comparison.summary import Comparison, Row
+
+LABELS = {
+    "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
+    PUBLISHED: "CBN as published", f"{PUBLISHED}:burn_in=100": "CBN as published, burn-in of 100 steps",
+    "cbn:taylor": "CBN, Taylor's step", "cbn:ring:window=8": "CBN, ring of 8",
+    "cbn:none": "averaging without compensation",
+    **{f"cbn:window={k}": f"CBN, window {k}" for k in (1, 2, 4, 8, 32, 64)},
+}  # fmt: skip
+NETWORKS = {"v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0"}
+HEADLINE = {"hands-v2-short": "results-hands.png", "clothing-v2-short": "results-clothing.png"}
+
+
+class Study(NamedTuple):
+    """A finished comparison with what its JSON says of it."""
+
+    report: dict[str, Any]
+    comparison: Comparison
+    results: Results
+
+    @property
+    def rows(self) -> dict[tuple[str, int], Row]:
+        return {(row.norm, row.batch_size): row for row in self.comparison.rows}
+
+
+def read() -> dict[str, Study]:
+    """The comparisons that there are, in the order of study.py."""
+    studies = {}
+    for name in COMPARISONS:
+        if (STUDY / f"{name}.json").is_file():
+            report = json.loads((STUDY / f"{name}.json").read_text())
+            config, results = parse(report)
+            studies[name] = Study(report, Comparison.of(config, results), results)
+    return studies
+
+
+def table(name: str, study: Study) -> str:
+    """Norms in rows, batch sizes in columns; top-1, scatter and rate."""
+    config = study.comparison.config
+    sizes = [*config.batch_sizes, *([config.reference] if config.reference else [])]
+    best = {id(row) for row in study.comparison.best().values()}
+    lines = [
+        f"| top-1 [%] at best lr | {' | '.join(f'batch {size}' for size in sizes)} |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for norm in dict.fromkeys((*config.norms, "bn") if config.reference else config.norms):
+        cells = []
+        for size in sizes:
+            row = study.rows.get((norm, size))
+            if row is None:
+                cells.append("")
+            elif row.top1 is None:
+                cells.append("failed")
+            else:
+                text = f"{row.top1:.1f}" + ("" if row.std is None else f" ± {row.std:.1f}")
+                cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}")
+        lines.append(f"| {LABELS[norm]} | {' | '.join(cells)} |")
+    versions, runs = study.report["versions"], len(study.results)
+    budget = f"{config.images} images" if config.images else f"{config.run.epochs} epochs"
+    source = (
+        f"{budget} per run, {config.run.opt}, {config.run.img_size} px, {runs} runs, {config.seeds} seeds; "
+        f"`{study.report['command']} --only {name}`, [JSON](BASE/benchmarks/results/study/{name}.json), "
+        f"torch {versions['torch']}"
+    )
+    return "\n".join([*lines, "", f"*{source}*"])
+
+
+def verdicts(studies: dict[str, Study]) -> str:
+    """CBN beside the best of the others and beside BN at the reference batch size."""
+    lines = [
+        "| data, network, budget | batch | CBN | best other | CBN ahead by | BN at 32 | CBN ahead by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, study in studies.items():
+        config = study.comparison.config
+        if "cbn" not in config.norms or len(config.norms) < 3:
+            continue
+        reference = study.comparison.reference
+        for size in config.batch_sizes:
+            own = study.rows["cbn", size]
+            others = [r for r in study.rows.values() if r.batch_size == size and r.norm != "cbn" and r.top1 is not None]
+            if own.top1 is None or not others:
+                continue
+            rival = max(others, key=lambda r: r.top1 or 0)
+            ahead = _difference(own, rival)
+            over = ["", ""] if reference is None else [_shown(reference), _difference(own, reference)]
+            lines.append(
+                f"| {title(name)} | {size} | {_shown(own)} | {_shown(rival)} ({LABELS[rival.norm]}) | {ahead} | "
+                f"{' | '.join(over)} |"
+            )
+    return "\n".join(lines)
+
+
+def _shown(row: Row) -> str:
+    return "failed" if row.top1 is None else row.cells()[2]
+
+
+def _difference(own: Row, other: Row) -> str:
+    """With the standard error of the difference of two means; in bold where it is more than twice that."""
+    assert own.top1 is not None
+    assert other.top1 is not None
+    difference = own.top1 - other.top1
+    error = math.sqrt(sum((r.std or 0) ** 2 / max(r.seeds, 1) for r in (own, other)))
+    text = f"{difference:+.1f} ± {error:.1f}"
+    return f"**{text}**" if abs(difference) > 2 * error else text
+
+
+def title(name: str) -> str:
+    """What a comparison is called."""
+    data, network, settings = COMPARISONS[name]
+    return f"{data}, {NETWORKS[network]}, {settings.get('images', '')} images, {settings.get('opt', 'sgd')}"
+
+
+def sections(studies: dict[str, Study]) -> str:
+    """A table for each comparison."""
+    return "\n\n".join(f"### {title(name)}\n\n{table(name, study)}" for name, study in studies.items())
+
+
+def main() -> None:
+    studies = read()
+    runs = sum(len(study.results) for study in studies.values())
+    for name, file in HEADLINE.items():
+        if name in studies:
+            (ROOT / "docs" / file).write_bytes(draw(studies[name].comparison)[0].png)
+    fill(
+        ROOT / "docs" / "results.md",
+        {
+            "runs": f"{runs} runs in {len(studies)} comparisons.",
+            "verdicts": verdicts(studies),
+            "study": sections(studies),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
