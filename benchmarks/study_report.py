@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, NamedTuple
 
 from readme import ROOT, fill
 from study import COMPARISONS, PUBLISHED, STUDY
 
-from cbn_convert.comparison.engine import parse
 from cbn_convert.comparison.plan import Results
 from cbn_convert.comparison.plots import draw
-from cbn_convert.comparison.summary import Comparison, Row
+from cbn_convert.comparison.store import parse
+from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
 
 LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
@@ -111,12 +110,9 @@ def _shown(row: Row) -> str:
 
 def _difference(own: Row, other: Row) -> str:
     """With the standard error of the difference of two means; in bold where it is more than twice that."""
-    assert own.top1 is not None
-    assert other.top1 is not None
-    difference = own.top1 - other.top1
-    error = math.sqrt(sum((r.std or 0) ** 2 / max(r.seeds, 1) for r in (own, other)))
-    text = f"{difference:+.1f} ± {error:.1f}"
-    return f"**{text}**" if abs(difference) > 2 * error else text
+    higher, error = difference(own, other)
+    text = f"{higher:+.1f}" + ("" if error is None else f" ± {error:.1f}")
+    return f"**{text}**" if exceeds(own, other) or exceeds(other, own) else text
 
 
 def title(name: str) -> str:

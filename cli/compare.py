@@ -88,6 +88,8 @@ def compare(
     if resume is None and (model is None or output is None):
         missing = "'--model' / '-m'" if model is None else "'--output' / '-o'"
         raise typer.BadParameter("required, unless --resume names a comparison", param_hint=missing)
+    if images is not None and given(ctx, ["epochs"]):
+        raise typer.BadParameter("images and epochs say the same; give one of them", param_hint="--images")
     values = read_values(settings)
     grid = {
         "norms": _list(norms, str, "--norms"), "batch_sizes": _list(batch_sizes, int, "--batch-sizes"),
@@ -96,14 +98,15 @@ def compare(
     }  # fmt: skip
     with Session(as_json, debug, quiet) as session:
         from cbn_convert import FinetuneConfig
+        from cbn_convert.comparison.engine import check
         from cbn_convert.comparison.engine import compare as run_comparison
-        from cbn_convert.comparison.engine import read_comparison
         from cbn_convert.comparison.plan import needed
+        from cbn_convert.comparison.store import read_comparison
 
         done: Any = {}
         if resume is not None:
             resumed_refuses(ctx, ("config", *values, "images", "model", "output"), PLACE)
-            wanted, done = read_comparison(resume)
+            wanted, _, done = read_comparison(resume)
             wanted.run.data = str(data)
             for name in given(ctx, PLACE):
                 setattr(wanted.run, name, values[name])
@@ -113,7 +116,7 @@ def compare(
             run = FinetuneConfig(data=str(data), model=str(model), output=str(output), **values)
             wanted = ComparisonConfig(run, **grid)
         if dry_run:
-            wanted.check()
+            check(wanted, resume=resume is not None, overwrite=overwrite)
             cells = [cell for cell in needed(wanted, done) if cell not in done]
             session.print(f"{len(cells)} runs at least, beside {len(done)} that are done; nothing written (--dry-run)")
             for cell in cells:

@@ -48,19 +48,27 @@ class ComparisonConfig:
                 raise RunError(
                     f"the {name} must be different and at least one, got {','.join(map(str, values)) or '-'}"
                 )
-        if any(size < 1 for size in self.batch_sizes):
-            raise RunError(f"batch sizes must be at least 1, got {min(self.batch_sizes)}")
-        if bad := [lr for lr in self.lrs or () if not (lr > 0 and math.isfinite(lr))]:
-            raise RunError(f"learning rates must be above 0, got {bad[0]}")
+        for size in self.batch_sizes:
+            if not isinstance(size, int) or size < 1:
+                raise RunError(f"batch sizes must be whole numbers of at least 1, got {size!r}")
+        for lr in self.lrs or ():
+            if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
+                raise RunError(f"learning rates must be numbers above 0, got {lr!r}")
         for name, least in (("seeds", 1), ("jobs", 1), ("reference", 0), ("images", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise RunError(f"{name} must be at least {least}, got {value}")
+            if not (value is None and name == "images") and (not isinstance(value, int) or value < least):
+                raise RunError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        known: dict[str, str] = {}
+        for norm in self.norms:
+            if (other := known.setdefault(repr(sorted(read_norm(norm).items())), norm)) != norm:
+                raise RunError(f"the norms {other} and {norm} are the same; leave one out")
         for norm, batch_size in self.columns:
-            self.cell(norm, batch_size, self.lrs[0] if self.lrs else None, self.run.seed).check()
-        for name in ("patience", "max_steps"):
+            for seed in (self.run.seed, self.run.seed + self.seeds - 1):
+                self.cell(norm, batch_size, self.lrs[0] if self.lrs else None, seed).check()
+        for name in ("patience", "max_steps", "eval_every"):
             if getattr(self.run, name) is not None:
-                raise RunError(f"{name} would give the runs different numbers of images; use epochs or images")
+                what = "evaluations" if name == "eval_every" else "images"
+                raise RunError(f"{name} would give runs of other batch sizes other numbers of {what}; leave it out")
 
     @property
     def columns(self) -> list[tuple[str, int]]:
@@ -104,11 +112,11 @@ def read_norm(name: str) -> dict[str, Any]:
     for part in parts:
         key, _, value = part.partition("=")
         found = next((setting for setting, values in VARIANTS.items() if part in values), None)
-        if found is not None:
-            settings[found] = part
-        elif key in NUMBERS and value.isdigit():
-            settings[key] = int(value)
-        else:
+        number = key in NUMBERS and value.isascii() and value.isdecimal()
+        if found is None and not number:
             known = [*(v for values in VARIANTS.values() for v in values), *(f"{key}=N" for key in NUMBERS)]
             raise RunError(f"{name!r} has the unknown part {part!r}; known are {', '.join(known)}")
+        if (found or key) in settings:
+            raise RunError(f"{name!r} sets {found or key} twice; leave one out")
+        settings[found or key] = int(value) if number else part
     return settings

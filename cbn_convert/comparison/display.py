@@ -27,7 +27,7 @@ class Display:
         )
         self.task = self.bar.add_task("", total=1.0, done=0, cells=0, left="")
         self.rates: dict[int, list[float]] = {}  # seconds per image, by batch size
-        self.started: dict[Cell, float] = {}
+        self.started: dict[Cell, tuple[float, float]] = {}
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -38,15 +38,17 @@ class Display:
     ) -> None:
         self.bar.stop()
 
-    def begin(self, cell: Cell) -> None:
-        """A cell has started."""
-        self.started[cell] = time.monotonic()
+    def begin(self, cell: Cell, part: float) -> None:
+        """A cell has started, of which this part was done before."""
+        self.started[cell] = time.monotonic(), part
 
     def end(self, cell: Cell, images: int, text: str) -> float:
         """A cell that took so many images is finished; the seconds that it took."""
-        seconds = time.monotonic() - self.started.pop(cell)
-        self.rates.setdefault(cell.batch_size, []).append(seconds / images)
-        self.console.print(text, highlight=False)
+        began, part = self.started.pop(cell)
+        seconds = time.monotonic() - began
+        if part < 1:
+            self.rates.setdefault(cell.batch_size, []).append(seconds / (images * (1 - part)))
+        self.console.print(text, highlight=False, markup=False)
         return seconds
 
     def update(self, done: int, todo: dict[Cell, float], images: int) -> None:

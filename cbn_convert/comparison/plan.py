@@ -2,8 +2,8 @@
 
 Every column, a norm at a batch size, is tried at several learning rates with the first seed; the other seeds run at the
 best of them, by validation top-1. Without a list of rates those around the automatic one are tried, a factor of √10
-apart, until the best has a worse one on either side. What is next depends on the finished cells alone, not on the order
-in which they finished, so an interrupted comparison ends with the same cells.
+apart, until the best has none that is better on either side, or lies a factor of 1000 away. What is next depends on the
+finished cells alone, not on the order in which they finished, so an interrupted comparison ends with the same cells.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """The name of its folder."""
         norm = self.norm.replace(":", "-").replace("=", "")
-        return f"{norm}_b{self.batch_size}_lr{self.lr:.2e}_s{self.seed}"
+        return f"{norm}_b{self.batch_size}_lr{self.lr!r}_s{self.seed}"
 
 
 Results = Mapping[Cell, Mapping[str, Any]]
@@ -84,6 +84,11 @@ class Column:
         if best is None or score(results[best]) < 0:
             return cells
         return [*cells, *(self._cell(best.lr, seed) for seed in range(1, self.config.seeds))]
+
+    def at_edge(self, results: Results) -> bool:
+        """Whether the best rate is the lowest or highest of several, so that a better one may lie beyond."""
+        cells, best = self._searched(results)
+        return len(cells) > 1 and best is not None and best.lr in (min(cells).lr, max(cells).lr)
 
     def best(self, results: Results) -> float | None:
         """The chosen rate; None before all rates were tried, or if every one failed."""

@@ -70,7 +70,7 @@ def _look(comparison: Comparison, norm: str) -> dict[str, Any]:
 def _accuracy(comparison: Comparison, axis: Any) -> None:
     for norm in comparison.config.norms:
         rows = sorted(
-            (r for r in comparison.rows if r.norm == norm and r.top1 is not None and r is not comparison.reference),
+            (r for r in comparison.compared if r.norm == norm and r.top1 is not None),
             key=lambda r: r.batch_size,
         )
         axis.errorbar(

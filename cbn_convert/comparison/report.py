@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..files import replaced_file
 from .plots import Plot, draw
+from .store import PLOT
 from .summary import Comparison
 
 _PAGE = """<!doctype html>
@@ -62,6 +63,10 @@ dd {{ margin: 0; overflow-wrap: anywhere; }}
 def write_report(comparison: Comparison, output: Path) -> None:
     """Writes table.md, table.csv, each plot as PNG and SVG, and report.html. Raises RunError if that fails."""
     plots = draw(comparison)
+    kept = {f"{plot.name}.{end}" for plot in plots for end in ("png", "svg")}
+    for path in list(output.iterdir()):
+        if PLOT.fullmatch(path.name) and path.name not in kept:
+            path.unlink(missing_ok=True)  # of a batch size that is no longer asked for
     texts = {"table.md": comparison.markdown(), "table.csv": comparison.csv(), "report.html": page(comparison, plots)}
     texts |= {f"{plot.name}.svg": plot.svg for plot in plots}
     for name, text in texts.items():

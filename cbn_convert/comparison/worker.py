@@ -1,8 +1,6 @@
 """A process that runs cells: one line of JSON in is the settings of a run, one line out its outcome.
 
-    python -m cbn_convert.comparison.worker THREADS
-
-When standard input ends, the run at hand is saved as after a signal.
+Its only argument is a number of threads. When standard input ends, the run at hand is saved as after a signal.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from .config import with_tuples
 POINTS = 60  # of a curve
 
 
-def run(settings: dict[str, Any]) -> dict[str, Any]:
+def run(settings: dict[str, Any], tested: bool) -> dict[str, Any]:
     """The outcome of one run, which goes on if it was interrupted. Raises CbnError for what ends the comparison."""
     config = FinetuneConfig(**with_tuples(settings))
     folder = Path(config.output)
@@ -46,7 +44,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "train_seconds": result.train_seconds, "peak_memory": result.peak_memory, "skipped": result.skipped,
         **curves(folder),
     }  # fmt: skip
-    if (Path(config.data) / "test").is_dir():
+    if tested:
         scored = evaluate(
             folder, config.data, split="test", workers=config.workers, device=config.device,
             skip_bad_images=config.skip_bad_images,
@@ -71,11 +69,15 @@ def main() -> None:
     """Runs cells until standard input ends."""
     torch.set_num_threads(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.register_at_fork(after_in_child=answers.close)  # or a pipe would stay open after this process has died
     os.dup2(2, 1)  # whatever else prints must not be taken for an answer
+    # a process that is forked closes sys.stdin, for which it would wait for ever while a thread here reads from it
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123
     lines: queue.Queue[str] = queue.Queue()
 
     def listen() -> None:
-        for line in sys.stdin:
+        for line in questions:
             lines.put(line)
         lines.put("")
         os.kill(os.getpid(), signal.SIGTERM)  # the run at hand saves a checkpoint
@@ -85,13 +87,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while line := lines.get():
         try:
-            answer = run(json.loads(line))
+            answer = run(**json.loads(line))
         except KeyboardInterrupt:
             answer = {"interrupted": True}
         except CbnError as error:
             answer = {"failed": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        try:
+            print(json.dumps(answer), file=answers, flush=True)
+        except BrokenPipeError:  # what started this process is gone
+            os._exit(1)

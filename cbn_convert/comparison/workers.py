@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +19,10 @@ from typing_extensions import Self
 
 from ..errors import RunError
 from .plan import Cell
+
+# the same package as here, whatever lies in the current folder
+_ROOT = str(Path(__file__).parents[2])
+_PROGRAM = f"import sys; sys.path[0] = {_ROOT!r}; from {__package__}.worker import main; main()"
 
 
 class Workers:
@@ -41,7 +47,7 @@ class Workers:
         processes = [*self._idle, *self.running.values()]
         for process in processes:
             if kind is not None:
-                process.kill()
+                _kill(process)
             assert process.stdin is not None
             process.stdin.close()
         for process in processes:
@@ -52,23 +58,27 @@ class Workers:
         """Whether another cell can start."""
         return len(self.running) < self.count
 
-    def start(self, cell: Cell, settings: dict[str, Any]) -> None:
-        """Runs a cell with these settings in a process that is free."""
+    def start(self, cell: Cell, settings: dict[str, Any], tested: bool) -> None:
+        """Runs a cell with these settings in a process that is free; `tested`: there are test images."""
         process = self._idle.pop() if self._idle else self._new()
         self.running[cell] = process
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps(settings) + "\n")
+            process.stdin.write(json.dumps({"settings": settings, "tested": tested}) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             pass  # it has died, which reading its answer tells
         threading.Thread(target=self._listen, args=(cell, process), daemon=True).start()
 
     def _new(self) -> subprocess.Popen[str]:
-        with self.log.open("a", encoding="utf-8") as log:
+        try:
+            log = self.log.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write {self.log}: {error.strerror}; allow it, and go on with --resume") from error
+        with log:
             return subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", str(self.threads)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8", start_new_session=True,
+                [sys.executable, "-c", _PROGRAM, str(self.threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, text=True, encoding="utf-8", start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
             )  # fmt: skip
 
@@ -84,12 +94,17 @@ class Workers:
         try:
             cell, line = self._answers.get(timeout=timeout)
         except queue.Empty:
-            return None
+            # the processes that load images may hold a dead one's pipe open, which then never ends
+            dead = [cell for cell, process in self.running.items() if process.poll() is not None]
+            if not dead:
+                return None
+            cell, line = dead[0], ""
         process = self.running.pop(cell)
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
             code = process.wait()
+            _kill(process)
             raise RunError(
                 f"the process that ran {cell.name} has ended (exit code {code}), perhaps for want of memory; see "
                 f"{self.log}, and go on with --resume"
@@ -106,3 +121,9 @@ class Workers:
             process.stdin.close()
         for process in self.running.values():
             process.wait()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Ends a process with those that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

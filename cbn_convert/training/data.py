@@ -106,6 +106,23 @@ def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:
     return read_classes(root / "val" if (root / "val").is_dir() else root, classes)
 
 
+def test_split(data: str, classes: list[str]) -> Split | None:
+    """The images of data/test, for a folder that also has data/train. Raises DataError if they cannot be read."""
+    if named.is_name(data) or not all((Path(data) / name).is_dir() for name in ("train", "test")):
+        return None
+    return read_classes(Path(data) / "test", classes)
+
+
+def refuse_among_images(output: Path, data: str) -> None:
+    """Raises DataError if what is written to `output` would be read as images or classes of the folder `data`."""
+    if named.is_name(data):
+        return
+    root = Path(data).resolve()
+    read = [root / name for name in ("train", "val", "test")] if (root / "train").is_dir() else [root]
+    if any(output.resolve().is_relative_to(folder) for folder in read):
+        raise DataError(f"{output} lies among the images of {data}; choose an output folder elsewhere")
+
+
 def _named_split(data: str, split: str, classes: list[str] | None = None) -> Split:
     samples, found, opened = named.read(data, split)
     if classes is not None and found != classes[: len(found)]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..conversion import warm_up
 from ..deploy import export
-from ..errors import CbnWarning, DataError, RunError
+from ..errors import CbnWarning, DataError, DivergedError, RunError
 from ..files import write_json
 from . import checkpoint
 from .config import FinetuneConfig, FinetuneResult, read_run
@@ -57,11 +57,13 @@ def finetune(
     run = Path(config.output)
     config.check()
     accelerator = _accelerator(config)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # of a run before this one in the same process
     ranks = Ranks()
     if resume:
         read_run(run)
     elif ranks.main:
-        check_new(run, overwrite)
+        check_new(run, config.data, overwrite)
     # a run that was killed before its first checkpoint starts again
     setup = build(config, resumed=resume and bool(checkpoint.checkpoints(run)))
     if resume:
@@ -146,6 +148,10 @@ class _Trainer:
                     self._train_epoch()
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(self.config.batch_size, self.device) from error
+        if self.best_top1 < 0:
+            raise DivergedError(
+                f"no evaluation gave a finite loss; start again with a lower --lr (it was {self.learner.lr:g})"
+            )
         if self.config.tracker:
             self.accelerator.end_training()
         return self._result()
@@ -264,7 +270,7 @@ class _Trainer:
         self.last_top1 = result.top1
         self.bad_images = self.ranks.union([*self.bad_images, *result.bad_images])
         self.without_best += 1
-        better = result.top1 > self.best_top1
+        better = result.top1 > self.best_top1 and math.isfinite(result.loss)
         if better:
             self.best_top1, self.best_top5, self.without_best = result.top1, result.top5, 0
             self.best_epoch, self.best_step = self._epoch, self.step

@@ -22,7 +22,7 @@ from ..models import ModelSpec, create_model, reset_head
 from ..norm import CrossIterationMixin
 from .checkpoint import checkpoints
 from .config import FinetuneConfig, read_run
-from .data import Split, read_splits
+from .data import Split, read_splits, refuse_among_images
 from .evaluation import resolve_device
 from .loading import StepSampler
 from .norms import apply_norm
@@ -142,8 +142,9 @@ def prepare_folder(run: Path, config: FinetuneConfig, setup: Setup, ranks: int) 
     )
 
 
-def check_new(run: Path, overwrite: bool) -> None:
-    """Raises RunError if a new run must not be written there."""
+def check_new(run: Path, data: str, overwrite: bool) -> None:
+    """Raises RunError or DataError if a new run on these data must not be written there."""
+    refuse_among_images(run, data)
     check_output(run, overwrite)
     for folder in [run / "best", *checkpoints(run)]:
         check_replaceable(folder)

@@ -16,11 +16,11 @@ import pytest
 from conftest import write_colors
 
 import cbn_convert as cbn
-from cbn_convert.comparison import engine, workers
 from cbn_convert.comparison.config import ComparisonConfig
-from cbn_convert.comparison.engine import compare, read_comparison
+from cbn_convert.comparison.engine import check, compare
 from cbn_convert.comparison.plan import Cell
-from cbn_convert.errors import RunError
+from cbn_convert.comparison.store import read_comparison
+from cbn_convert.errors import DataError, RunError
 
 COMMAND = [sys.executable, "-m", "cbn_convert.cli", "compare"]
 SMALL = [
@@ -43,7 +43,7 @@ def small(colors: Path, output: Path, **changes: Any) -> ComparisonConfig:
 
 def outcomes(folder: Path) -> dict[Cell, dict[str, Any]]:
     """The cells without what a clock has measured."""
-    cells = read_comparison(folder)[1]
+    cells = read_comparison(folder)[2]
     return {cell: {k: v for k, v in result.items() if k not in MEASURED} for cell, result in cells.items()}
 
 
@@ -96,28 +96,31 @@ def test_interrupted_and_resumed_is_the_same(
     finished: tuple[Path, Path], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     data, expected = finished
-    call = [*COMMAND, str(data), *SMALL, "--reference", "8", "-o", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    call = [*COMMAND, str(data), *SMALL, "--reference", "8", "-o", str(out)]
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
-    cells = tmp_path / "out" / "cells"
     deadline = time.monotonic() + 120
-    while not list(cells.glob("*/checkpoints/step-*")) and time.monotonic() < deadline:
+    while not list(out.glob("cells/*/checkpoints/step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert list(out.glob("cells/*/checkpoints/step-*"))
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == code
     if number != signal.SIGKILL:
-        assert f"stopped by {number.name}; go on with --resume {tmp_path / 'out'}" in err
-    assert 0 <= len(outcomes(tmp_path / "out")) < 5
-    wait_for_the_lock(tmp_path / "out")
-    done = subprocess.run(
-        [*COMMAND, str(data), "--resume", str(tmp_path / "out"), "-q"], capture_output=True, text=True, check=False
+        assert f"stopped by {number.name}; go on with --resume {out}" in err
+    wait_for_the_lock(out)
+    done = set(outcomes(out))
+    (interrupted,) = (path for path in (out / "cells").iterdir() if path.name not in {cell.name for cell in done})
+    begun = (interrupted / "config.json").stat().st_mtime_ns
+    resumed = subprocess.run(
+        [*COMMAND, str(data), "--resume", str(out), "-q"], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert outcomes(tmp_path / "out") == outcomes(expected)
-    rows = [(tmp_path / "out" / "table.csv").read_text(), (expected / "table.csv").read_text()]
-    assert [line.split(",")[:6] for line in rows[0].splitlines()] == [
-        line.split(",")[:6] for line in rows[1].splitlines()
-    ]
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert len(done) < 5
+    assert (interrupted / "config.json").stat().st_mtime_ns == begun  # it went on, and did not start again
+    assert outcomes(out) == outcomes(expected)
+    rows = [(folder / "table.csv").read_text().splitlines() for folder in (out, expected)]
+    assert [line.split(",")[:6] for line in rows[0]] == [line.split(",")[:6] for line in rows[1]]
 
 
 def wait_for_the_lock(out: Path) -> None:
@@ -136,11 +139,10 @@ def wait_for_the_lock(out: Path) -> None:
 def test_more_norms_and_seeds_later(finished: tuple[Path, Path], tmp_path: Path) -> None:
     _, out = finished
     shutil.copytree(out, tmp_path / "out")
-    before = read_comparison(tmp_path / "out")[1]
-    config, _ = read_comparison(tmp_path / "out")
+    config, _, before = read_comparison(tmp_path / "out")
     config.norms, config.batch_sizes, config.seeds = ("bn", "cbn", "cbn:none"), (4,), 2
     result = compare(config, resume=True, quiet=True)
-    after = read_comparison(tmp_path / "out")[1]
+    after = read_comparison(tmp_path / "out")[2]
     assert {cell: after[cell] for cell in before} == before  # also those that are no longer asked for
     assert {cell for cell in after if cell not in before} == {
         Cell("bn", 4, 0.01, 1), Cell("cbn", 4, 0.01, 1), Cell("cbn:none", 4, 0.01, 0), Cell("cbn:none", 4, 0.01, 1),
@@ -153,7 +155,7 @@ def test_more_norms_and_seeds_later(finished: tuple[Path, Path], tmp_path: Path)
 
 def test_two_jobs_give_the_same(finished: tuple[Path, Path], tmp_path: Path) -> None:
     _, out = finished
-    config, _ = read_comparison(out)
+    config, _, _ = read_comparison(out)
     config.run.output, config.jobs = str(tmp_path / "out"), 2
     compare(config, quiet=True)
     assert outcomes(tmp_path / "out") == outcomes(out)
@@ -162,7 +164,7 @@ def test_two_jobs_give_the_same(finished: tuple[Path, Path], tmp_path: Path) -> 
 def test_a_budget_in_images(colors: Path, tmp_path: Path) -> None:
     compare(small(colors, tmp_path / "out", images=50, batch_sizes=(4, 2)), quiet=True)
     assert {cell.batch_size: result["steps"] for cell, result in outcomes(tmp_path / "out").items()} == {4: 12, 2: 25}
-    config, _ = read_comparison(tmp_path / "out")
+    config, _, _ = read_comparison(tmp_path / "out")
     config.images = 60
     with pytest.raises(RunError, match="has images 50, not 60; leave it out, or start another one"):
         compare(config, resume=True, quiet=True)
@@ -174,10 +176,15 @@ def test_one_value_per_channel_is_a_result(colors: Path, tmp_path: Path) -> None
     assert result.rows[0].failure == "a batch has one value per channel, of which there are no statistics"
 
 
-def test_what_diverges_is_a_result(colors: Path, tmp_path: Path) -> None:
-    result = compare(small(colors, tmp_path / "out", norms=("cbn",), lrs=(1e30, 0.01)), quiet=True)
+@pytest.mark.parametrize(
+    ("on_nan", "said"), [("stop", "the loss is no longer finite"), ("skip", "no evaluation gave a finite loss")]
+)
+def test_what_diverges_is_a_result(on_nan: str, said: str, colors: Path, tmp_path: Path) -> None:
+    config = small(colors, tmp_path / "out", norms=("cbn",), lrs=(1e30, 0.01))
+    config.run.on_nan = on_nan
+    result = compare(config, quiet=True)
     assert (result.rows[0].lr, result.rows[0].seeds) == (0.01, 1)
-    assert "the loss is no longer finite" in outcomes(tmp_path / "out")[Cell("cbn", 2, 1e30, 0)]["error"]
+    assert said in outcomes(tmp_path / "out")[Cell("cbn", 2, 1e30, 0)]["error"]
     assert (tmp_path / "out" / "report.html").is_file()
 
 
@@ -187,40 +194,121 @@ def test_folders_that_are_no_place_for_it(finished: tuple[Path, Path], tmp_path:
         compare(small(data, out), quiet=True)
     with pytest.raises(RunError, match=r"is no comparison: it has no results.json"):
         compare(small(data, tmp_path), resume=True, quiet=True)
+    with pytest.raises(RunError, match=r"nowhere does not exist; leave --resume out"):
+        compare(small(data, tmp_path / "nowhere"), resume=True, quiet=True)
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "mine").write_text("dear")
     with pytest.raises(RunError, match=r"is no comparison"):
         compare(small(data, tmp_path), overwrite=True, quiet=True)
     assert (tmp_path / "cells" / "mine").read_text() == "dear"
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(RunError, match=r"results.json is not that of a comparison"):
-        compare(small(data, tmp_path), resume=True, quiet=True)
-    config = small(data, out, run=cbn.FinetuneConfig(data=str(data), model="test_resnet", output=str(out)))
-    with pytest.raises(RunError, match=r"the comparison in .* has epochs 1, not 10; leave it out, or start another"):
-        compare(config, resume=True, quiet=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match=r"holds metrics.jsonl, which is not of a comparison"):
+        compare(small(data, tmp_path / "run"), overwrite=True, quiet=True)
+    longer = small(data, out)
+    longer.run.epochs = 10
+    with pytest.raises(RunError, match="has epochs 1, not 10; leave it out, or start another"):
+        compare(longer, resume=True, quiet=True)
+    with pytest.raises(DataError, match="lies among the images of"):
+        compare(small(data, data / "train" / "out"), quiet=True)
+    with pytest.raises(DataError, match="lies among the images of"):
+        cbn.finetune(small(data / "train", data / "train" / "out").cell("bn", 2, 0.1, 0), quiet=True)
+    assert not (data / "train" / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: r.clear(), "no 'config'"),
+        (lambda r: r["config"].update(norms=["bm"]), "norm must be one of"),
+        (lambda r: r["config"].update(batch_sizes=["2"]), "batch sizes must be whole numbers"),
+        (lambda r: r["config"].pop("run"), "its settings do not fit this version"),
+        (lambda r: r["cells"][0].pop("top1"), "no 'top1'"),
+        (lambda r: r["cells"][0].update(top1=None), "must be real number"),
+        (lambda r: r["cells"][0].update(step_seconds=float("nan")), "a run without numbers"),
+        (lambda r: r["cells"][0].update(lr="high"), "could not convert"),
+        (lambda r: r.update(cells=3), "not iterable"),
+        (lambda r: r.update(images=None), "not iterable"),
+    ],
+)
+def test_results_that_are_none(finished: tuple[Path, Path], tmp_path: Path, change: Any, reason: str) -> None:
+    _, out = finished
+    stored = json.loads((out / "results.json").read_text())
+    change(stored)
+    (tmp_path / "results.json").write_text(json.dumps(stored))
+    with pytest.raises(RunError, match=r"results.json is not that of a comparison \(.*\); choose another") as caught:
+        read_comparison(tmp_path)
+    assert reason in str(caught.value)
+    (tmp_path / "results.json").write_text(json.dumps(stored)[:-2])
+    with pytest.raises(RunError, match=r"results.json is not valid JSON .*; the file is damaged"):
+        read_comparison(tmp_path)
+
+
+def test_other_images_are_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    data, out = finished
+    shutil.copytree(data, tmp_path / "data")
+    config, _, _ = read_comparison(out)
+    config.run.data = str(tmp_path / "data")
+    check(config, resume=True, overwrite=False)  # the same images at another place
+    next((tmp_path / "data" / "test" / "red").iterdir()).unlink()
+    with pytest.raises(RunError, match="has other images than the comparison in"):
+        check(config, resume=True, overwrite=False)
+    (tmp_path / "data" / "test" / "red").rename(tmp_path / "data" / "test" / "green")
+    with pytest.raises(DataError, match="has the class 'green'"):  # before anything is trained
+        check(config, resume=True, overwrite=False)
 
 
 def test_an_error_of_a_run_ends_it_with_one_sentence(colors: Path, tmp_path: Path) -> None:
+    config = small(colors, tmp_path / "out")
+    config.run.model = "test_resnot"
+    with pytest.raises(RunError, match=r"^bn_b2_lr0.01_s0: .*test_resnot"):
+        compare(config, quiet=True)
+
+
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_a_process_that_dies(loaders: int, colors: Path, tmp_path: Path) -> None:
+    """The processes that load its images must not keep the comparison waiting, nor live on."""
+    call = [*COMMAND, str(colors), *SMALL, "--workers", str(loaders), "--epochs", "500", "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("cells/*/curves.png")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list((tmp_path / "out").glob("cells/*/curves.png"))  # it has evaluated
+    (worker,) = children(process.pid)
+    own = children(worker)
+    assert len(own) >= loaders
+    os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "error: the process that ran bn_b2_lr0.01_s0 has ended (exit code -9), perhaps for want of memory" in err
+    assert not any(Path(f"/proc/{pid}").exists() and "(zombie)" not in status(pid) for pid in own)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def status(pid: int) -> str:
+    """What Linux says of a process."""
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "(zombie)"
+
+
+def test_another_package_in_the_current_folder(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    data, _ = finished
+    (tmp_path / "cbn_convert").mkdir()
+    for name in ("cbn_convert/__init__.py", "queue.py"):
+        (tmp_path / name).write_text("raise SystemExit('the wrong one')")
+    program = "import sys; sys.path.pop(0); from cbn_convert.cli.main import run; run()"  # as the console script does
     done = subprocess.run(
-        [*COMMAND, str(colors), *SMALL, "-m", "test_resnot", "-o", str(tmp_path / "out")],
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-c", program, "compare", str(data), *SMALL, "--norms", "bn", "--batch-sizes",
+         "4", "--reference", "0", "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "test_resnot" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_process_that_dies(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = workers.Workers.start
-
-    def kill(self: Any, cell: Cell, settings: dict[str, Any]) -> None:
-        start(self, cell, settings)
-        self.running[cell].kill()
-
-    monkeypatch.setattr(engine.Workers, "start", kill)
-    with pytest.raises(RunError, match=r"the process that ran bn_b2_lr1.00e-02_s0 has ended \(exit code -9\)"):
-        compare(small(colors, tmp_path / "out"), quiet=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_dry_run_writes_nothing(colors: Path, tmp_path: Path) -> None:
@@ -231,3 +319,5 @@ def test_a_dry_run_writes_nothing(colors: Path, tmp_path: Path) -> None:
     assert len(json.loads(done.stdout.splitlines()[-1])["cells"]) == 5
     assert "5 runs at least" in done.stderr
     assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="does not exist"):
+        check(small(tmp_path / "nowhere", tmp_path / "out"), resume=False, overwrite=False)

@@ -89,6 +89,16 @@ def test_where_high_rates_fail_lower_ones_are_found() -> None:
     assert columns(config)[0].best(endless) == 3e-6
 
 
+def test_a_best_rate_at_the_edge_is_told() -> None:
+    def edge(config: ComparisonConfig, best: float) -> bool:
+        return Comparison.of(config, finish(config, peak(best))).rows[0].at_edge
+
+    config = grid(norms=("cbn",), lrs=(1e-4, 1e-3, 1e-2))
+    assert [edge(config, best) for best in (1e-4, 1e-3, 1e-1)] == [True, False, True]
+    assert not edge(grid(norms=("cbn",), lrs=(1e-3,)), 1e-1)
+    assert [edge(grid(norms=("cbn",)), best) for best in (1e-3, 1e-9)] == [False, True]
+
+
 def test_more_of_everything_keeps_what_is_done() -> None:
     small = finish(grid(seeds=1), peak(3e-3))
     large = grid(seeds=2, batch_sizes=(2, 4), norms=("bn", "cbn", "gn"))
@@ -110,6 +120,7 @@ def test_the_reference_is_a_column_of_its_own_unless_it_is_one_already() -> None
 def test_names_of_folders_differ() -> None:
     config = grid(norms=("cbn", "cbn:taylor", "cbn:window=4", "cbn:window=16"), batch_sizes=(1, 2, 16))
     cells = list(finish(config, peak(3e-4)))
+    cells += [Cell("cbn", 2, 0.01, 0), Cell("cbn", 2, 0.010001, 0)]
     assert len({cell.name for cell in cells}) == len(cells)
     assert all(set(cell.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.-+") for cell in cells)
 
@@ -141,14 +152,22 @@ def test_a_variant_is_made_of_settings(norm: str, settings: dict[str, Any]) -> N
         ({"norms": ("cbn:window=0",)}, "window must be at least 1"),
         ({"norms": ()}, "the norms must be different and at least one, got -"),
         ({"norms": ("bn", "bn")}, "the norms must be different"),
-        ({"batch_sizes": (0,)}, "batch sizes must be at least 1, got 0"),
+        ({"batch_sizes": (0,)}, "batch sizes must be whole numbers of at least 1, got 0"),
         ({"batch_sizes": (2, 2)}, "the batch sizes must be different"),
-        ({"lrs": (0.0,)}, "learning rates must be above 0"),
-        ({"lrs": (math.nan,)}, "learning rates must be above 0"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"images": 0}, "images must be at least 1, got 0"),
-        ({"run": FinetuneConfig(data="d", model="m", output="o", max_steps=5)}, "max_steps would give the runs"),
-        ({"run": FinetuneConfig(data="d", model="m", output="o", patience=5)}, "patience would give the runs"),
+        ({"lrs": (0.0,)}, "learning rates must be numbers above 0"),
+        ({"lrs": (math.nan,)}, "learning rates must be numbers above 0"),
+        ({"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
+        ({"seeds": "3"}, "seeds must be a whole number of at least 1, got '3'"),
+        ({"reference": None}, "reference must be a whole number of at least 0, got None"),
+        ({"images": 0}, "images must be a whole number of at least 1, got 0"),
+        ({"norms": ("cbn:taylor:none",)}, "'cbn:taylor:none' sets compensation twice"),
+        ({"norms": ("cbn:window=4:window=8",)}, "sets window twice"),
+        ({"norms": ("cbn:window=²",)}, "has the unknown part 'window=²'"),
+        ({"norms": ("cbn:window=4", "cbn:window=04")}, "the norms cbn:window=4 and cbn:window=04 are the same"),
+        ({"run": FinetuneConfig(data="d", model="m", output="o", seed=2**31 - 1)}, "seed must be at least 0 and below"),
+        ({"run": FinetuneConfig(data="d", model="m", output="o", eval_every=5)}, "eval_every would give runs of other"),
+        ({"run": FinetuneConfig(data="d", model="m", output="o", max_steps=5)}, "max_steps would give runs of other"),
+        ({"run": FinetuneConfig(data="d", model="m", output="o", patience=5)}, "patience would give runs of other"),
         ({"run": FinetuneConfig(data="d", model="m", output="o", epochs=0)}, "epochs must be at least 1"),
         (
             {"run": FinetuneConfig(data="d", model="m", output="o", opt="lion")},

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -78,17 +79,34 @@ def test_words_for_what_is_equal(comparison: Comparison) -> None:
     said = " ".join(comparison.sentences())
     assert re.search(r"At batch size 2 the best is cbn with 79.\d ± 0.1 %\.", said)
     assert "BatchNorm at batch size 32 reaches" in said
-    config = grid(norms=("frozen", "cbn"), lrs=(1e-3,))
-    results = finish(config, lambda cell: 50 + cell.seed + (cell.norm == "cbn"))
-    assert Comparison.of(config, results).sentences() == [
-        "At batch size 2 the best is cbn with 52.0 ± 1.0 %, which frozen equal within the scatter."
-    ]
-    one = grid(norms=("frozen", "cbn"), lrs=(1e-3,), seeds=1)
-    assert "51.0 % (one seed)." in Comparison.of(one, finish(one, results_of_one)).sentences()[0]
+
+    def sentences(ahead: float, **changes: Any) -> str:
+        config = grid(norms=("frozen", "cbn"), lrs=(1e-3,), **changes)
+        results = finish(config, lambda cell: 50 + cell.seed + ahead * (cell.norm == "cbn"))
+        return " ".join(Comparison.of(config, results).sentences())
+
+    # the standard error of the difference of two means of three is sqrt(2/3)
+    assert sentences(1.6) == "At batch size 2 the best is cbn with 52.6 ± 1.0 %; within the error frozen is as good."
+    assert sentences(1.7) == "At batch size 2 the best is cbn with 52.7 ± 1.0 %."
+    assert sentences(9, seeds=1).endswith("59.0 %; one seed tells nothing of the scatter.")
 
 
-def results_of_one(cell: Cell) -> float:
-    return 50.0 + (cell.norm == "cbn")
+def test_failed_seeds_are_told() -> None:
+    config = grid(norms=("bn", "cbn"), lrs=(1e-3,))
+
+    def top1(cell: Cell) -> float | None:
+        return None if cell.norm == "cbn" and cell.seed == 2 else 50.0 + cell.seed + 5 * (cell.norm == "cbn")
+
+    (said,) = Comparison.of(config, finish(config, top1)).sentences()
+    assert "the best is cbn with 55.5 ± 0.7 %, though 1 of its 3 runs failed" in said
+
+
+def test_a_reference_that_is_compared_itself_can_be_the_best() -> None:
+    config = grid(norms=("bn", "cbn"), batch_sizes=(2, 32), reference=32, lrs=(1e-3,))
+    results = finish(config, lambda cell: 95.0 if cell[:2] == ("bn", 32) else 80.0 + cell.seed)
+    comparison = Comparison.of(config, results)
+    assert comparison.best()[32].norm == "bn"
+    assert "At batch size 32 the best is bn with 95.0" in " ".join(comparison.sentences())
 
 
 def test_all_files_are_there_and_load_nothing(comparison: Comparison, tmp_path: Path) -> None:
@@ -107,7 +125,9 @@ def test_all_files_are_there_and_load_nothing(comparison: Comparison, tmp_path: 
         with Image.open(tmp_path / f"{plot}.png") as image:
             assert image.width > 600
     first = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "loss_batch64.png").write_bytes(b"of a batch size that was asked for before")
     write_report(comparison, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == expected
     assert (tmp_path / "report.html").read_bytes() == first
 
 
