@@ -23,6 +23,10 @@ from cbn_convert.training import checkpoint
 from cbn_convert.training.config import FinetuneConfig
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ACCELERATE = [
+    sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -88,14 +92,19 @@ def test_processes_agree_and_resume(processes: int, changes: dict[str, Any], une
         assert result.steps == 2 * (37 // 2)
 
 
-def test_the_command_under_torchrun(uneven: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [[*TORCHRUN, "--nproc-per-node", "2"], [*ACCELERATE, "--num_processes", "2"]],
+    ids=["torchrun", "accelerate"],
+)
+def test_the_command_under_a_launcher(launcher: list[str], uneven: Path, tmp_path: Path) -> None:
     """One process speaks and writes; a signal to the launcher stops all of them with a checkpoint."""
     arguments = [
         "finetune", str(uneven), "-m", "test_resnet", "--no-pretrained", "--img-size", "32", "--no-aug",
         "--device", "cpu", "--workers", "0", "--epochs", "500", "-o", str(tmp_path / "run"), "--json",
     ]  # fmt: skip
     process = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node", "2", "-m", "cbn_convert.cli", *arguments],
+        [*launcher, "-m", "cbn_convert.cli", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     while len(checkpoint.checkpoints(tmp_path / "run")) < 2 and process.poll() is None:
