@@ -2,7 +2,7 @@
 
     python benchmarks/auto_lr.py --data ../shared/data
 
-MobileNetV2-0.35 (ImageNet) on clothing photos as in clothing.py: one epoch of 3,068 images at 96 px, CBN with its
+MobileNetV2-0.35 (ImageNet) on clothing photos: one epoch of 3,068 images at 96 px, CBN with its
 defaults, SGD and AdamW, one thread for a cell. Writes benchmarks/results/auto_lr.json after every cell; cells that are
 there already are not run again.
 """
@@ -18,12 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from clothing import CELL
 from report import RESULTS, provenance
 
 from cbn_convert import FinetuneConfig
 
 OUTPUT = RESULTS / "auto_lr.json"
+CELL = """
+import json, sys, torch, cbn_convert as cbn
+torch.set_num_threads(1)
+try:
+    print(json.dumps(cbn.finetune(cbn.FinetuneConfig(**json.loads(sys.argv[1])), quiet=True).to_dict()))
+except cbn.CbnError as error:
+    print(json.dumps({"error": str(error)}))
+"""
 BATCHES, FACTORS = (8, 4, 2, 1), (1 / 3, 1.0, 3.0)
 
 

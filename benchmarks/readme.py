@@ -9,29 +9,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-LABELS = {
-    "bn": "BN",
-    "frozen": "frozen BN",
-    "cbn": "CBN, moments every step",
-    "cbn-ring8": "CBN, ring of 8",
-    "cbn-published": "CBN as published",
-}
-
-
-def clothing(names: list[str]) -> str:
-    report = json.loads((RESULTS / "clothing_batch2.json").read_text())
-    cells = {(c["norm"], c["lr"]): c for c in report["cells"] if c["seed"] == 0}
-    rates = sorted({lr for norm, lr in cells if norm in names})
-    lines = ["| top-1 [%] at lr | " + " | ".join(f"{lr:g}" for lr in rates) + " | best |"]
-    lines.append("|---|" + "---|" * (len(rates) + 1))
-    for norm in names:
-        own = {lr: c.get("last_top1") for (n, lr), c in cells.items() if n == norm}
-        best = max(v for v in own.values() if v is not None)
-        row = ["" if lr not in own else "diverged" if own[lr] is None else f"{own[lr]:.1f}" for lr in rates]
-        lines.append(f"| {LABELS[norm]} | " + " | ".join(row) + f" | **{best:.1f}** |")
-    link = "[JSON](BASE/benchmarks/results/clothing_batch2.json)"
-    source = f"`{report['command']}`, {link}, torch {report['versions']['torch']}"
-    return "\n".join([*lines, "", f"*{source}*"])
 
 
 NAMES = {
@@ -275,10 +252,8 @@ if __name__ == "__main__":
     fill(
         ROOT / "README.md",
         {
-            "clothing": clothing(["bn", "frozen", "cbn"]),
             "demo": demo(),
             "speed": performance["speed"],
-            **{name: study[name] for name in ("sign_digits-clip", "clothing-clip")},
         },
     )
     fill(ROOT / "docs" / "method.md", study)

@@ -132,6 +132,7 @@ def main() -> None:
     for name, file in HEADLINE.items():
         if name in studies:
             (ROOT / "docs" / file).write_bytes(draw(studies[name].comparison)[0].png)
+    fill(ROOT / "README.md", {"headline": verdicts({name: studies[name] for name in HEADLINE if name in studies})})
     fill(
         ROOT / "docs" / "results.md",
         {
