@@ -11,7 +11,7 @@ from cbn_convert.comparison.config import GRID, ComparisonConfig
 
 from . import options as o
 from .session import Session
-from .settings import PLACE, Config, Data, given, read_values, resumed_refuses, with_settings
+from .settings import PLACE, Config, Data, given, read_values, require, resumed_refuses, with_settings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,9 +85,7 @@ def compare(
     Every run sees the same number of images. Rates are chosen by validation top-1; the accuracies reported are those of
     DATA/test where there is one. All other settings are those of cbn finetune.
     """
-    if resume is None and (model is None or output is None):
-        missing = "'--model' / '-m'" if model is None else "'--output' / '-o'"
-        raise typer.BadParameter("required, unless --resume names a comparison", param_hint=missing)
+    require(model, output, resume)
     if images is not None and given(ctx, ["epochs"]):
         raise typer.BadParameter("images and epochs say the same; give one of them", param_hint="--images")
     values = read_values(settings)

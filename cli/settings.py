@@ -78,6 +78,13 @@ def read_values(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def require(model: Any, output: Any, resume: Any) -> None:
+    """Raises typer.BadParameter if model or output is missing though nothing is resumed."""
+    if resume is None and (model is None or output is None):
+        missing = "'--model' / '-m'" if model is None else "'--output' / '-o'"
+        raise typer.BadParameter("required, unless --resume names what to continue", param_hint=missing)
+
+
 def given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
     """Those of the parameters that have another value than their default."""
     return [name for name in names if getattr(ctx.get_parameter_source(name), "name", None) not in ("DEFAULT", None)]

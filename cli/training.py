@@ -9,7 +9,7 @@ import typer
 
 from . import options as o
 from .session import Session
-from .settings import PLACE, Config, Data, given, read_values, resumed_refuses, with_settings
+from .settings import PLACE, Config, Data, given, read_values, require, resumed_refuses, with_settings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,9 +42,7 @@ def finetune(
     Settings come from the flags, then from --config, then from the defaults shown here. A run that was interrupted goes
     on with --resume. Several GPUs: torchrun --nproc-per-node N -m cbn_convert.cli finetune ...
     """
-    if resume is None and (model is None or output is None):
-        missing = "'--model' / '-m'" if model is None else "'--output' / '-o'"
-        raise typer.BadParameter("required, unless --resume names a run", param_hint=missing)
+    require(model, output, resume)
     if resume is not None and output is not None and output.resolve() != resume.resolve():
         raise typer.BadParameter(
             f"a resumed run goes on in {resume}; leave the output out", param_hint="'--output' / '-o'"

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich import progress
-from rich.console import Console
-from typing_extensions import Self
 
+from ..training.progress import Bar
 from .plan import Cell
 
 
-class Display:
-    """One bar for all cells with the time left, and a line for each that is finished; nothing at all when quiet."""
+class Display(Bar):
+    """One bar for all cells with the time left, and a line for each that is finished."""
 
     def __init__(self, quiet: bool, jobs: int) -> None:
-        self.console = Console(stderr=True, quiet=quiet, emoji=False)
-        self.jobs = jobs
-        self.bar = progress.Progress(
+        super().__init__(
+            quiet,
             progress.TextColumn("{task.fields[done]} of {task.fields[cells]} runs"),
             progress.BarColumn(bar_width=None),
             progress.TextColumn("{task.fields[left]}"),
-            console=self.console,
-            disable=quiet or not self.console.is_terminal,
         )
+        self.jobs = jobs
         self.task = self.bar.add_task("", total=1.0, done=0, cells=0, left="")
         self.rates: dict[int, list[float]] = {}  # seconds per image, by batch size
         self.started: dict[Cell, tuple[float, float]] = {}
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def begin(self, cell: Cell, part: float) -> None:
         """A cell has started, of which this part was done before."""
@@ -48,7 +35,7 @@ class Display:
         seconds = time.monotonic() - began
         if part < 1:
             self.rates.setdefault(cell.batch_size, []).append(seconds / (images * (1 - part)))
-        self.console.print(text, highlight=False, markup=False)
+        self.line(text)
         return seconds
 
     def update(self, done: int, todo: dict[Cell, float], images: int) -> None:
