@@ -17,7 +17,9 @@ from ..norm import CONVERTED, CrossIterationMixin, drop_and_act
 from ..norm.functional import statistics_dtype
 from ..norm.kernels import batch_statistics
 
-R_MAX, D_MAX = 3.0, 5.0  # Ioffe 2017, section 4.1: the values that training ends with
+# Ioffe 2017, section 4.1: the limits that training ends with, and the rate of the moving averages, which r and d need
+# to be steadier than BatchNorm's
+R_MAX, D_MAX, RATE = 3.0, 5.0, 0.01
 
 
 class _Alternative(_BatchNorm):
@@ -58,7 +60,7 @@ class _BatchRenorm(_Alternative):
             self.num_batches_tracked.add_(1)
         gamma = torch.ones_like(r) if self.weight is None else self.weight
         beta = torch.zeros_like(d) if self.bias is None else self.bias
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else RATE
         return F.batch_norm(
             x, self.running_mean, self.running_var, gamma * r, beta + gamma * d, True, momentum, self.eps
         )
