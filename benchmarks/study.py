@@ -55,6 +55,12 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clothing-v1-short": ("clothing", "v1", {**ALL, **SHORT}),
     "clothing-v2-long": ("clothing", "v2", {**RIVALS, "images": 4000}),
     "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
+    "clothing-v2-recalibrated": (
+        "clothing",
+        "v2",
+        {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "recalibrate": 32},
+    ),
+    "hands-v2-recalibrated": ("hands", "v2", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "recalibrate": 32}),
     "clothing-v2-adamw": ("clothing", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
     "hands-v2-adamw": ("hands", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
     "clothing-v2-forms": ("clothing", "v2", {**FORMS, **SHORT}),

@@ -118,7 +118,8 @@ def _difference(own: Row, other: Row) -> str:
 def title(name: str) -> str:
     """What a comparison is called."""
     data, network, settings = COMPARISONS[name]
-    return f"{data}, {NETWORKS[network]}, {settings.get('images', '')} images, {settings.get('opt', 'sgd')}"
+    more = ", statistics recalibrated" if "recalibrate" in settings else ""
+    return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 
 def sections(studies: dict[str, Study]) -> str:
