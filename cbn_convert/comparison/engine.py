@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RunError
+from ..errors import CbnError, RunError
 from ..training.config import FinetuneConfig
 from ..training.data import read_splits, refuse_among_images, test_split
 from ..training.faults import StopSignals
@@ -26,11 +26,12 @@ from .store import (
     check_same_images,
     clear,
     delete_weights,
+    discard_if_nothing_ran,
     read_comparison,
     write,
 )
 from .summary import Comparison
-from .workers import Workers
+from .workers import WorkerDiedError, Workers
 
 
 class ComparisonInterrupted(KeyboardInterrupt):
@@ -71,7 +72,12 @@ def compare(
             clear(output)
         grid = _Grid(config, output, images, results)
         grid.save()
-        grid.run(quiet)
+        try:
+            grid.run(quiet)
+        except CbnError as error:
+            if not isinstance(error, WorkerDiedError):  # after which --resume is the advice
+                discard_if_nothing_ran(output, grid.results)
+            raise
         comparison = Comparison.of(config, grid.results)
         write_report(comparison, output)
     return comparison

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,17 @@ def clear(output: Path) -> None:
                 path.unlink()
     except OSError as error:
         raise RunError(f"cannot delete what is in {output}: {error.strerror}; choose another folder") from error
+
+
+def discard_if_nothing_ran(output: Path, results: Cells) -> None:
+    """Deletes a comparison that no run has begun in, and about which the log has nothing to say."""
+    log = output / LOG
+    said = log.is_file() and log.stat().st_size > 0
+    if not (results or said or any(output.glob(f"{CELLS}/*/checkpoints/step-*"))):
+        clear(output)
+        with suppress(OSError):  # something else may be in the folder
+            (output / ".lock").unlink()
+            output.rmdir()
 
 
 def delete_weights(output: Path, cell: Cell) -> None:

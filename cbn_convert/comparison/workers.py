@@ -25,6 +25,10 @@ _ROOT = str(Path(__file__).parents[2])
 _PROGRAM = f"import sys; sys.path[0] = {_ROOT!r}; from {__package__}.worker import main; main()"
 
 
+class WorkerDiedError(RunError):
+    """A process has ended in the middle of a run."""
+
+
 class Workers:
     """Up to `count` processes that share the processor cores; what they print goes to `log`.
 
@@ -89,7 +93,7 @@ class Workers:
     def finished(self, timeout: float) -> tuple[Cell, dict[str, Any]] | None:
         """The next outcome, None if there is none within so many seconds.
 
-        Raises RunError if the process has died or a run met what ends the comparison.
+        Raises WorkerDiedError if the process has ended, RunError if a run met what ends the comparison.
         """
         try:
             cell, line = self._answers.get(timeout=timeout)
@@ -105,7 +109,7 @@ class Workers:
         except ValueError:
             code = process.wait()
             _kill(process)
-            raise RunError(
+            raise WorkerDiedError(
                 f"the process that ran {cell.name} has ended (exit code {code}), perhaps for want of memory; see "
                 f"{self.log}, and go on with --resume"
             ) from None

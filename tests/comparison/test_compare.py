@@ -263,6 +263,7 @@ def test_an_error_of_a_run_ends_it_with_one_sentence(colors: Path, tmp_path: Pat
     config.run.model = "test_resnot"
     with pytest.raises(RunError, match=r"^bn_b2_lr0.01_s0: .*test_resnot"):
         compare(config, quiet=True)
+    assert not (tmp_path / "out").exists()  # the corrected command needs no --overwrite
 
 
 @pytest.mark.parametrize("loaders", [0, 2])

@@ -170,4 +170,6 @@ def test_the_page_on_paper(comparison: Comparison, tmp_path: Path) -> None:
          (tmp_path / "report.html").as_uri()],
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
-    assert paper.read_bytes().startswith(b"%PDF")
+    content = paper.read_bytes()
+    assert content.startswith(b"%PDF")
+    assert len(content) > 40_000  # five plots and their text; an empty page has a tenth of it
