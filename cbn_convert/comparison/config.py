@@ -14,6 +14,7 @@ VARIANTS = {
     "compensation": ("projection", "taylor", "none", "exact"),
     "gradient": ("full", "current", "straight_through"),
     "history": ("ring", "ema"),
+    "start": ("running", "empty"),
 }
 NUMBERS = ("window", "burn_in")
 GRID = ("norm", "batch_size", "lr")  # the settings of a run that the comparison sets itself

@@ -30,15 +30,15 @@ from ..norm import (
     modes_kept,
 )
 from ..norm.functional import Compensation, Gradient
-from ..norm.history import HistoryKind
+from ..norm.history import HistoryKind, Start
 from ..norm.moments import exact_is_possible
 from ..norm.producers import groups_of, is_transposed, learns, out_channels
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, Part, trace_norms
 
-# A long exponential window is the better default for pretrained networks (docs/method.md); the layer's own default, a
-# ring of 8, is the paper's.
-DEFAULT_WINDOW = 16
+# A long exponential window that starts from the running statistics is the better default for pretrained networks: one
+# that holds 64 images, here of batches of two (docs/method.md). The layer's own default, a ring of 8, is the paper's.
+DEFAULT_WINDOW = 32
 DEFAULT_HISTORY: HistoryKind = "ema"
 # Without a weight of its own to follow, a layer learns best from the batch and the one before it (docs/method.md).
 UNBOUND_WINDOW = 2
@@ -78,6 +78,7 @@ def convert(
     gradient: Literal["full", "current"] = "full",
     history: HistoryKind = DEFAULT_HISTORY,
     burn_in: int = 0,
+    start: Start | None = None,
     sync: bool = False,
     moments_every: int | None = None,
     moments_positions: int | None = MOMENTS_POSITIONS,
@@ -91,18 +92,20 @@ def convert(
     size, or of that in its pretrained_cfg), in training mode where it can, to find the modules that feed each layer.
     Its eval output, state_dict keys and module tree do not change. `include` and `exclude` choose layers by glob
     pattern on the name, or by a predicate (name, module). Layers that are converted already stay as they are. The other
-    arguments are those of CrossIterationBatchNorm2d; moments_every is by default 8 for history "ema" and 1 for "ring",
-    and the layers take turns. With gradient "full", layers without a weight of their own get gradient
-    "straight_through" and, unless compensation is "none", a window of at most 2. `sync` shares the statistics of each
-    batch among the ranks of a process group.
+    arguments are those of CrossIterationBatchNorm2d. A good window holds about 64 images. By default, for history
+    "ema", start is "running" and moments_every 8, the layers taking turns; for "ring" they are "empty" and 1. With
+    gradient "full", layers without a weight of their own get gradient "straight_through" and, unless compensation is
+    "none", a window of at most 2. `sync` shares the statistics of each batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
     """
     if moments_every is None:
         moments_every = MOMENTS_EVERY if history == "ema" else 1
+    if start is None:
+        start = "running" if history == "ema" else "empty"
     try:
-        check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions)
+        check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions, start)
     except ValueError as error:
         raise ConversionError(str(error)) from None
     include, exclude = (s if s is None or isinstance(s, str) or callable(s) else tuple(s) for s in (include, exclude))
@@ -138,7 +141,7 @@ def convert(
         layer = adopt(norm)
         layer.set_window(
             own_window, compensation, own_gradient, history, burn_in, sync or isinstance(norm, nn.SyncBatchNorm),
-            moments_every, moments_positions, phase=index,
+            moments_every, moments_positions, start, phase=index,
         )  # fmt: skip
         if row.status == "compensated":
             layer.bind(*_outputs(model, calls[name].parts))

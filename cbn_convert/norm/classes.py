@@ -23,8 +23,8 @@ class CrossIterationBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
     """nn.BatchNorm2d whose training statistics are those of the last `window` iterations (arXiv 2002.05712).
 
     CrossIterationBatchNorm2d(num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, *, window=8,
-    compensation="projection", gradient="full", history="ring", burn_in=0, sync=False), the first five as in
-    nn.BatchNorm2d:
+    compensation="projection", gradient="full", history="ring", burn_in=0, sync=False, start="empty"), the first five as
+    in nn.BatchNorm2d:
 
         norm = CrossIterationBatchNorm2d(64, window=8).bind(conv)
         y = norm(conv(x))
@@ -37,6 +37,8 @@ class CrossIterationBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
         current batch, "straight_through" gives the current batch the whole window's gradient.
     history: "ring" stores window - 1 iterations, "ema" one exponential average.
     burn_in: iterations at the start that use their own batch only.
+    start: what the window holds at first: "running", a full window of the running statistics ("ema" only; unless they
+        are a new layer's), or "empty" (the paper's).
     sync: statistics of the joined batch of all ranks of torch.distributed's default group, as in SyncBatchNorm.
 
     Input and output [N, C, H, W]; statistics and history in float32 (float64 for float64 input). state_dict keys,

@@ -13,6 +13,8 @@ from .functional import Moments, Reader, by_group, is_known
 
 HistoryKind = Literal["ring", "ema"]
 HISTORIES: tuple[str, ...] = ("ring", "ema")
+Start = Literal["running", "empty"]
+STARTS: tuple[str, ...] = ("running", "empty")
 
 
 class History:
@@ -20,8 +22,9 @@ class History:
 
     "ring" keeps the last window - 1 iterations. "ema" keeps one pooled iteration in which the newest counts 1/window;
     its memory does not grow with the window. Both start with what there is: the n-th iteration counts 1/n until the
-    window is full. With "ema", only every `every`-th iteration needs to bring what compensation needs, and counts for
-    those that did not: the first, and those whose number plus `phase` is a multiple of `every`.
+    window is full, unless `start_from` fills it. With "ema", only every `every`-th iteration needs to bring what
+    compensation needs, and counts for those that did not: the first, and those whose number plus `phase` is a multiple
+    of `every`.
 
     A new iteration is staged and becomes part of the past when the next one asks for it. Until then a forward pass that
     is computed once more, as activation checkpointing does, finds the same past.
@@ -59,7 +62,19 @@ class History:
     @property
     def due(self) -> bool:
         """Whether the current iteration should bring what compensation needs."""
-        return self._slots is None or (self.seen + self.phase) % self.every == 0
+        known = self._slots is not None and self._slots.patch_mean is not None
+        return not known or (self.seen + self.phase) % self.every == 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is recorded."""
+        return self._slots is None and self._staged is None
+
+    def start_from(self, mean: Tensor, var: Tensor) -> None:
+        """Fills an empty window of kind "ema" with statistics [C] that came from elsewhere."""
+        with torch.inference_mode(False):
+            self._slots = Moments(mean[:, None].clone(), var[:, None].clone())
+        self.seen = self.window
 
     def stage(self, new: Moments, finite: Tensor) -> None:
         """Records the current iteration; where `finite` is false it counts as the one before once more."""
@@ -69,7 +84,8 @@ class History:
     def past(self, like: Tensor, compensated: bool, recomputing: bool = False) -> Moments | None:
         """The recorded moments [C, n, ...] on the device of `like`, or None where there are none that fit.
 
-        Moments of another dtype, or without what compensation needs, are of no use to the caller and are dropped.
+        Moments of another dtype are dropped, and so are those of patches where nobody needs them any more. Moments
+        without patches where the caller needs them are dropped from a ring; "ema" waits for the next that has them.
         `recomputing` asks for what the last call returned. The tensors change with the next call that does not, unless
         a `Reader` of theirs is waiting.
         """
@@ -77,7 +93,9 @@ class History:
             self._commit()
         if self._slots is None:
             return None
-        if self._slots.mean.dtype != like.dtype or (self._slots.patch_mean is not None) != compensated:
+        known = self._slots.patch_mean is not None
+        of_use = known == compensated or (compensated and self.kind == "ema")
+        if self._slots.mean.dtype != like.dtype or not of_use:
             self.clear()
             return None
         if self._slots.mean.device != like.device:
@@ -110,6 +128,11 @@ class History:
                 with torch.inference_mode(False):
                     self._slots = _map(torch.clone, self._slots)
             last = (self.seen - 1) % self.capacity
+            if self._slots.patch_mean is None and new.patch_mean is not None and finite:
+                with torch.inference_mode(False):
+                    self._slots = _map(lambda t: t[:, None].clone(), new)._replace(
+                        mean=self._slots.mean, var=self._slots.var
+                    )
             if new.patch_mean is None:
                 previous = Moments(self._slots.mean[:, last], self._slots.var[:, last])
             else:
@@ -136,7 +159,7 @@ class History:
         old, mean = self._slots.mean, new.mean
         if (old.dtype, old.device, len(old)) != (mean.dtype, mean.device, len(mean)):
             return False
-        if new.patch_mean is None and self.every > 1:
+        if self.kind == "ema" and (self._slots.patch_mean is None or (new.patch_mean is None and self.every > 1)):
             return True
         return [t is None for t in self._slots] == [t is None for t in new]
 

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from .distributed import joined_statistics, total, world_size
 from .functional import Compensation, Gradient, Moments, Reader, Running, WindowNormalize, statistics_dtype
-from .history import History, HistoryKind
+from .history import History, HistoryKind, Start
 from .kernels import select
 from .moments import exact_is_possible
 from .options import check_window_options
@@ -53,11 +53,12 @@ class CrossIterationMixin(_BatchNorm):
     burn_in: int
     sync: bool
     moments_positions: int | None
+    start: Start
 
     PLAIN: ClassVar[type[nn.Module]]
     WINDOW_ATTRIBUTES = (
-        "window", "compensation", "gradient", "burn_in", "sync", "moments_positions", "iteration", "_new_history",
-        "_sources",
+        "window", "compensation", "gradient", "burn_in", "sync", "moments_positions", "start", "iteration",
+        "_new_history", "_sources",
     )  # fmt: skip
 
     def __init__(
@@ -71,10 +72,11 @@ class CrossIterationMixin(_BatchNorm):
         sync: bool = False,
         moments_every: int = 1,
         moments_positions: int | None = None,
+        start: Start = "empty",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.set_window(window, compensation, gradient, history, burn_in, sync, moments_every, moments_positions)
+        self.set_window(window, compensation, gradient, history, burn_in, sync, moments_every, moments_positions, start)
 
     def set_window(
         self,
@@ -86,16 +88,18 @@ class CrossIterationMixin(_BatchNorm):
         sync: bool,
         moments_every: int = 1,
         moments_positions: int | None = None,
+        start: Start = "empty",
         phase: int = 0,
     ) -> None:
         """Starts with an empty history and unbound; `phase` shifts the iterations that bring moments (`History`)."""
-        check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions)
+        check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions, start)
         self.window = window
         self.compensation = compensation
         self.gradient = gradient
         self.burn_in = burn_in
         self.sync = sync
         self.moments_positions = moments_positions
+        self.start = start
         self.iteration = 0
         self._new_history = partial(History, window, history, moments_every, phase)
         self._sources = [Source(self._new_history())]
@@ -177,7 +181,7 @@ class CrossIterationMixin(_BatchNorm):
         self._sources = [Source(self._new_history())]
 
     def reset_history(self) -> None:
-        """Forgets the past iterations; the next forward pass uses its own batch alone."""
+        """Forgets the past iterations; the window begins anew as `start` says."""
         for source in self._sources:
             source.history.clear()
 
@@ -285,6 +289,8 @@ class CrossIterationMixin(_BatchNorm):
                 mean, var, spare = kernels.statistics(x)
             else:
                 positions, mean, var = joined_statistics(x)
+            if self.start == "running" and history.is_empty and not recomputing and self.window > 1:
+                self._start(source, mean.dtype)
             past = history.past(mean, module is not None, recomputing)
             if self.iteration < self.burn_in + recomputing:
                 past = None
@@ -322,6 +328,12 @@ class CrossIterationMixin(_BatchNorm):
         if y.requires_grad and window.covariance is not None:
             history.read_by(reader)
         return y, None if running is None else finite
+
+    def _start(self, source: Source, dtype: torch.dtype) -> None:
+        """Fills a source's window with the running statistics, unless they are those of a new BatchNorm."""
+        mean, var = source.of(self.running_mean), source.of(self.running_var)
+        if mean is not None and var is not None and bool((mean != 0).any() | (var != 1).any()):
+            source.history.start_from(mean.to(dtype), var.to(dtype))
 
     def _running(self, source: Source, count: float | Tensor) -> Running | None:
         """A source's running statistics, to move to the window's with Bessel's correction for `count` values."""

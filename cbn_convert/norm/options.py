@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .functional import COMPENSATIONS, GRADIENTS
-from .history import HISTORIES
+from .history import HISTORIES, STARTS
 
 
 def check_window_options(
@@ -14,6 +14,7 @@ def check_window_options(
     burn_in: int,
     moments_every: int = 1,
     moments_positions: int | None = None,
+    start: str = "empty",
 ) -> None:
     """Raises ValueError, naming the argument and what it may be, unless all are valid."""
     numbers: list[tuple[str, int, int]] = [
@@ -26,10 +27,13 @@ def check_window_options(
             raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
     if moments_every > 1 and history == "ring":
         raise ValueError(f'moments_every={moments_every} needs history="ema"; a ring keeps every iteration as it was')
+    if start == "running" and history == "ring":
+        raise ValueError('start="running" needs history="ema"; a ring holds iterations only')
     for name, value, allowed in (
         ("compensation", compensation, COMPENSATIONS),
         ("gradient", gradient, GRADIENTS),
         ("history", history, HISTORIES),
+        ("start", start, STARTS),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NORMS = ("cbn", "bn", "frozen", "gn", "brn")
 DEFAULT_LR = {"sgd": 3e-3, "adamw": 3e-4}
 DEFAULT_LR_IMAGES = 2  # images per update that these are for
+WINDOW_IMAGES = 64  # images that the default window holds
 SCHEDULES = ("cosine", "linear", "constant")
 CLASS_BALANCES = ("none", "sample", "weight")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -83,10 +84,15 @@ class FinetuneConfig:
         "cbn; or, to compare: bn, frozen (fixed statistics), gn (GroupNorm), brn (Batch Renormalization).",
         choices=NORMS,
     )  # fmt: skip
-    window: int = _setting(16, METHOD, "Iterations averaged over; 1 is BN.", least=1)
+    window: int | None = _setting(
+        None, METHOD, "Steps averaged over; 1 is BN; default: as many as hold 64 images.", least=1
+    )
     compensation: str = _setting("projection", METHOD, "projection, taylor (the paper's), none.")
     gradient: str = _setting("full", METHOD, "full, or current (the paper's code).")
     history: str = _setting("ema", METHOD, "ring (exact window) or ema (less memory).")
+    start: str | None = _setting(
+        None, METHOD, "What the window holds at first: running (statistics; with ema the default) or empty."
+    )
     burn_in: int = _setting(0, METHOD, "Iterations before the window grows beyond 1.", least=0)
     sync_cbn: bool = _setting(False, METHOD, "Share each batch's statistics among processes.")
     ema: float | None = _setting(
@@ -171,7 +177,10 @@ class FinetuneConfig:
         from ..norm import check_window_options
 
         try:
-            check_window_options(self.window, self.compensation, self.gradient, self.history, self.burn_in)
+            check_window_options(
+                self.steps_in_window, self.compensation, self.gradient, self.history, self.burn_in,
+                start=self.start or "empty",
+            )  # fmt: skip
         except ValueError as error:
             raise RunError(str(error)) from None
 
@@ -183,6 +192,11 @@ class FinetuneConfig:
         if self.lr is not None:
             return self.lr
         return DEFAULT_LR[self.opt] * math.sqrt(self.batch_size * self.accumulate * ranks / DEFAULT_LR_IMAGES)
+
+    @property
+    def steps_in_window(self) -> int:
+        """`window`; or, where it is None, as many steps as hold WINDOW_IMAGES (docs/method.md has the evidence)."""
+        return -(-WINDOW_IMAGES // self.batch_size) if self.window is None else self.window
 
     @property
     def recalibration_batches(self) -> int:
@@ -206,8 +220,9 @@ class FinetuneConfig:
         names = ["norm", "epochs", "batch_size", "opt"]
         if self.norm == "cbn":
             names[1:1] = ["window", "compensation", "gradient", "history"]
+        window = {"window": self.steps_in_window} if self.norm == "cbn" else {}
         return {
-            "data": Path(self.data).resolve().name, **{name: getattr(self, name) for name in names},
+            "data": Path(self.data).resolve().name, **{name: getattr(self, name) for name in names}, **window,
             "lr": self.peak_lr(),
         }  # fmt: skip
 

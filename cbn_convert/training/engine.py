@@ -161,7 +161,8 @@ class _Trainer:
         if self.config.norm == "cbn":
             self.sampler.start(epoch=-1)
             images = (
-                self.learner.on_device(batch.images) for batch in islice(batches(self.loader), self.config.window)
+                self.learner.on_device(batch.images)
+                for batch in islice(batches(self.loader), self.config.steps_in_window)
             )
             with self.accelerator.autocast():
                 warm_up(self.model, images)
