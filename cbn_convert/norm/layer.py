@@ -289,7 +289,7 @@ class CrossIterationMixin(_BatchNorm):
                 mean, var, spare = kernels.statistics(x)
             else:
                 positions, mean, var = joined_statistics(x)
-            if self.start == "running" and history.is_empty and not recomputing and self.window > 1:
+            if self.start == "running" and history.is_empty and self.window > 1:
                 self._start(source, mean.dtype)
             past = history.past(mean, module is not None, recomputing)
             if self.iteration < self.burn_in + recomputing:

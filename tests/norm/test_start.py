@@ -1,0 +1,205 @@
+"""A window that starts from the running statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from ways import assert_same_state, batch, converted, layers, step
+
+from cbn_convert.errors import ConversionError
+from cbn_convert.norm import CrossIterationBatchNorm2d, history_state, load_history_state
+
+K = 4
+
+
+def pretrained(seed: int = 0, **options) -> nn.Module:
+    """A converted net of which the running statistics are not those of a new one."""
+    net = converted(seed, **options)
+    torch.manual_seed(seed + 100)
+    for layer in layers(net):
+        layer.running_mean.normal_(0.0, 0.5)
+        layer.running_var.uniform_(0.5, 2.0)
+    return net
+
+
+def pair(bias: bool = True, **options) -> tuple[nn.Conv2d, CrossIterationBatchNorm2d]:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, bias=bias).double()
+    norm = CrossIterationBatchNorm2d(4, window=K, history="ema", start="running", **options).double().bind(conv)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    return conv, norm
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+
+
+def mixed(mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of (1 - 1/K) of one population and 1/K of the batch x."""
+    own_mean, own_var = statistics(x)
+    M = (1 - 1 / K) * mean + own_mean / K
+    second = (1 - 1 / K) * (var + mean**2) + (own_var + own_mean**2) / K
+    return M, second - M**2
+
+
+def normalised(norm: nn.Module, x: Tensor, M: Tensor, S: Tensor) -> Tensor:
+    M, S, gamma, beta = (t.view(1, -1, 1, 1) for t in (M, S, norm.weight, norm.bias))
+    return gamma * (x - M) / torch.sqrt(S + norm.eps) + beta
+
+
+@pytest.mark.parametrize("compensation", ["projection", "taylor", "exact", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_steps_against_the_definition(bias: bool, compensation: str) -> None:
+    """Under new weights, the start's statistics respond as the first batch's patches do; value and gradients."""
+    conv, norm = pair(bias, compensation=compensation)
+    M, S = mixed(norm.running_mean.clone(), norm.running_var.clone(), conv(batch(0)))
+    torch.testing.assert_close(norm(conv(batch(0))), normalised(norm, conv(batch(0)), M, S))
+
+    patches = nn.functional.unfold(batch(0), 3).transpose(1, 2).flatten(0, 1)
+    old = conv.weight.detach().flatten(1).clone()
+    old_bias = conv.bias.detach().clone() if bias else torch.zeros(4).double()
+    with torch.no_grad():
+        for p in conv.parameters():
+            p += 0.1 * torch.randn_like(p)
+    new, new_bias = conv.weight.flatten(1), conv.bias if bias else torch.zeros(4).double()
+    M, S = M.detach(), S.detach()
+    if compensation != "none":
+        sigma = torch.cov(patches.T, correction=0)
+        shift = (new - old) @ patches.mean(0) + new_bias - old_bias
+        response, before = new @ sigma, ((old @ sigma) * old).sum(1)
+        across = (response * old).sum(1)
+        grown = {
+            "projection": S * (across / before) ** 2,
+            "taylor": (S + 2 * (across - before) - shift**2).clamp_min(0),
+            "exact": S * (response * new).sum(1) / before,
+        }
+        M, S = M + shift, grown[compensation]
+    x = conv(batch(1))
+    expected = normalised(norm, x, *mixed(M, S, x))
+    actual = norm(conv(batch(1)))
+    torch.testing.assert_close(actual, expected)
+    if compensation != "none":
+        parameters = [*conv.parameters(), norm.weight]
+        gradients = [torch.autograd.grad(y.pow(3).sum(), parameters) for y in (actual, expected)]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_layer_without_a_weight_of_its_own_starts_too() -> None:
+    norm = CrossIterationBatchNorm2d(3, window=K, history="ema", start="running").double()
+    norm.running_mean.normal_()
+    M, S = mixed(norm.running_mean.clone(), norm.running_var.clone(), batch(0))
+    torch.testing.assert_close(norm(batch(0)), normalised(norm, batch(0), M, S))
+
+
+def test_a_new_layer_starts_with_its_first_batch() -> None:
+    norm = CrossIterationBatchNorm2d(3, window=K, history="ema", start="running").double()
+    torch.testing.assert_close(norm(batch(0)), nn.BatchNorm2d(3).double()(batch(0)))
+
+
+def test_window_one_is_batch_norm() -> None:
+    norm, plain = CrossIterationBatchNorm2d(3, window=1, history="ema", start="running"), nn.BatchNorm2d(3)
+    for layer in (norm, plain):
+        layer.running_mean.fill_(0.3)
+    x = batch(0).float()
+    torch.testing.assert_close(norm(x), plain(x))
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+
+
+def test_a_ring_has_no_such_start() -> None:
+    with pytest.raises(ValueError, match=r'start="running" needs history="ema"'):
+        CrossIterationBatchNorm2d(3, history="ring", start="running")
+    with pytest.raises(ConversionError, match=r'start="running" needs history="ema"'):
+        converted(history="ring", start="running")
+
+
+def test_convert_starts_an_exponential_window_from_the_running_statistics() -> None:
+    assert {layer.start for layer in layers(converted())} == {"running"}
+    assert {layer.start for layer in layers(converted(history="ring"))} == {"empty"}
+    assert {layer.start for layer in layers(converted(start="empty"))} == {"empty"}
+
+
+def test_the_first_step_brings_the_moments_of_patches_whoever_has_the_turn() -> None:
+    net = pretrained(moments_every=8)
+    net(batch(0))
+    assert [layer.compensated for layer in layers(net)] == [True, True, True, False]
+
+
+def test_one_image_of_one_position_trains_from_the_start() -> None:
+    """Batch size 1 where the image has shrunk to one position: there is a variance to normalise by."""
+    conv, norm = pair()
+    x = conv(batch(0, n=1, size=3))
+    assert x.shape == (1, 4, 1, 1)
+    M, S = mixed(norm.running_mean.clone(), norm.running_var.clone(), x)
+    torch.testing.assert_close(norm(x), normalised(norm, x, M, S))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 11])
+def test_resume_is_bit_identical(steps: int) -> None:
+    net = pretrained(moments_every=8)
+    for i in range(steps):
+        step(net, batch(i), lr=0.002)
+    other = pretrained(moments_every=8)
+    other.load_state_dict(copy.deepcopy(net.state_dict()))
+    load_history_state(other, copy.deepcopy(history_state(net)))
+    for i in range(20, 30):
+        assert torch.equal(step(net, batch(i), lr=0.002), step(other, batch(i), lr=0.002))
+    assert_same_state(net, other, rtol=0, atol=0)
+
+
+def test_a_copy_starts_from_its_own_running_statistics() -> None:
+    conv, norm = pair()
+    for i in range(3):
+        norm(conv(batch(i)))
+    twin = copy.deepcopy(nn.Sequential(conv, norm))
+    M, S = mixed(norm.running_mean.clone(), norm.running_var.clone(), conv(batch(5)))
+    torch.testing.assert_close(twin(batch(5)), normalised(norm, conv(batch(5)), M, S))
+
+
+def test_reset_running_stats_leaves_nothing_to_start_from() -> None:
+    conv, norm = pair()
+    norm(conv(batch(0)))
+    norm.reset_running_stats()
+    plain = nn.BatchNorm2d(4).double()
+    plain.load_state_dict({k: v for k, v in norm.state_dict().items() if k in ("weight", "bias")}, strict=False)
+    torch.testing.assert_close(norm(conv(batch(1))), plain(conv(batch(1))))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_finds_the_same_start(use_reentrant: bool) -> None:
+    plain, saving = pretrained(), pretrained()
+    saving.around = lambda function, x: checkpoint(function, x, use_reentrant=use_reentrant)
+    for i in range(6):
+        assert torch.equal(step(plain, batch(i).requires_grad_()), step(saving, batch(i).requires_grad_()))
+    assert_same_state(plain, saving, rtol=0, atol=0)
+
+
+def test_a_first_batch_that_is_not_finite_changes_nothing() -> None:
+    spoiled, clean = pair(), pair()
+    bad = batch(0)
+    bad[0, 0, 0, 0] = float("nan")
+    spoiled[1](spoiled[0](bad))
+    for i in range(1, 4):
+        expected = clean[1](clean[0](batch(i)))
+        torch.testing.assert_close(spoiled[1](spoiled[0](batch(i))), expected)
+
+
+def test_weights_that_begin_to_learn_keep_the_start() -> None:
+    """A producer that is frozen at first brings no moments of patches; once it learns, they join what there is."""
+    conv, norm = pair()
+    conv.requires_grad_(False)
+    M, S = norm.running_mean.clone(), norm.running_var.clone()
+    for i in range(5):
+        M, S = mixed(M, S, conv(batch(i)))
+        torch.testing.assert_close(norm(conv(batch(i))), normalised(norm, conv(batch(i)), M, S))
+    conv.requires_grad_(True)
+    M, S = mixed(M, S, conv(batch(5)))
+    torch.testing.assert_close(norm(conv(batch(5))), normalised(norm, conv(batch(5)), M, S))
+    assert norm.compensated
