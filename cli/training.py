@@ -61,7 +61,7 @@ def finetune(
         else:
             wanted = FinetuneConfig(data=str(data), output=str(output), model=str(model), **values)
         if dry_run:
-            from cbn_convert.training.setup import plan
+            from cbn_convert.training.planning import plan
 
             planned = plan(wanted)
             for key, value in planned.items():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NORMS = ("cbn", "bn", "frozen", "gn", "brn")
 DEFAULT_LR = {"sgd": 3e-3, "adamw": 3e-4}
 DEFAULT_LR_IMAGES = 2  # images per update that these are for
+FROZEN_LR = 10**-0.5  # what frozen BN can bear of it (docs/results.md)
 WINDOW_IMAGES = 64  # images that the default window holds
 SCHEDULES = ("cosine", "linear", "constant")
 CLASS_BALANCES = ("none", "sample", "weight")
@@ -118,7 +119,8 @@ class FinetuneConfig:
     seed: int = _setting(0, TRAINING, "Of everything random.", least=0, below=2**31)
 
     lr: float | None = _setting(
-        None, OPTIMIZER, "Peak learning rate, or auto: 3e-3 (sgd) or 3e-4 (adamw) x sqrt(images per update / 2).",
+        None, OPTIMIZER,
+        "Peak learning rate, or auto: 3e-3 (sgd) or 3e-4 (adamw) x sqrt(images per update / 2); frozen: a third.",
         type=str, metavar="RATE|auto",
     )  # fmt: skip
     opt: str = _setting("sgd", OPTIMIZER, "sgd (Nesterov), adamw; with --lr any of timm's.")
@@ -187,11 +189,13 @@ class FinetuneConfig:
     def peak_lr(self, ranks: int = 1) -> float:
         """`lr`; or, where it is None, 3e-3 ("sgd") or 3e-4 ("adamw") for 2 images per update of all `ranks` processes.
 
-        For other numbers it grows with their square root (docs/training.md has the evidence).
+        For other numbers it grows with their square root (docs/training.md has the evidence). Frozen BN gets 0.32 of
+        it, since it diverges at such rates.
         """
         if self.lr is not None:
             return self.lr
-        return DEFAULT_LR[self.opt] * math.sqrt(self.batch_size * self.accumulate * ranks / DEFAULT_LR_IMAGES)
+        rate = DEFAULT_LR[self.opt] * math.sqrt(self.batch_size * self.accumulate * ranks / DEFAULT_LR_IMAGES)
+        return rate * FROZEN_LR if self.norm == "frozen" else rate
 
     @property
     def steps_in_window(self) -> int:
@@ -296,7 +300,9 @@ class FinetuneResult:
 
     top-1 and top-5 in percent on the validation images. Times in seconds of training without evaluation, by the last
     process; loader_wait is the part of them spent waiting for images. peak_memory: largest GPU memory in MB. skipped:
-    updates left out because a gradient was not finite; bad_images: files that could not be read.
+    updates left out because a gradient was not finite; bad_images: files that could not be read. statistics_shift: how
+    far the images' statistics are from the pretrained ones in nats, None for random weights; advice: what the study
+    says of the norm on such images.
     """
 
     output: str
@@ -315,6 +321,8 @@ class FinetuneResult:
     skipped: int
     bad_images: list[str]
     stopped_early: bool
+    statistics_shift: float | None
+    advice: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -24,6 +24,7 @@ from ..deploy import export
 from ..errors import CbnWarning, DataError, DivergedError, RunError
 from ..files import write_json
 from . import checkpoint
+from .advice import advice, measure
 from .config import FinetuneConfig, FinetuneResult, read_run
 from .evaluation import Evaluation, accuracy, resolve_device
 from .faults import StopSignals, TrainingInterrupted, out_of_memory
@@ -117,6 +118,7 @@ class _Trainer:
         self.best_top1, self.best_top5, self.best_epoch, self.best_step, self.last_top1 = -1.0, 0.0, 0, 0, 0.0
         self.without_best = 0
         self.skipped = 0
+        self.shift: float | None = None
         self.bad_images: list[str] = []
         self.train_seconds = self.wait_seconds = 0.0
         self.step_seconds: list[float] = []
@@ -135,8 +137,9 @@ class _Trainer:
             self.log = MetricsLog(self.run, records or 0, track)
         with StopSignals() as self.signals, Progress(self.steps, self.step, quiet) as self.progress:
             if records is None:
-                set_seed(self.config.seed + self.ranks.rank)
                 try:
+                    self._advise()
+                    set_seed(self.config.seed + self.ranks.rank)
                     self._warm_up()
                 except DataError as error:
                     if number := self.signals.received:  # it was for the processes that load images, too
@@ -155,6 +158,12 @@ class _Trainer:
         if self.config.tracker:
             self.accelerator.end_training()
         return self._result()
+
+    def _advise(self) -> None:
+        """Says what the study knows of this norm on images like these."""
+        self.shift = measure(self.model, self.setup, self.config, self.device)
+        if text := advice(self.config.norm, self.config.batch_size, self.shift):
+            self.progress.line(text)
 
     def _warm_up(self) -> None:
         """Fills the history under the weights that training starts from."""
@@ -308,7 +317,7 @@ class _Trainer:
 
     _PROGRESS = (
         "evaluated", "best_top1", "best_top5", "best_epoch", "best_step", "last_top1", "without_best",
-        "skipped", "train_seconds", "wait_seconds",
+        "skipped", "train_seconds", "wait_seconds", "shift",
     )  # fmt: skip
 
     def _save(self) -> None:
@@ -390,4 +399,6 @@ class _Trainer:
             skipped=self.skipped,
             bad_images=self.bad_images,
             stopped_early=self.stopped_early and self.step < self.steps,
+            statistics_shift=self.shift,
+            advice=advice(self.config.norm, self.config.batch_size, self.shift),
         )

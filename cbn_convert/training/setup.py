@@ -19,11 +19,9 @@ from ..conversion import norm_layers
 from ..errors import ModelError, RunError
 from ..files import check_output, check_replaceable, clean_up, remove_directory, write_json
 from ..models import ModelSpec, create_model, reset_head
-from ..norm import CrossIterationMixin
 from .checkpoint import checkpoints
 from .config import FinetuneConfig, read_run
 from .data import Split, read_splits, refuse_among_images
-from .evaluation import resolve_device
 from .loading import StepSampler
 from .norms import apply_norm
 from .optimization import freeze, frozen_modules
@@ -87,30 +85,6 @@ def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
         },
     }  # fmt: skip
     return Setup(model, training, validation, data_config, described, still)
-
-
-def plan(config: FinetuneConfig) -> dict[str, Any]:
-    """What `finetune` would do, found out by building everything and writing nothing. Raises what it raises."""
-    config.check()
-    resolve_device(config.device)
-    setup = build(config)
-    counts = setup.training.counts()
-    sampler = StepSampler(len(setup.training.samples), config.batch_size, config.seed, accumulate=config.accumulate)
-    return {
-        "model": setup.spec["architecture"],
-        "norm": config.norm,
-        "cross_iteration_layers": sum(isinstance(m, CrossIterationMixin) for m in setup.model.modules()),
-        "trained_parameters": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
-        "classes": len(setup.training.classes),
-        "training_images": len(setup.training.samples),
-        "validation_images": len(setup.validation.samples),
-        "largest_class": max(counts),
-        "smallest_class": min(counts),
-        "input_size": list(setup.data_config["input_size"]),
-        "lr": config.peak_lr(),
-        "steps_per_epoch": sampler.updates,
-        "steps": total_steps(config, sampler),
-    }
 
 
 def total_steps(config: FinetuneConfig, sampler: StepSampler) -> int:

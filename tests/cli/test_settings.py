@@ -20,7 +20,7 @@ from cbn_convert.training.config import PANELS
 from cbn_convert.training.metrics import read_metrics
 
 Reader = Callable[..., FinetuneConfig]
-RESULT = FinetuneResult("o", "cbn", 1, 50.0, 100.0, 1, 1, 50.0, 1.0, 0.1, 2.0, 0.0, None, 0, [], False)
+RESULT = FinetuneResult("o", "cbn", 1, 50.0, 100.0, 1, 1, 50.0, 1.0, 0.1, 2.0, 0.0, None, 0, [], False, 0.05, "")
 
 
 @pytest.fixture

@@ -1,0 +1,90 @@
+"""How far the images are from those that the weights were trained on, and which norm that speaks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..norm import modes_kept
+from .config import FinetuneConfig
+from .loading import batches, evaluation_batch, plain_loader
+from .setup import Setup
+
+SHIFT_IMAGES = 64
+# Between the data sets of docs/results.md: on three networks, product photos have 0.05 and hands 0.15 to 0.2.
+FAR = 0.1
+SMALL_BATCH = 4  # the largest batch size that the study compares the norms at
+
+
+@torch.no_grad()
+def statistics_shift(model: nn.Module, images: Iterable[Tensor]) -> float | None:
+    """Median over all BatchNorm channels of the divergence of what they see from their running statistics, in nats.
+
+    The Kullback-Leibler divergence of two normal distributions, of the inputs over all images [N, 3, H, W] from the
+    running mean and variance, in evaluation mode. Modes, weights and statistics stay as they are. None where there is
+    no BatchNorm, none whose running statistics are not those of a new one, or no image.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_trained(m)]
+    sums: dict[nn.Module, Tensor] = {}  # of 1, x - running_mean and its square, [3, C]
+    hooks = [norm.register_forward_pre_hook(partial(_add, sums)) for norm in norms]
+    with modes_kept(model):
+        try:
+            model.eval()
+            for batch in images:
+                model(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    divergences = [_divergence(norm, *total) for norm, total in sums.items()]
+    return float(torch.cat(divergences).median()) if divergences else None
+
+
+def _is_trained(norm: Any) -> bool:
+    mean, var = norm.running_mean, norm.running_var
+    return mean is not None and var is not None and bool((mean != 0).any() | (var != 1).any())
+
+
+def _add(sums: dict[nn.Module, Tensor], norm: Any, args: tuple[Tensor, ...]) -> None:
+    x = args[0].transpose(0, 1).flatten(1).float() - norm.running_mean.float()[:, None]
+    new = torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)]).cpu().double()
+    sums[norm] = sums[norm] + new if norm in sums else new
+
+
+def _divergence(norm: Any, count: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    step = first / count
+    expected = norm.running_var.cpu().double() + norm.eps
+    ratio = (second / count - step.square() + norm.eps) / expected
+    return (ratio - 1 - ratio.log() + step.square() / expected) / 2
+
+
+def measure(model: nn.Module, setup: Setup, config: FinetuneConfig, device: torch.device) -> float | None:
+    """`statistics_shift` on some training images, as evaluation sees them; the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(setup.training.samples), generator=generator)[:SHIFT_IMAGES].tolist()
+    size = min(evaluation_batch(config.batch_size, setup.data_config), SHIFT_IMAGES)
+    loader = plain_loader(
+        setup.training, setup.data_config, size, config.workers, skip_bad=config.skip_bad_images, indices=chosen
+    )
+    readable = (batch.images[batch.labels >= 0] for batch in batches(loader))
+    return statistics_shift(model, (images.to(device) for images in readable if len(images)))
+
+
+def advice(norm: str, batch_size: int, shift: float | None) -> str:
+    """What docs/results.md says of this norm at this batch size on images like these; empty if it says nothing."""
+    if shift is None:
+        return ""
+    far = shift >= FAR
+    found = f"the images' statistics are {shift:.2f} nats from the pretrained ones, {'far' if far else 'near'}"
+    if norm == "cbn" and not far:
+        return f"{found}: --norm frozen may do as well or better, above all in short training; `cbn compare` tells"
+    if norm == "frozen" and far:
+        return f"{found}: --norm cbn was better than frozen BN on such images"
+    if norm in ("bn", "brn", "gn") and batch_size <= SMALL_BATCH:
+        better = "cbn was" if far else "cbn and --norm frozen were"
+        return f"{found}: at {batch_size} images per step --norm {better} better"
+    return found
