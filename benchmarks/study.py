@@ -35,16 +35,15 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 DATA = {"clothing": {"img-size": 96, "min-scale": 0.5}, "hands": {"img-size": 96, "hflip": 0, "min-scale": 0.5}}
 FOLDERS = {"clothing": "clothing", "hands": "sign_digits"}
-ALL = {"norms": "bn,frozen,gn,brn,cbn,cbn:window=16:empty", "batch-sizes": "1,2,4", "seeds": 3, "reference": 32}
-FIVE = {**ALL, "norms": "bn,frozen,gn,brn,cbn"}
+ALL = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "1,2,4", "seeds": 3, "reference": 32}
 SHORT = {"images": 1000}
 RIVALS = {"norms": "bn,frozen,cbn", "batch-sizes": "2", "seeds": 3, "reference": 32}
 FORMS = {
-    "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:taylor,cbn:ring:window=8,cbn:none,cbn:empty",
+    "norms": f"{PUBLISHED},cbn:taylor,cbn:current,cbn:none,cbn:empty",
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 WINDOWS = {
-    "norms": "cbn:window=1,cbn:window=2,cbn:window=4,cbn:window=8,cbn:window=16,cbn:window=64,cbn:window=128",
+    "norms": ",".join(f"cbn:window={k}" for k in (1, 4, 16, 64, 256, 1024, 16384)),
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 
@@ -52,8 +51,8 @@ WINDOWS = {
 COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-v2-short": ("hands", "v2", {**ALL, **SHORT}),
     "clothing-v2-short": ("clothing", "v2", {**ALL, **SHORT}),
-    "clothing-v1-short": ("clothing", "v1", {**FIVE, **SHORT}),
-    "hands-v1-short": ("hands", "v1", {**FIVE, **SHORT}),
+    "clothing-v1-short": ("clothing", "v1", {**ALL, **SHORT}),
+    "hands-v1-short": ("hands", "v1", {**ALL, **SHORT}),
     "clothing-v2-long": ("clothing", "v2", {**RIVALS, "images": 4000}),
     "clothing-v2-recalibrated": (
         "clothing",

@@ -19,7 +19,7 @@ def inspect(
     checkpoint: o.Checkpoint = None,
     model_kwargs: o.ModelKwargs = None,
     img_size: o.ImgSize = None,
-    window: o.Window = 32,
+    window: o.Window = None,
     compensation: o.Compensation = "projection",
     history: o.History = "ema",
     as_json: o.Json = False,
@@ -42,7 +42,7 @@ def inspect(
             inspected = create_model(ModelSpec(**spec))
         report = cbn.convert(inspected, window=window, compensation=compensation, history=history)  # type: ignore[arg-type]
         session.print(_table(report))
-        session.print(f"{report}; history {report.history_bytes / 1e6:.1f} MB at window {window} ({history})")
+        session.print(f"{report}; history {report.history_bytes / 1e6:.1f} MB ({history})")
         session.result({"model": model, "window": window, "history": history, **report.to_dict()})
 
 
@@ -56,7 +56,7 @@ def convert(
     mean: o.Mean = None,
     std: o.Std = None,
     img_size: o.ImgSize = None,
-    window: o.Window = 32,
+    window: o.Window = None,
     compensation: o.Compensation = "projection",
     gradient: o.Gradient = "full",
     history: o.History = "ema",

@@ -88,7 +88,10 @@ Mean = Annotated[str | None, typer.Option(help="Channel means, e.g. 0.5,0.5,0.5.
 Std = Annotated[str | None, typer.Option(help="Channel standard deviations.", rich_help_panel=WEIGHTS)]
 ImgSize = Annotated[int | None, typer.Option(min=1, help="Height and width of the input.", rich_help_panel=WEIGHTS)]
 
-Window = Annotated[int, typer.Option(min=1, help="Iterations averaged over; 1 is BN.", rich_help_panel=METHOD)]
+Window = Annotated[
+    int | None,
+    typer.Option(min=1, help="Iterations averaged over; 1 is BN; default: convert's.", rich_help_panel=METHOD),
+]
 Compensation = Annotated[str, typer.Option(help="projection, taylor (the paper's), none.", rich_help_panel=METHOD)]
 Gradient = Annotated[str, typer.Option(help="full, or current (the paper's code).", rich_help_panel=METHOD)]
 History = Annotated[str, typer.Option(help="ring (exact window) or ema (less memory).", rich_help_panel=METHOD)]

@@ -78,14 +78,15 @@ class ReferenceCBN:
             return mu, nu
         delta = weight - entry["weight"]
         delta_b = torch.zeros_like(mu) if bias is None else bias - entry["bias"]
-        # `shift_mu` and `shift_nu` are zero for one stored iteration; a pool has its own anchors (see _record)
-        mu_t = mu + (entry["dmu"] * delta).flatten(1).sum(1) + delta_b + entry.get("shift_mu", 0)
+        mu_t = mu + (entry["dmu"] * delta).flatten(1).sum(1) + delta_b
         if self.compensation == "taylor":
-            nu_t = nu + (entry["dnu"] * delta).flatten(1).sum(1) + 2 * mu * delta_b + entry.get("shift_nu", 0)
+            nu_t = nu + (entry["dnu"] * delta).flatten(1).sum(1) + 2 * mu * delta_b
             return mu_t, torch.maximum(nu_t, mu_t**2)
-        b = torch.zeros_like(mu) if bias is None else bias
+        b, b_then = (torch.zeros_like(mu), torch.zeros_like(mu)) if bias is None else (bias, entry["bias"])
         cov = (weight * entry["dnu"]).flatten(1).sum(1) / 2 + b * mu - mu_t * mu
-        return mu_t, cov**2 / (nu - mu**2) + mu_t**2
+        # of one iteration this is its variance, and the result Cauchy-Schwarz' bound; of a pool, what C says of it
+        cov_then = (entry["weight"] * entry["dnu"]).flatten(1).sum(1) / 2 + b_then * mu - mu * mu
+        return mu_t, (nu - mu**2) * (cov / cov_then) ** 2 + mu_t**2
 
     def _record(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         with torch.enable_grad():
@@ -106,21 +107,9 @@ class ReferenceCBN:
             self.past = [self._pool(self.past[0], entry)] if self.past else [entry]
 
     def _pool(self, old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An EMA of (p̄, μ, D, ν); what was anchored at other weights is re-anchored at the newest weights."""
+        """An EMA of (p̄, μ, D, ν) in which the old ones are first taken to the newest weights; C = D/2 - μ p̄ stays."""
         share = 1 / min(self.iteration + 1, self.window)
-        pooled = {}
-        for key in ("mu", "nu", "dmu", "dnu"):
-            pooled[key] = (1 - share) * old[key] + share * new[key]
-        pooled["weight"] = new["weight"]
-        move = new["weight"] - old["weight"]
-        shift_mu = (1 - share) * ((old["dmu"] * move).flatten(1).sum(1) + old.get("shift_mu", 0))
-        shift_nu = (1 - share) * ((old["dnu"] * move).flatten(1).sum(1) + old.get("shift_nu", 0))
-        if "bias" in new:
-            pooled["bias"] = new["bias"]
-            move_b = new["bias"] - old["bias"]
-            shift_mu = shift_mu + (1 - share) * move_b
-            # ν is quadratic in b; keep the pool's 2 μ Δb linear in the pooled μ
-            old_mu_term = 2 * old["mu"] * (1 - share) * move_b
-            shift_nu = shift_nu + old_mu_term
-        pooled["shift_mu"], pooled["shift_nu"] = shift_mu, shift_nu
-        return pooled
+        mu, nu = (t.detach() for t in self._compensated(old, new["weight"], new.get("bias")))
+        per_weight = (mu - old["mu"]).view(-1, *[1] * (old["dmu"].dim() - 1))
+        moved = {"mu": mu, "nu": nu, "dmu": old["dmu"], "dnu": old["dnu"] + 2 * per_weight * old["dmu"]}
+        return {**new, **{key: (1 - share) * value + share * new[key] for key, value in moved.items()}}

@@ -1,13 +1,12 @@
 """Converting a model and back: who feeds whom, the change of classes, the report."""
 
-from .converting import DEFAULT_HISTORY, DEFAULT_WINDOW, convert, norm_layers, revert, warm_up
+from .converting import DEFAULT_HISTORY, convert, norm_layers, revert, warm_up
 from .example import run
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, trace_norms
 
 __all__ = [
     "DEFAULT_HISTORY",
-    "DEFAULT_WINDOW",
     "ConversionReport",
     "NormCall",
     "ReportRow",

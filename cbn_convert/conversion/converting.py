@@ -29,16 +29,17 @@ from ..norm import (
     is_frozen,
     modes_kept,
 )
-from ..norm.functional import Compensation, Gradient
+from ..norm.functional import Compensation, Gradient, is_measured
 from ..norm.history import HistoryKind, Start
 from ..norm.moments import exact_is_possible
 from ..norm.producers import groups_of, is_transposed, learns, out_channels
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, Part, trace_norms
 
-# A long exponential window that starts from the running statistics is the better default for pretrained networks: one
-# that holds 64 images, here of batches of two (docs/method.md). The layer's own default, a ring of 8, is the paper's.
-DEFAULT_WINDOW = 32
+# Images that the default window holds (docs/method.md): where it starts from running statistics that are worth keeping,
+# it is to carry them along with the weights, and takes up new ones slowly; else it knows what it has seen.
+CARRIED_IMAGES, SEEN_IMAGES = 8192, 64
+RING_WINDOW = 8  # the paper's
 DEFAULT_HISTORY: HistoryKind = "ema"
 # Without a weight of its own to follow, a layer learns best from the batch and the one before it (docs/method.md).
 UNBOUND_WINDOW = 2
@@ -73,7 +74,8 @@ def _is_scripted(module: nn.Module) -> bool:
 def convert(
     model: nn.Module,
     *,
-    window: int = DEFAULT_WINDOW,
+    window: int | None = None,
+    batch_size: int = 2,
     compensation: Compensation = "projection",
     gradient: Literal["full", "current"] = "full",
     history: HistoryKind = DEFAULT_HISTORY,
@@ -92,10 +94,12 @@ def convert(
     size, or of that in its pretrained_cfg), in training mode where it can, to find the modules that feed each layer.
     Its eval output, state_dict keys and module tree do not change. `include` and `exclude` choose layers by glob
     pattern on the name, or by a predicate (name, module). Layers that are converted already stay as they are. The other
-    arguments are those of CrossIterationBatchNorm2d. A good window holds about 64 images. By default, for history
-    "ema", start is "running" and moments_every 8, the layers taking turns; for "ring" they are "empty" and 1. With
-    gradient "full", layers without a weight of their own get gradient "straight_through" and, unless compensation is
-    "none", a window of at most 2. `sync` shares the statistics of each batch among the ranks of a process group.
+    arguments are those of CrossIterationBatchNorm2d. By default, for history "ema", start is "running" and
+    moments_every 8, the layers taking turns; for "ring" they are "empty" and 1. The default window is 8 for "ring". For
+    "ema" it holds 8192 images, in batches of `batch_size`, where a layer starts from running statistics and follows its
+    weights, and 64 elsewhere; so load pretrained weights before. With gradient "full", layers without a weight of their
+    own get gradient "straight_through" and, unless compensation is "none", a window of at most 2. `sync` shares the
+    statistics of each batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
@@ -105,7 +109,16 @@ def convert(
     if start is None:
         start = "running" if history == "ema" else "empty"
     try:
-        check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions, start)
+        check_window_options(
+            1 if window is None else window,
+            compensation,
+            gradient,
+            history,
+            burn_in,
+            moments_every,
+            moments_positions,
+            start,
+        )
     except ValueError as error:
         raise ConversionError(str(error)) from None
     include, exclude = (s if s is None or isinstance(s, str) or callable(s) else tuple(s) for s in (include, exclude))
@@ -134,11 +147,16 @@ def convert(
         row = rows[name]
         if name not in todo or row.status == "kept":
             continue
-        own_window, own_gradient = window, cast(Gradient, gradient)
+        layer, own_gradient = adopt(norm), cast(Gradient, gradient)
+        own_window = window
+        if own_window is None:
+            carries = start == "running" and row.status == "compensated"
+            measured = carries and is_measured(layer.running_mean, layer.running_var)
+            images = CARRIED_IMAGES if measured else SEEN_IMAGES
+            own_window = max(1, images // batch_size) if history == "ema" else RING_WINDOW
         if row.status != "compensated" and gradient == "full":
             own_gradient = "straight_through"
-            own_window = window if compensation == "none" else min(window, UNBOUND_WINDOW)
-        layer = adopt(norm)
+            own_window = own_window if compensation == "none" else min(own_window, UNBOUND_WINDOW)
         layer.set_window(
             own_window, compensation, own_gradient, history, burn_in, sync or isinstance(norm, nn.SyncBatchNorm),
             moments_every, moments_positions, start, phase=index,

@@ -125,6 +125,33 @@ def compensate(past: Moments, seen: Responses | None, compensation: Compensation
     return PastStatistics(mean, var * growth, var * inverse)
 
 
+# below this part of what they explained, old patches say too little of the new weights to be anchored there
+EXPLAINS = 0.25
+
+
+def carry_over(past: Moments, theta: Tensor, bias: Tensor | None, compensation: Compensation) -> Moments:
+    """The same iterations with their statistics and anchors at θ [C, F] and b [C], so that patches of θ can join them.
+
+    Channels stay anchored where they were if the patches explain little of what θ makes of them.
+    """
+    seen = responses(past, theta, bias)
+    assert seen is not None
+    assert past.anchor is not None
+    assert past.explained is not None
+    old = compensate(past, seen, compensation)
+    holds = seen.along > EXPLAINS * past.explained
+    pairs = ((old.mean, past.mean), (old.var, past.var), (seen.mean, past.anchor), (seen.along, past.explained))
+    mean, var, anchor, explained = (torch.where(holds, new, stored) for new, stored in pairs)
+    return past._replace(mean=mean, var=var, anchor=anchor, explained=explained)
+
+
+def is_measured(mean: Tensor | None, var: Tensor | None) -> bool:
+    """Whether running statistics are there and not a new BatchNorm's zeros and ones; true of those without memory."""
+    if mean is None or var is None:
+        return False
+    return mean.is_meta or bool((mean != 0).any() | (var != 1).any())
+
+
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
     """Views a vector [C] so that it broadcasts against x [N, C, ...]."""
     return v.view(1, -1, *[1] * (x.dim() - 2))

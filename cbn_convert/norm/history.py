@@ -30,6 +30,8 @@ class History:
     is computed once more, as activation checkpointing does, finds the same past.
     """
 
+    _TENSORS = ("_slots", "_staged", "_carried", "_finite", "_reader")
+
     def __init__(self, window: int, kind: HistoryKind, every: int = 1, phase: int = 0) -> None:
         self.window = window
         self.kind = kind
@@ -42,8 +44,10 @@ class History:
         """Forgets all iterations."""
         self.seen = 0
         self.kept = 1.0  # the share that the last iteration with moments of patches would have kept by now
+        self.patches = 0  # iterations that brought moments of patches
         self._slots: Moments | None = None  # [C, n, ...]
         self._staged: Moments | None = None
+        self._carried: Moments | None = None
         self._finite: Tensor | None = None
         self._reader: weakref.ref[Reader] | None = None
 
@@ -52,7 +56,7 @@ class History:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is trained, averaged or loaded into on its own: what is remembered here is not its past.
-        return {**self.__dict__, "seen": 0, "kept": 1.0, **dict.fromkeys(("_slots", "_staged", "_finite", "_reader"))}
+        return {**self.__dict__, "seen": 0, "kept": 1.0, "patches": 0, **dict.fromkeys(self._TENSORS)}
 
     @property
     def newest_weight(self) -> float:
@@ -76,10 +80,13 @@ class History:
             self._slots = Moments(mean[:, None].clone(), var[:, None].clone())
         self.seen = self.window
 
-    def stage(self, new: Moments, finite: Tensor) -> None:
-        """Records the current iteration; where `finite` is false it counts as the one before once more."""
+    def stage(self, new: Moments, finite: Tensor, carried: Moments | None = None) -> None:
+        """Records the current iteration; where `finite` is false it counts as the one before once more.
+
+        carried: the past of an "ema" as `carry_over` takes it to the weights of the new moments of patches.
+        """
         if self.capacity:
-            self._staged, self._finite = new, finite
+            self._staged, self._finite, self._carried = new, finite, carried
 
     def past(self, like: Tensor, compensated: bool, recomputing: bool = False) -> Moments | None:
         """The recorded moments [C, n, ...] on the device of `like`, or None where there are none that fit.
@@ -109,8 +116,8 @@ class History:
         self._reader = weakref.ref(reader)
 
     def _commit(self) -> None:
-        new, finite = self._staged, self._finite
-        self._staged = self._finite = None
+        new, finite, carried = self._staged, self._finite, self._carried
+        self._staged = self._finite = self._carried = None
         if new is None or finite is None:
             return
         if self._slots is not None and not self._takes(new):
@@ -123,6 +130,7 @@ class History:
             with torch.inference_mode(False):
                 self._slots = _map(lambda t: t.new_zeros(t.shape[0], self.capacity, *t.shape[1:]), new)
             _zip(lambda stored, value: stored[:, 0].copy_(value), self._slots, new)
+            self.patches = int(new.patch_mean is not None)
         else:
             if reader is not None and reader.waiting:
                 with torch.inference_mode(False):
@@ -133,6 +141,11 @@ class History:
                     self._slots = _map(lambda t: t[:, None].clone(), new)._replace(
                         mean=self._slots.mean, var=self._slots.var
                     )
+            if carried is not None and carried.mean.shape == self._slots.mean.shape:
+                for stored, value in zip(self._slots[:4], carried[:4], strict=True):
+                    assert stored is not None
+                    assert value is not None
+                    stored.copy_(value)
             if new.patch_mean is None:
                 previous = Moments(self._slots.mean[:, last], self._slots.var[:, last])
             else:
@@ -146,12 +159,18 @@ class History:
                 self.kept *= 1 - share
                 _pool_statistics(previous, new, share)
                 if new.patch_mean is not None:
-                    _pool_patches(previous, new, 1 - self.kept)
+                    _pool_patches(previous, new, self._share_of_patches)
                     self.kept = 1.0
+                    self.patches += 1
             else:
                 slot = self.seen % self.capacity
                 _zip(lambda stored, value: stored[:, slot].copy_(value), self._slots, new)
         self.seen += 1
+
+    @property
+    def _share_of_patches(self) -> float:
+        """The mean of the first ones; then as much as the iterations since the last ones count."""
+        return max(1 / (self.patches + 1), 1 - self.kept)
 
     def _takes(self, new: Moments) -> bool:
         """Whether the new moments are of the same kind, dtype and size as those stored, and on the same device."""
@@ -175,17 +194,20 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
         after = History(self.window, self.kind, self.every, self.phase)
-        after.seen, after.kept, after._staged, after._finite = self.seen, self.kept, self._staged, self._finite
+        for name in ("seen", "kept", "patches", "_staged", "_carried", "_finite"):
+            setattr(after, name, getattr(self, name))
         after._slots = None if self._slots is None else _map(torch.clone, self._slots)
         after._commit()
         tensors = {} if after._slots is None else {k: v for k, v in after._slots._asdict().items() if v is not None}
-        return {"window": self.window, "kind": self.kind, "seen": after.seen, "kept": after.kept, "slots": tensors}
+        numbers = {"window": self.window, "kind": self.kind, "seen": after.seen}
+        return {**numbers, "kept": after.kept, "patches": after.patches, "slots": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises ValueError as `check` does."""
         self.check(state)
         self.clear()
         self.seen, self.kept = int(state["seen"]), float(state.get("kept", 1.0))
+        self.patches = int(state.get("patches", self.seen))
         self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
 
     def check(self, state: dict[str, Any]) -> None:

@@ -13,7 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from .distributed import joined_statistics, total, world_size
-from .functional import Compensation, Gradient, Moments, Reader, Running, WindowNormalize, statistics_dtype
+from .functional import (
+    Compensation,
+    Gradient,
+    Moments,
+    Reader,
+    Running,
+    WindowNormalize,
+    carry_over,
+    is_measured,
+    statistics_dtype,
+)
 from .history import History, HistoryKind, Start
 from .kernels import select
 from .moments import exact_is_possible
@@ -291,9 +301,8 @@ class CrossIterationMixin(_BatchNorm):
                 positions, mean, var = joined_statistics(x)
             if self.start == "running" and history.is_empty and self.window > 1:
                 self._start(source, mean.dtype)
-            past = history.past(mean, module is not None, recomputing)
-            if self.iteration < self.burn_in + recomputing:
-                past = None
+            remembered = history.past(mean, module is not None, recomputing)
+            past = None if self.iteration < self.burn_in + recomputing else remembered
             newest_weight = 1.0 if past is None else history.newest_weight
             count = positions / newest_weight
             # one rank alone can tell without waiting for the device
@@ -309,13 +318,15 @@ class CrossIterationMixin(_BatchNorm):
             if running is not None and pooled:
                 _pool_running_statistics(running, mean, var, finite)
             if not recomputing and self.window > 1:
-                moments = Moments(mean, var)
+                moments, carried = Moments(mean, var), None
                 if module is not None and theta is not None and history.due:
                     moments = source.with_patches(
                         moments, module, source_input, x, theta, bias, self.compensation, self.moments_positions,
                         (self.iteration + 1) // self.moments_every, ranks,
                     )  # fmt: skip
-                history.stage(moments, finite)
+                    if history.kind == "ema" and remembered is not None and remembered.patch_mean is not None:
+                        carried = carry_over(remembered, theta, bias, self.compensation)
+                history.stage(moments, finite, carried)
         if single:
             # one value per channel has no variance, but it counts for the window, which fills from here
             y = self._normalize_by_running_statistics(x, source)
@@ -332,7 +343,7 @@ class CrossIterationMixin(_BatchNorm):
     def _start(self, source: Source, dtype: torch.dtype) -> None:
         """Fills a source's window with the running statistics, unless they are those of a new BatchNorm."""
         mean, var = source.of(self.running_mean), source.of(self.running_var)
-        if mean is not None and var is not None and bool((mean != 0).any() | (var != 1).any()):
+        if mean is not None and var is not None and is_measured(mean, var):
             source.history.start_from(mean.to(dtype), var.to(dtype))
 
     def _running(self, source: Source, count: float | Tensor) -> Running | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norm import modes_kept
+from ..norm.functional import is_measured
 from .config import FinetuneConfig
 from .loading import batches, evaluation_batch, plain_loader
 from .setup import Setup
@@ -29,7 +30,7 @@ def statistics_shift(model: nn.Module, images: Iterable[Tensor]) -> float | None
     running mean and variance, in evaluation mode. Modes, weights and statistics stay as they are. None where there is
     no BatchNorm, none whose running statistics are not those of a new one, or no image.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_trained(m)]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and is_measured(m.running_mean, m.running_var)]
     sums: dict[nn.Module, Tensor] = {}  # of 1, x - running_mean and its square, [3, C]
     hooks = [norm.register_forward_pre_hook(partial(_add, sums)) for norm in norms]
     with modes_kept(model):
@@ -42,11 +43,6 @@ def statistics_shift(model: nn.Module, images: Iterable[Tensor]) -> float | None
                 hook.remove()
     divergences = [_divergence(norm, *total) for norm, total in sums.items()]
     return float(torch.cat(divergences).median()) if divergences else None
-
-
-def _is_trained(norm: Any) -> bool:
-    mean, var = norm.running_mean, norm.running_var
-    return mean is not None and var is not None and bool((mean != 0).any() | (var != 1).any())
 
 
 def _add(sums: dict[nn.Module, Tensor], norm: Any, args: tuple[Tensor, ...]) -> None:

@@ -24,7 +24,6 @@ NORMS = ("cbn", "bn", "frozen", "gn", "brn")
 DEFAULT_LR = {"sgd": 3e-3, "adamw": 3e-4}
 DEFAULT_LR_IMAGES = 2  # images per update that these are for
 FROZEN_LR = 10**-0.5  # what frozen BN can bear of it (docs/results.md)
-WINDOW_IMAGES = 64  # images that the default window holds
 SCHEDULES = ("cosine", "linear", "constant")
 CLASS_BALANCES = ("none", "sample", "weight")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -86,7 +85,10 @@ class FinetuneConfig:
         choices=NORMS,
     )  # fmt: skip
     window: int | None = _setting(
-        None, METHOD, "Steps averaged over; 1 is BN; default: as many as hold 64 images.", least=1
+        None,
+        METHOD,
+        "Steps averaged over; 1 is BN; default: as many as hold 8192 images, or 64 for new layers.",
+        least=1,
     )
     compensation: str = _setting("projection", METHOD, "projection, taylor (the paper's), none.")
     gradient: str = _setting("full", METHOD, "full, or current (the paper's code).")
@@ -180,7 +182,7 @@ class FinetuneConfig:
 
         try:
             check_window_options(
-                self.steps_in_window, self.compensation, self.gradient, self.history, self.burn_in,
+                self.window or 1, self.compensation, self.gradient, self.history, self.burn_in,
                 start=self.start or "empty",
             )  # fmt: skip
         except ValueError as error:
@@ -196,11 +198,6 @@ class FinetuneConfig:
             return self.lr
         rate = DEFAULT_LR[self.opt] * math.sqrt(self.batch_size * self.accumulate * ranks / DEFAULT_LR_IMAGES)
         return rate * FROZEN_LR if self.norm == "frozen" else rate
-
-    @property
-    def steps_in_window(self) -> int:
-        """`window`; or, where it is None, as many steps as hold WINDOW_IMAGES (docs/method.md has the evidence)."""
-        return -(-WINDOW_IMAGES // self.batch_size) if self.window is None else self.window
 
     @property
     def recalibration_batches(self) -> int:
@@ -223,10 +220,9 @@ class FinetuneConfig:
         """What a reader of the exported model wants to know, without the paths of this machine."""
         names = ["norm", "epochs", "batch_size", "opt"]
         if self.norm == "cbn":
-            names[1:1] = ["window", "compensation", "gradient", "history"]
-        window = {"window": self.steps_in_window} if self.norm == "cbn" else {}
+            names[1:1] = [*(["window"] if self.window else []), "compensation", "gradient", "history"]
         return {
-            "data": Path(self.data).resolve().name, **{name: getattr(self, name) for name in names}, **window,
+            "data": Path(self.data).resolve().name, **{name: getattr(self, name) for name in names},
             "lr": self.peak_lr(),
         }  # fmt: skip
 

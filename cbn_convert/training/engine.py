@@ -37,6 +37,7 @@ from .progress import Progress
 from .recalibration import recalibrate
 from .setup import Setup, build, check_new, owned, prepare_folder, total_steps
 
+WARM_UP_IMAGES = 64  # to fill the window of layers with new statistics, and to see how others respond to the weights
 LOG_EVERY = 20  # updates between records of the training loss, the only moments at which a GPU is waited for
 
 
@@ -166,12 +167,13 @@ class _Trainer:
             self.progress.line(text)
 
     def _warm_up(self) -> None:
-        """Fills the history under the weights that training starts from."""
+        """Begins the history under the weights that training starts from."""
         if self.config.norm == "cbn":
             self.sampler.start(epoch=-1)
+            count = -(-WARM_UP_IMAGES // self.config.batch_size)
             images = (
                 self.learner.on_device(batch.images)
-                for batch in islice(batches(self.loader), self.config.steps_in_window)
+                for batch in islice(batches(self.loader), min(self.config.window or count, count))
             )
             with self.accelerator.autocast():
                 warm_up(self.model, images)
