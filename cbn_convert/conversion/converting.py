@@ -94,33 +94,27 @@ def convert(
     size, or of that in its pretrained_cfg), in training mode where it can, to find the modules that feed each layer.
     Its eval output, state_dict keys and module tree do not change. `include` and `exclude` choose layers by glob
     pattern on the name, or by a predicate (name, module). Layers that are converted already stay as they are. The other
-    arguments are those of CrossIterationBatchNorm2d. By default, for history "ema", start is "running" and
-    moments_every 8, the layers taking turns; for "ring" they are "empty" and 1. The default window is 8 for "ring". For
-    "ema" it holds 8192 images, in batches of `batch_size`, where a layer starts from running statistics and follows its
-    weights, and 64 elsewhere; so load pretrained weights before. With gradient "full", layers without a weight of their
-    own get gradient "straight_through" and, unless compensation is "none", a window of at most 2. `sync` shares the
-    statistics of each batch among the ranks of a process group.
+    arguments are those of CrossIterationBatchNorm2d. By default, with history "ema", layers start from their running
+    statistics ("running"), but for those of a new BatchNorm ("empty"), and moments_every is 8, the layers taking turns.
+    The default window holds 8192 images, in batches of `batch_size`, where a layer starts from running statistics and
+    follows its weights, and 64 elsewhere; it is 8 with history "ring". So load pretrained weights before. With gradient
+    "full", layers without a weight of their own get gradient "straight_through" and, unless compensation is "none", a
+    window of at most 2. `sync` shares the statistics of each batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
     """
     if moments_every is None:
         moments_every = MOMENTS_EVERY if history == "ema" else 1
-    if start is None:
-        start = "running" if history == "ema" else "empty"
     try:
         check_window_options(
-            1 if window is None else window,
-            compensation,
-            gradient,
-            history,
-            burn_in,
-            moments_every,
-            moments_positions,
-            start,
-        )
+            1 if window is None else window, compensation, gradient, history, burn_in, moments_every, moments_positions,
+            start or "empty",
+        )  # fmt: skip
     except ValueError as error:
         raise ConversionError(str(error)) from None
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConversionError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     include, exclude = (s if s is None or isinstance(s, str) or callable(s) else tuple(s) for s in (include, exclude))
     norms = norm_layers(model)
     if not norms:
@@ -147,19 +141,18 @@ def convert(
         row = rows[name]
         if name not in todo or row.status == "kept":
             continue
-        layer, own_gradient = adopt(norm), cast(Gradient, gradient)
-        own_window = window
+        layer, own_gradient, own_window = adopt(norm), cast(Gradient, gradient), window
+        measured = history == "ema" and is_measured(layer.running_mean, layer.running_var)
+        own_start: Start = start or ("running" if measured else "empty")
         if own_window is None:
-            carries = start == "running" and row.status == "compensated"
-            measured = carries and is_measured(layer.running_mean, layer.running_var)
-            images = CARRIED_IMAGES if measured else SEEN_IMAGES
+            images = CARRIED_IMAGES if own_start == "running" and row.status == "compensated" else SEEN_IMAGES
             own_window = max(1, images // batch_size) if history == "ema" else RING_WINDOW
         if row.status != "compensated" and gradient == "full":
             own_gradient = "straight_through"
             own_window = own_window if compensation == "none" else min(own_window, UNBOUND_WINDOW)
         layer.set_window(
             own_window, compensation, own_gradient, history, burn_in, sync or isinstance(norm, nn.SyncBatchNorm),
-            moments_every, moments_positions, start, phase=index,
+            moments_every, moments_positions, own_start, phase=index,
         )  # fmt: skip
         if row.status == "compensated":
             layer.bind(*_outputs(model, calls[name].parts))

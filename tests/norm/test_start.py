@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from conftest import randomize_norms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ways import assert_same_state, batch, converted, layers, step
+from ways import Net, X, assert_same_state, batch, converted, layers, step
 
+import cbn_convert as cbn
 from cbn_convert.errors import ConversionError
 from cbn_convert.norm import CrossIterationBatchNorm2d, history_state, load_history_state
 
@@ -18,7 +20,7 @@ K = 4
 
 def pretrained(seed: int = 0, **options) -> nn.Module:
     """A converted net of which the running statistics are not those of a new one."""
-    net = converted(seed, **options)
+    net = converted(seed, start="running", **options)
     torch.manual_seed(seed + 100)
     for layer in layers(net):
         layer.running_mean.normal_(0.0, 0.5)
@@ -120,10 +122,30 @@ def test_a_ring_has_no_such_start() -> None:
         converted(history="ring", start="running")
 
 
-def test_convert_starts_an_exponential_window_from_the_running_statistics() -> None:
-    assert {layer.start for layer in layers(converted())} == {"running"}
-    assert {layer.start for layer in layers(converted(history="ring"))} == {"empty"}
-    assert {layer.start for layer in layers(converted(start="empty"))} == {"empty"}
+@pytest.mark.parametrize(
+    ("measured", "options", "expected"),
+    [
+        (False, {}, [("empty", 32)] * 3 + [("empty", 2)]),
+        (True, {}, [("running", 4096)] * 3 + [("running", 2)]),
+        (True, {"batch_size": 8}, [("running", 1024)] * 3 + [("running", 2)]),
+        (False, {"batch_size": 100}, [("empty", 1)] * 4),
+        (True, {"start": "empty"}, [("empty", 32)] * 3 + [("empty", 2)]),
+        (False, {"start": "running"}, [("running", 4096)] * 3 + [("running", 2)]),
+        (True, {"window": 5}, [("running", 5)] * 3 + [("running", 2)]),
+        (True, {"compensation": "none"}, [("running", 32)] * 4),
+        (True, {"history": "ring"}, [("empty", 8)] * 3 + [("empty", 2)]),
+    ],
+)
+def test_converts_defaults(measured: bool, options: dict, expected: list[tuple[str, int]]) -> None:
+    """A long window where there are statistics to carry along and a weight to follow; a short one elsewhere."""
+    model = randomize_norms(Net()) if measured else Net()
+    cbn.convert(model, example_input=X, **options)
+    assert [(layer.start, layer.window) for layer in layers(model)] == expected
+
+
+def test_convert_refuses_a_batch_size_of_none() -> None:
+    with pytest.raises(ConversionError, match="batch_size must be an integer of at least 1, got 0"):
+        cbn.convert(Net(), example_input=X, batch_size=0)
 
 
 def test_the_first_step_brings_the_moments_of_patches_whoever_has_the_turn() -> None:
