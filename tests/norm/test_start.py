@@ -14,6 +14,7 @@ from ways import Net, X, assert_same_state, batch, converted, layers, step
 import cbn_convert as cbn
 from cbn_convert.errors import ConversionError
 from cbn_convert.norm import CrossIterationBatchNorm2d, history_state, load_history_state
+from cbn_convert.norm.functional import Moments, carry_over
 
 K = 4
 
@@ -225,3 +226,55 @@ def test_weights_that_begin_to_learn_keep_the_start() -> None:
     M, S = mixed(M, S, conv(batch(5)))
     torch.testing.assert_close(norm(conv(batch(5))), normalised(norm, conv(batch(5)), M, S))
     assert norm.compensated
+
+
+def test_carried_along_with_the_weights_when_moments_come_in_turns() -> None:
+    """Nine steps against a simulation: statistics and anchors move to the new weights before new patches join."""
+    conv, norm = pair(moments_every=3)
+    M, S = norm.running_mean.clone(), norm.running_var.clone()
+    p, C, anchor, explained = None, None, None, None
+    kept, brought = 1.0, 0
+    for i in range(9):
+        theta, b = conv.weight.detach().flatten(1).clone(), conv.bias.detach().clone()
+        y = conv(batch(i))
+        mean, var = statistics(y.detach())
+        moved = (M, S) if p is None else (M + theta @ p + b - anchor, S * ((theta * C).sum(1) / explained) ** 2)
+        torch.testing.assert_close(norm(y), normalised(norm, y, *mixed(*moved, y)))
+
+        patches = nn.functional.unfold(batch(i), 3).transpose(1, 2).flatten(0, 1)
+        new_p = patches.mean(0)
+        new_C = theta @ torch.cov(patches.T, correction=0)
+        due = p is None or (K + i) % 3 == 0
+        if due and p is not None:
+            (M, S), anchor, explained = moved, theta @ p + b, (theta * C).sum(1)
+        M, S = ((1 - 1 / K) * M + mean / K, (1 - 1 / K) * S + var / K + (1 / K) * (1 - 1 / K) * (mean - M) ** 2)
+        kept *= 1 - 1 / K
+        if due:
+            share = max(1 / (brought + 1), 1 - kept)
+            if p is None:
+                p, C, anchor, explained = new_p, new_C, mean, var
+            else:
+                # the mixture of two populations of patches, and what θ makes of it
+                between = share * (1 - share)
+                C = (1 - share) * C + share * new_C + between * (mean - anchor)[:, None] * (new_p - p)
+                explained = (1 - share) * explained + share * var + between * (mean - anchor) ** 2
+                anchor, p = (1 - share) * anchor + share * mean, (1 - share) * p + share * new_p
+            kept, brought = 1.0, brought + 1
+        with torch.no_grad():
+            for parameter in conv.parameters():
+                parameter += 0.05 * torch.randn_like(parameter) * parameter.std()
+
+
+def test_patches_that_say_nothing_of_the_new_weights_keep_their_anchor() -> None:
+    """A filter turned round: carried along, what its patches explain would be negative, and divided by from then on."""
+    theta = torch.randn(2, 3, dtype=torch.float64)
+    covariance = torch.randn(2, 3, dtype=torch.float64)
+    covariance *= covariance.sign() * theta.sign()  # what θ made of the patches varies
+    explained = (theta * covariance).sum(1)
+    past = Moments(
+        *(t[:, None] for t in (torch.zeros(2).double(), explained, torch.zeros(2).double(), explained)),
+        torch.zeros(1, 1, 3).double(), covariance[:, None],
+    )  # fmt: skip
+    moved = carry_over(past, theta * torch.tensor([[-1.0], [1.1]]).double(), None, "projection")
+    torch.testing.assert_close(moved.explained[:, 0], explained * torch.tensor([1.0, 1.1]).double())
+    torch.testing.assert_close(moved.var[:, 0], explained * torch.tensor([1.0, 1.1**2]).double())
