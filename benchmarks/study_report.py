@@ -15,10 +15,9 @@ from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
 
 LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
-    PUBLISHED: "CBN as published", f"{PUBLISHED}:burn_in=100": "CBN as published, burn-in of 100 steps",
-    "cbn:taylor": "CBN, Taylor's step", "cbn:ring:window=8": "CBN, ring of 8",
-    "cbn:none": "averaging without compensation",
-    **{f"cbn:window={k}": f"CBN, window {k}" for k in (1, 2, 4, 8, 32, 64)},
+    PUBLISHED: "CBN as published", "cbn:taylor": "CBN, Taylor's step",
+    "cbn:current": "CBN, no gradient through the compensation", "cbn:none:window=4096": "averaging only, window 4096", "cbn:empty": "CBN, window 32 that starts empty",
+    **{f"cbn:window={k}": f"CBN, window {k}" for k in (16, 128, 1024)},
 }  # fmt: skip
 NETWORKS = {"v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0"}
 HEADLINE = {"hands-v2-short": "results-hands.png", "clothing-v2-short": "results-clothing.png"}
@@ -86,7 +85,7 @@ def verdicts(studies: dict[str, Study]) -> str:
     ]
     for name, study in studies.items():
         config = study.comparison.config
-        if "cbn" not in config.norms or len(config.norms) < 3:
+        if "cbn" not in config.norms or len(config.norms) < 2:
             continue
         reference = study.comparison.reference
         for size in config.batch_sizes:
