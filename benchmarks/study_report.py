@@ -16,7 +16,8 @@ from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
 LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
     PUBLISHED: "CBN as published", "cbn:taylor": "CBN, Taylor's step",
-    "cbn:current": "CBN, no gradient through the compensation", "cbn:none:window=4096": "averaging only, window 4096", "cbn:empty": "CBN, window 32 that starts empty",
+    "cbn:current": "CBN, no gradient through the compensation", "cbn:none:window=4096": "averaging only, window 4096",
+    "cbn:empty": "CBN, window 32 that starts empty",
     **{f"cbn:window={k}": f"CBN, window {k}" for k in (16, 128, 1024)},
 }  # fmt: skip
 NETWORKS = {"v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0"}
