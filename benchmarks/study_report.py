@@ -78,30 +78,60 @@ def table(name: str, study: Study) -> str:
     return "\n".join([*lines, "", f"*{source}*"])
 
 
+class Verdict(NamedTuple):
+    """CBN at one batch size of a comparison beside the best of the others there, and beside BN at the reference."""
+
+    name: str
+    size: int
+    own: Row
+    rival: Row
+    reference: Row | None
+
+
+def judged(studies: dict[str, Study]) -> list[Verdict]:
+    """Every batch size at which CBN's default was compared with other norms."""
+    verdicts = []
+    for name, study in studies.items():
+        for size in study.comparison.config.batch_sizes:
+            own = study.rows.get(("cbn", size))
+            others = [r for r in study.rows.values() if r.batch_size == size and not r.norm.startswith("cbn")]
+            others = [r for r in others if r.top1 is not None]
+            if own is not None and own.top1 is not None and others:
+                rival = max(others, key=lambda r: r.top1 or 0)
+                verdicts.append(Verdict(name, size, own, rival, study.comparison.reference))
+    return verdicts
+
+
 def verdicts(studies: dict[str, Study]) -> str:
-    """CBN beside the best of the others and beside BN at the reference batch size."""
+    """A table of them."""
     lines = [
         "| data, network, budget | batch | CBN | best other | CBN ahead by | BN at 32 | CBN ahead by |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, study in studies.items():
-        config = study.comparison.config
-        if "cbn" not in config.norms or len(config.norms) < 2:
-            continue
-        reference = study.comparison.reference
-        for size in config.batch_sizes:
-            own = study.rows["cbn", size]
-            others = [r for r in study.rows.values() if r.batch_size == size and r.norm != "cbn" and r.top1 is not None]
-            if own.top1 is None or not others:
-                continue
-            rival = max(others, key=lambda r: r.top1 or 0)
-            ahead = _difference(own, rival)
-            over = ["", ""] if reference is None else [_shown(reference), _difference(own, reference)]
-            lines.append(
-                f"| {title(name)} | {size} | {_shown(own)} | {_shown(rival)} ({LABELS[rival.norm]}) | {ahead} | "
-                f"{' | '.join(over)} |"
-            )
+    for name, size, own, rival, reference in judged(studies):
+        over = ["", ""] if reference is None else [_shown(reference), _difference(own, reference)]
+        lines.append(
+            f"| {title(name)} | {size} | {_shown(own)} | {_shown(rival)} ({LABELS[rival.norm]}) | "
+            f"{_difference(own, rival)} | {' | '.join(over)} |"
+        )
     return "\n".join(lines)
+
+
+def outcome(studies: dict[str, Study]) -> str:
+    """How often CBN is ahead, in words."""
+    every = judged(studies)
+    large = [(v.own, v.reference) for v in every if v.reference is not None]
+    return (
+        f"CBN is {_count([(v.own, v.rival) for v in every])} the best other norm at the same batch size, and\n"
+        f'{_count(large)} BN at batch size 32. "Clearly" is by more than twice\nthe standard error of the difference.'
+    )
+
+
+def _count(pairs: list[tuple[Row, Row]]) -> str:
+    ahead = sum((own.top1 or 0) > (other.top1 or 0) for own, other in pairs)
+    clearly = sum(exceeds(own, other) for own, other in pairs)
+    behind = sum(exceeds(other, own) for own, other in pairs)
+    return f"ahead in {ahead} of {len(pairs)} cases, clearly in {clearly}, and clearly behind in {behind}, of"
 
 
 def _shown(row: Row) -> str:
@@ -133,12 +163,14 @@ def main() -> None:
     for name, file in HEADLINE.items():
         if name in studies:
             (ROOT / "docs" / file).write_bytes(draw(studies[name].comparison)[0].png)
-    fill(ROOT / "README.md", {"headline": verdicts({name: studies[name] for name in HEADLINE if name in studies})})
+    shown = {name: studies[name] for name in HEADLINE if name in studies}
+    fill(ROOT / "README.md", {"headline": verdicts(shown), "outcome": outcome(studies)})
     fill(
         ROOT / "docs" / "results.md",
         {
             "runs": f"{runs} runs in {len(studies)} comparisons.",
             "verdicts": verdicts(studies),
+            "outcome": outcome(studies),
             "study": sections(studies),
         },
     )
