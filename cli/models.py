@@ -73,7 +73,8 @@ def convert(
     """
     spec = o.parse_model(model, arch, checkpoint, pretrained, model_kwargs, mean, std, img_size)
     window_options: dict[str, Any] = {
-        "window": window, "compensation": compensation, "gradient": gradient, "history": history,
+        **({} if window is None else {"window": window}), "compensation": compensation, "gradient": gradient,
+        "history": history,
     }  # fmt: skip
     with Session(as_json, debug, quiet) as session:
         import cbn_convert as cbn

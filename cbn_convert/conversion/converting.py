@@ -142,10 +142,11 @@ def convert(
         if name not in todo or row.status == "kept":
             continue
         layer, own_gradient, own_window = adopt(norm), cast(Gradient, gradient), window
-        measured = history == "ema" and is_measured(layer.running_mean, layer.running_var)
+        measured = history == "ema" and (layer.FROZEN or is_measured(layer.running_mean, layer.running_var))
         own_start: Start = start or ("running" if measured else "empty")
         if own_window is None:
-            images = CARRIED_IMAGES if own_start == "running" and row.status == "compensated" else SEEN_IMAGES
+            carried = own_start == "running" and measured and row.status == "compensated"
+            images = CARRIED_IMAGES if carried else SEEN_IMAGES
             own_window = max(1, images // batch_size) if history == "ema" else RING_WINDOW
         if row.status != "compensated" and gradient == "full":
             own_gradient = "straight_through"
@@ -181,7 +182,10 @@ def revert(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def warm_up(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Fills the history by forward passes under fixed weights; `window` - 1 batches fill it completely.
+    """Begins the history by forward passes under fixed weights; about 64 images are enough.
+
+    A window that starts empty is filled by `window` - 1 batches; one that starts from the running statistics learns how
+    these respond to the weights.
 
     `batches` yields what the model takes: a tensor, a dict of keyword arguments, or a tuple or list whose first element
     is the images (labels are ignored). Runs in training mode under no_grad; modes, parameters and the running

@@ -98,6 +98,7 @@ class CrossIterationFrozenBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
     """
 
     PLAIN = nn.BatchNorm2d
+    FROZEN = True
     frozen_class: type[Any]
     frozen_attributes: dict[str, Any]
 

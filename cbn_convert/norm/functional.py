@@ -125,31 +125,52 @@ def compensate(past: Moments, seen: Responses | None, compensation: Compensation
     return PastStatistics(mean, var * growth, var * inverse)
 
 
-# below this part of what they explained, old patches say too little of the new weights to be anchored there
+# the part of a variance that patches must explain at least, to say how it responds to the weights
 EXPLAINS = 0.25
 
 
 def carry_over(past: Moments, theta: Tensor, bias: Tensor | None, compensation: Compensation) -> Moments:
     """The same iterations with their statistics and anchors at θ [C, F] and b [C], so that patches of θ can join them.
 
-    Channels stay anchored where they were if the patches explain little of what θ makes of them.
+    Channels of which θ·C has changed by more than a factor of 1 / EXPLAINS stay anchored where they were: patches that
+    θ turned away from, or ran into, say too little of what it makes of others.
     """
     seen = responses(past, theta, bias)
     assert seen is not None
     assert past.anchor is not None
     assert past.explained is not None
     old = compensate(past, seen, compensation)
-    holds = seen.along > EXPLAINS * past.explained
+    change = seen.along / past.explained.clamp_min(NEGLIGIBLE)
+    holds = (change > EXPLAINS) & (change < 1 / EXPLAINS)
     pairs = ((old.mean, past.mean), (old.var, past.var), (seen.mean, past.anchor), (seen.along, past.explained))
     mean, var, anchor, explained = (torch.where(holds, new, stored) for new, stored in pairs)
     return past._replace(mean=mean, var=var, anchor=anchor, explained=explained)
 
 
 def is_measured(mean: Tensor | None, var: Tensor | None) -> bool:
-    """Whether running statistics are there and not a new BatchNorm's zeros and ones; true of those without memory."""
+    """Whether running statistics are there and not a new BatchNorm's zeros and ones; true of those without values."""
     if mean is None or var is None:
         return False
-    return mean.is_meta or bool((mean != 0).any() | (var != 1).any())
+    return mean.is_meta or type(mean) is not Tensor or bool((mean != 0).any() | (var != 1).any())
+
+
+def explaining(new: Moments, var: Tensor, theta: Tensor) -> Moments:
+    """Moments of patches of θ [C, F] that explain at least the part EXPLAINS of the variance [C] they are to go with.
+
+    What is missing is added as if patches also varied by some λ in all directions: λ θ to C, λ I to Σ. Otherwise a few
+    patches, which hardly vary by chance, would make a large change of a large variance out of a small one of theirs.
+    """
+    assert new.explained is not None
+    norm = theta.square().sum(1).clamp_min(NEGLIGIBLE)
+    extra = (EXPLAINS * var - new.explained).clamp_min(0) / norm
+    if new.covariance is not None:
+        return new._replace(covariance=new.covariance + extra[:, None] * theta, explained=new.explained + extra * norm)
+    assert new.patch_covariance is not None
+    groups = len(new.patch_covariance)
+    most = by_group(extra, groups).amax(1)
+    every = torch.eye(theta.shape[1], dtype=theta.dtype, device=theta.device) * most[:, None, None]
+    more = most.repeat_interleave(len(extra) // groups) * norm
+    return new._replace(patch_covariance=new.patch_covariance + every, explained=new.explained + more)
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class History:
             last = (self.seen - 1) % self.capacity
             if self._slots.patch_mean is None and new.patch_mean is not None and finite:
                 with torch.inference_mode(False):
-                    self._slots = _map(lambda t: t[:, None].clone(), new)._replace(
+                    self._slots = _map(lambda t: t[:, None].clone(memory_format=torch.contiguous_format), new)._replace(
                         mean=self._slots.mean, var=self._slots.var
                     )
             if carried is not None and carried.mean.shape == self._slots.mean.shape:
@@ -203,16 +203,18 @@ class History:
         return {**numbers, "kept": after.kept, "patches": after.patches, "slots": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Raises ValueError as `check` does."""
+        """Restores what `state_dict` returned, the window of an "ema" included. Raises ValueError as `check` does."""
         self.check(state)
         self.clear()
+        self.window = int(state["window"])
         self.seen, self.kept = int(state["seen"]), float(state.get("kept", 1.0))
         self.patches = int(state.get("patches", self.seen))
         self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if what `state_dict` returned was taken with another window or kind."""
-        if (state["window"], state["kind"]) != (self.window, self.kind):
+        """Raises ValueError if what `state_dict` returned is of another kind, or a ring of another window."""
+        own = self.window if self.kind == "ring" or 1 in (self.window, state["window"]) else state["window"]
+        if (state["window"], state["kind"]) != (own, self.kind):
             raise ValueError(
                 f"history was saved with window {state['window']} ({state['kind']}), "
                 f"but the layer has window {self.window} ({self.kind}); use the same settings to resume"

@@ -21,6 +21,7 @@ from .functional import (
     Running,
     WindowNormalize,
     carry_over,
+    explaining,
     is_measured,
     statistics_dtype,
 )
@@ -66,6 +67,7 @@ class CrossIterationMixin(_BatchNorm):
     start: Start
 
     PLAIN: ClassVar[type[nn.Module]]
+    FROZEN: ClassVar[bool] = False  # stands for one whose statistics are part of the function, whatever they are
     WINDOW_ATTRIBUTES = (
         "window", "compensation", "gradient", "burn_in", "sync", "moments_positions", "start", "iteration",
         "_new_history", "_sources",
@@ -216,12 +218,17 @@ class CrossIterationMixin(_BatchNorm):
 
     def history_state(self) -> dict[str, Any]:
         """What a bit-identical resume needs beside the state_dict; tensors and numbers only."""
-        return {"iteration": self.iteration, "sources": [source.history.state_dict() for source in self._sources]}
+        return {
+            "iteration": self.iteration,
+            "start": self.start,
+            "sources": [source.history.state_dict() for source in self._sources],
+        }
 
     def load_history_state(self, state: dict[str, Any]) -> None:
         """Restores `history_state`; load weights first, since that empties the history.
 
-        Raises ValueError if it was taken with another window, kind of history or number of channels.
+        The window of an exponential history is restored with it. Raises ValueError if it was taken with another kind of
+        history, a ring of another window or another number of channels.
         """
         every = range(self.num_features)
         own = [len(every[source.channels or slice(None)]) for source in self._sources]
@@ -235,7 +242,8 @@ class CrossIterationMixin(_BatchNorm):
             source.history.check(saved)
         for source, saved in pairs:
             source.history.load_state_dict(saved)
-        self.iteration = int(state["iteration"])
+            self.window = source.history.window
+        self.iteration, self.start = int(state["iteration"]), state.get("start", self.start)
 
     def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""
@@ -324,8 +332,11 @@ class CrossIterationMixin(_BatchNorm):
                         moments, module, source_input, x, theta, bias, self.compensation, self.moments_positions,
                         (self.iteration + 1) // self.moments_every, ranks,
                     )  # fmt: skip
-                    if history.kind == "ema" and remembered is not None and remembered.patch_mean is not None:
-                        carried = carry_over(remembered, theta, bias, self.compensation)
+                    if history.kind == "ema" and remembered is not None:
+                        if remembered.patch_mean is not None:
+                            carried = carry_over(remembered, theta, bias, self.compensation)
+                        if self.start == "running" and self.compensation != "taylor":
+                            moments = explaining(moments, remembered.var[:, 0], theta)
                 history.stage(moments, finite, carried)
         if single:
             # one value per channel has no variance, but it counts for the window, which fills from here
@@ -343,7 +354,7 @@ class CrossIterationMixin(_BatchNorm):
     def _start(self, source: Source, dtype: torch.dtype) -> None:
         """Fills a source's window with the running statistics, unless they are those of a new BatchNorm."""
         mean, var = source.of(self.running_mean), source.of(self.running_var)
-        if mean is not None and var is not None and is_measured(mean, var):
+        if mean is not None and var is not None and (self.FROZEN or is_measured(mean, var)):
             source.history.start_from(mean.to(dtype), var.to(dtype))
 
     def _running(self, source: Source, count: float | Tensor) -> Running | None:
@@ -366,7 +377,7 @@ class CrossIterationMixin(_BatchNorm):
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return (
             f"{plain}, window={self.window}, compensation={self.compensation}, "
-            f"gradient={self.gradient}, history={self.history}{bound}"
+            f"gradient={self.gradient}, history={self.history}, start={self.start}{bound}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -31,8 +32,10 @@ def statistics_shift(model: nn.Module, images: Iterable[Tensor]) -> float | None
     no BatchNorm, none whose running statistics are not those of a new one, or no image.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and is_measured(m.running_mean, m.running_var)]
+    if not norms:
+        return None
     sums: dict[nn.Module, Tensor] = {}  # of 1, x - running_mean and its square, [3, C]
-    hooks = [norm.register_forward_pre_hook(partial(_add, sums)) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(partial(_add, sums), with_kwargs=True) for norm in norms]
     with modes_kept(model):
         try:
             model.eval()
@@ -42,19 +45,23 @@ def statistics_shift(model: nn.Module, images: Iterable[Tensor]) -> float | None
             for hook in hooks:
                 hook.remove()
     divergences = [_divergence(norm, *total) for norm, total in sums.items()]
-    return float(torch.cat(divergences).median()) if divergences else None
+    shift = float(torch.cat(divergences).nanmedian()) if divergences else math.nan
+    return shift if math.isfinite(shift) else None
 
 
-def _add(sums: dict[nn.Module, Tensor], norm: Any, args: tuple[Tensor, ...]) -> None:
-    x = args[0].transpose(0, 1).flatten(1).float() - norm.running_mean.float()[:, None]
-    new = torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)]).cpu().double()
+def _add(sums: dict[nn.Module, Tensor], norm: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    x = args[0] if args else kwargs["input"]
+    x = x.transpose(0, 1).flatten(1).float()
+    var, mean = (t.cpu().double() for t in torch.var_mean(x, 1, correction=0))
+    step = mean - norm.running_mean.cpu().double()
+    new = torch.stack([torch.ones_like(step), step, var + step.square()]) * x.shape[1]
     sums[norm] = sums[norm] + new if norm in sums else new
 
 
 def _divergence(norm: Any, count: Tensor, first: Tensor, second: Tensor) -> Tensor:
     step = first / count
     expected = norm.running_var.cpu().double() + norm.eps
-    ratio = (second / count - step.square() + norm.eps) / expected
+    ratio = ((second / count - step.square()).clamp_min(0) + norm.eps) / expected
     return (ratio - 1 - ratio.log() + step.square() / expected) / 2
 
 

@@ -96,7 +96,7 @@ class FinetuneConfig:
     start: str | None = _setting(
         None, METHOD, "What the window holds at first: running (statistics; with ema the default) or empty."
     )
-    burn_in: int = _setting(0, METHOD, "Iterations before the window grows beyond 1.", least=0)
+    burn_in: int = _setting(0, METHOD, "Iterations at the start that use their own batch only.", least=0)
     sync_cbn: bool = _setting(False, METHOD, "Share each batch's statistics among processes.")
     ema: float | None = _setting(
         None, METHOD, "Evaluate an average of the weights with this decay, e.g. 0.999.", least=0, below=1,

@@ -146,6 +146,8 @@ class _Trainer:
                     if number := self.signals.received:  # it was for the processes that load images, too
                         raise TrainingInterrupted(number, self.step, str(self.run)) from error
                     raise
+                except torch.OutOfMemoryError as error:
+                    raise out_of_memory(self.config.batch_size, self.device) from error
                 self._save()
             try:
                 while not self._finished():
@@ -162,13 +164,16 @@ class _Trainer:
 
     def _advise(self) -> None:
         """Says what the study knows of this norm on images like these."""
-        self.shift = measure(self.model, self.setup, self.config, self.device)
+        with self.accelerator.autocast():
+            self.shift = measure(self.model, self.setup, self.config, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # which is to be that of training
         if text := advice(self.config.norm, self.config.batch_size, self.shift):
             self.progress.line(text)
 
     def _warm_up(self) -> None:
         """Begins the history under the weights that training starts from."""
-        if self.config.norm == "cbn":
+        if self.config.norm == "cbn" and not self.config.burn_in:  # which would be over before the first update
             self.sampler.start(epoch=-1)
             count = -(-WARM_UP_IMAGES // self.config.batch_size)
             images = (

@@ -19,7 +19,6 @@ from ..conversion import norm_layers
 from ..errors import ModelError, RunError
 from ..files import check_output, check_replaceable, clean_up, remove_directory, write_json
 from ..models import ModelSpec, create_model, reset_head
-from ..norm.functional import is_measured
 from .checkpoint import checkpoints
 from .config import FinetuneConfig, read_run
 from .data import Split, read_splits, refuse_among_images
@@ -72,20 +71,14 @@ def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
     data_config = resolve_model_data_config(model)
     still = frozen_modules(model, config.freeze)
     freeze(model, still)
-    norms: dict[str, Any] = norm_layers(model)
-    start = config.start
-    if start is None and config.history == "ema":
-        measured = any(is_measured(m.running_mean, m.running_var) for m in norms.values())
-        start = ("running" if measured else "empty") if stored is None else stored.get("start", "empty")
     apply_norm(
-        model, config.norm, set(still) & set(norms),
+        model, config.norm, set(still) & set(norm_layers(model)),
         window=config.window, batch_size=config.batch_size, compensation=config.compensation, gradient=config.gradient,
-        history=config.history, burn_in=config.burn_in, start=start, sync=config.sync_cbn,
+        history=config.history, burn_in=config.burn_in, start=config.start, sync=config.sync_cbn,
         example_input=torch.zeros(1, *data_config["input_size"]),
     )  # fmt: skip
     described = {
         "architecture": model.pretrained_cfg["architecture"],
-        "start": start,
         "spec": {
             "model_kwargs": config.model_kwargs, "mean": data_config["mean"], "std": data_config["std"],
             "img_size": data_config["input_size"][-1],

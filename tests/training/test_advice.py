@@ -48,6 +48,14 @@ def test_it_leaves_the_model_as_it_was() -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_constant_channel_has_a_divergence() -> None:
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].bias[0] = 100.3
+    assert 0 < statistics_shift(model, [torch.randn(4, 3, 8, 8)]) < 100
+
+
 def test_none_where_there_is_nothing_to_compare_with() -> None:
     images = [torch.randn(4, 3, 8, 8)]
     assert statistics_shift(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), images) is None
