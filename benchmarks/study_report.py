@@ -149,6 +149,7 @@ def title(name: str) -> str:
     """What a comparison is called."""
     data, network, settings = COMPARISONS[name]
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
+    more += next((f", {kind}" for kind in ("windows", "forms") if name.endswith(kind)), "")
     return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 

@@ -83,11 +83,9 @@ def advice(norm: str, batch_size: int, shift: float | None) -> str:
         return ""
     far = shift >= FAR
     found = f"the images' statistics are {shift:.2f} nats from the pretrained ones, {'far' if far else 'near'}"
-    if norm == "cbn" and not far:
-        return f"{found}: --norm frozen may do as well or better, above all in short training; `cbn compare` tells"
-    if norm == "frozen" and far:
-        return f"{found}: --norm cbn was better than frozen BN on such images"
-    if norm in ("bn", "brn", "gn") and batch_size <= SMALL_BATCH:
-        better = "cbn was" if far else "cbn and --norm frozen were"
-        return f"{found}: at {batch_size} images per step --norm {better} better"
+    if norm == "frozen":
+        return f"{found}: --norm cbn was better than frozen BN on both kinds (docs/results.md)"
+    if norm in ("bn", "brn") and batch_size <= SMALL_BATCH:
+        second = "" if far else ", and so was --norm frozen"
+        return f"{found}: at {batch_size} images per step --norm cbn was better{second} (docs/results.md)"
     return found

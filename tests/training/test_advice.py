@@ -66,12 +66,12 @@ def test_none_where_there_is_nothing_to_compare_with() -> None:
 @pytest.mark.parametrize(
     ("norm", "batch_size", "shift", "says", "not_says"),
     [
-        ("cbn", 2, FAR / 2, "--norm frozen may do as well", "better on such"),
+        ("cbn", 2, FAR / 2, "near", "--norm"),
         ("cbn", 2, FAR * 2, "far", "--norm"),
-        ("frozen", 2, FAR * 2, "--norm cbn was better", "may"),
-        ("frozen", 2, FAR / 2, "near", "--norm"),
-        ("bn", 2, FAR / 2, "--norm cbn and --norm frozen were better", "may"),
-        ("bn", 2, FAR * 2, "--norm cbn was better", "frozen"),
+        ("frozen", 2, FAR * 2, "--norm cbn was better than frozen BN", "near"),
+        ("frozen", 2, FAR / 2, "--norm cbn was better than frozen BN", "far"),
+        ("bn", 2, FAR / 2, "--norm cbn was better, and so was --norm frozen", "far"),
+        ("brn", 4, FAR * 2, "at 4 images per step --norm cbn was better", "frozen"),
         ("bn", 32, FAR * 2, "far", "--norm"),
     ],
 )
