@@ -30,7 +30,7 @@ class History:
     is computed once more, as activation checkpointing does, finds the same past.
     """
 
-    _TENSORS = ("_slots", "_staged", "_carried", "_finite", "_reader")
+    _REMEMBERED = ("_slots", "_staged", "_carried", "_finite", "_reader")
 
     def __init__(self, window: int, kind: HistoryKind, every: int = 1, phase: int = 0) -> None:
         self.window = window
@@ -44,7 +44,7 @@ class History:
         """Forgets all iterations."""
         self.seen = 0
         self.kept = 1.0  # the share that the last iteration with moments of patches would have kept by now
-        self.patches = 0  # iterations that brought moments of patches
+        self.patch_iterations = 0  # iterations that brought moments of patches
         self._slots: Moments | None = None  # [C, n, ...]
         self._staged: Moments | None = None
         self._carried: Moments | None = None
@@ -56,7 +56,7 @@ class History:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is trained, averaged or loaded into on its own: what is remembered here is not its past.
-        return {**self.__dict__, "seen": 0, "kept": 1.0, "patches": 0, **dict.fromkeys(self._TENSORS)}
+        return {**self.__dict__, "seen": 0, "kept": 1.0, "patch_iterations": 0, **dict.fromkeys(self._REMEMBERED)}
 
     @property
     def newest_weight(self) -> float:
@@ -130,7 +130,7 @@ class History:
             with torch.inference_mode(False):
                 self._slots = _map(lambda t: t.new_zeros(t.shape[0], self.capacity, *t.shape[1:]), new)
             _zip(lambda stored, value: stored[:, 0].copy_(value), self._slots, new)
-            self.patches = int(new.patch_mean is not None)
+            self.patch_iterations = int(new.patch_mean is not None)
         else:
             if reader is not None and reader.waiting:
                 with torch.inference_mode(False):
@@ -161,7 +161,7 @@ class History:
                 if new.patch_mean is not None:
                     _pool_patches(previous, new, self._share_of_patches)
                     self.kept = 1.0
-                    self.patches += 1
+                    self.patch_iterations += 1
             else:
                 slot = self.seen % self.capacity
                 _zip(lambda stored, value: stored[:, slot].copy_(value), self._slots, new)
@@ -170,7 +170,7 @@ class History:
     @property
     def _share_of_patches(self) -> float:
         """The mean of the first ones; then as much as the iterations since the last ones count."""
-        return max(1 / (self.patches + 1), 1 - self.kept)
+        return max(1 / (self.patch_iterations + 1), 1 - self.kept)
 
     def _takes(self, new: Moments) -> bool:
         """Whether the new moments are of the same kind, dtype and size as those stored, and on the same device."""
@@ -194,13 +194,13 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
         after = History(self.window, self.kind, self.every, self.phase)
-        for name in ("seen", "kept", "patches", "_staged", "_carried", "_finite"):
+        for name in ("seen", "kept", "patch_iterations", "_staged", "_carried", "_finite"):
             setattr(after, name, getattr(self, name))
         after._slots = None if self._slots is None else _map(torch.clone, self._slots)
         after._commit()
         tensors = {} if after._slots is None else {k: v for k, v in after._slots._asdict().items() if v is not None}
         numbers = {"window": self.window, "kind": self.kind, "seen": after.seen}
-        return {**numbers, "kept": after.kept, "patches": after.patches, "slots": tensors}
+        return {**numbers, "kept": after.kept, "patch_iterations": after.patch_iterations, "slots": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, the window of an "ema" included. Raises ValueError as `check` does."""
@@ -208,7 +208,7 @@ class History:
         self.clear()
         self.window = int(state["window"])
         self.seen, self.kept = int(state["seen"]), float(state.get("kept", 1.0))
-        self.patches = int(state.get("patches", self.seen))
+        self.patch_iterations = int(state.get("patch_iterations", self.seen))
         self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
 
     def check(self, state: dict[str, Any]) -> None:
