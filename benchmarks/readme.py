@@ -13,7 +13,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 NAMES = {
     "cbn": "CBN, moments every step, exact where small",
-    "cbn-turns-8-512": "CBN (default)",
+    "cbn-turns-8-512": "CBN, window 16, moments in turns",
     "cbn-ring8": "CBN, ring of 8",
     "cbn-no-exact": "CBN, moments every step, all positions",
     "cbn-turns-1-512": "every step, about 512 positions",

@@ -138,7 +138,7 @@ def put_norm(model: nn.Module, column: str, example: Tensor) -> None:
     if isinstance(options, str):
         apply_norm(model, options)
         return
-    options = dict(options)
+    options = {"window": 16, "start": "empty", **options}  # all of these are of short windows
     unbound, exact = options.pop("unbound", None), options.pop("exact", True)
     every, positions = options.pop("turns", (1, None))
     cbn.convert(model, example_input=example, moments_every=every, moments_positions=positions, **options)
