@@ -61,6 +61,7 @@ chaos: $(STAMP)
 # what docs/training.md and examples/README.md say
 training: $(STAMP)
 	$(PY) benchmarks/auto_lr.py --data ../shared/data
+	$(PY) benchmarks/statistics_shift.py --data ../shared/data
 	$(PY) benchmarks/loader.py --data ../shared/data/clothing
 	$(VENV)/bin/torchrun --nproc-per-node 2 benchmarks/communication.py
 	$(PY) benchmarks/recipes.py --data ../shared/data

@@ -31,6 +31,20 @@ def auto_lr() -> str:
     return "\n".join([*lines, "", source(report, "auto_lr.json") + ", one seed"])
 
 
+def statistics_shift() -> str:
+    """Distance of each data set from ImageNet, for each network the range over the seeds."""
+    report = json.loads((RESULTS / "statistics_shift.json").read_text())
+    nats: dict[tuple[str, str], list[float]] = {}
+    for c in report["cells"]:
+        nats.setdefault((c["data"], c["model"]), []).append(c["nats"])
+    models = list(dict.fromkeys(model for _, model in nats))
+    lines = [f"| nats | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
+    for data in dict.fromkeys(data for data, _ in nats):
+        ranges = [f"{min(nats[data, m]):.2f} to {max(nats[data, m]):.2f}" for m in models]
+        lines.append(f"| {data} | {' | '.join(ranges)} |")
+    return "\n".join([*lines, "", source(report, "statistics_shift.json") + ", three choices of 64 images"])
+
+
 def communication() -> str:
     """Bytes of gradients and statistics."""
     report = json.loads((RESULTS / "communication.json").read_text())
@@ -66,4 +80,12 @@ def loader() -> str:
 
 
 if __name__ == "__main__":
-    fill(ROOT / "docs" / "training.md", {"auto_lr": auto_lr(), "communication": communication(), "loader": loader()})
+    fill(
+        ROOT / "docs" / "training.md",
+        {
+            "auto_lr": auto_lr(),
+            "communication": communication(),
+            "loader": loader(),
+            "shift": statistics_shift(),
+        },
+    )

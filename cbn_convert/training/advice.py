@@ -18,7 +18,7 @@ from .loading import batches, evaluation_batch, plain_loader
 from .setup import Setup
 
 SHIFT_IMAGES = 64
-# Between the data sets of docs/results.md: on three networks, product photos have 0.05 and hands 0.15 to 0.2.
+# Between the data sets of docs/results.md, on three networks (docs/training.md has the table).
 FAR = 0.1
 SMALL_BATCH = 4  # the largest batch size that the study compares the norms at
 
