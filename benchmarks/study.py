@@ -32,7 +32,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "model": "mobilenetv2_100", "checkpoint": "mobilenetv2_100_tf2ptq.timm.safetensors",
         "model-kwargs": "pad_type=same", "mean": "0.5", "std": "0.5",
     },
+    "resnet": {"model": "resnet10t", "checkpoint": "FROM-CLOTHING"},
+    "preact": {"model": "resnetv2_18", "model-kwargs": "width_factor=0.5", "checkpoint": "FROM-CLOTHING"},
+    "new": {"model": "test_resnet", "no-pretrained": True},
 }  # fmt: skip
+# How the weights FROM-CLOTHING are trained, from random ones.
+SOURCE = {"norm": "bn", "batch-size": 32, "lr": 0.05, "epochs": 10, "weight-decay": 5e-4, "seed": 0}
 DATA = {"clothing": {"img-size": 96, "min-scale": 0.5}, "hands": {"img-size": 96, "hflip": 0, "min-scale": 0.5}}
 FOLDERS = {"clothing": "clothing", "hands": "sign_digits"}
 ALL = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "1,2,4", "seeds": 3, "reference": 32}
@@ -67,15 +72,46 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
     "clothing-v2-windows": ("clothing", "v2", {**WINDOWS, **SHORT}),
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
+    "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
+    "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
+    "hands-new": ("hands", "new", {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}),
 }
 
 
-def arguments(name: str, data: Path) -> list[str]:
+def arguments(name: str, data: Path, work: Path) -> list[str]:
     """What `cbn compare` is called with, but for the output."""
     images, network, settings = COMPARISONS[name]
     flags = {**NETWORKS[network], **DATA[images], **settings}
-    flags["checkpoint"] = data / "weights" / flags["checkpoint"]
-    return [str(data / FOLDERS[images]), *(part for k, v in flags.items() for part in (f"--{k}", str(v)))]
+    if flags.get("checkpoint") == "FROM-CLOTHING":
+        flags["checkpoint"] = source(network, data, work)
+    elif "checkpoint" in flags:
+        flags["checkpoint"] = data / "weights" / flags["checkpoint"]
+    return [str(data / FOLDERS[images]), *as_flags(flags)]
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """As words of a command line."""
+    return [part for k, v in settings.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def cbn(command: str, words: list[str], jobs: int = 1) -> None:
+    """Runs a command of the tool with as many threads as runs at a time."""
+    path = os.pathsep.join([str(HERE / "more_models"), str(HERE.parent)])
+    threads = "1" if command == "compare" else str(jobs)
+    subprocess.run(
+        [sys.executable, "-m", "cbn_convert.cli", command, *words, "--device", "cpu", "--workers", "0"],
+        check=True, env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": path},
+    )  # fmt: skip
+
+
+def source(network: str, data: Path, work: Path) -> Path:
+    """Weights that our own tool trains on the clothing, with BN at batch size 32."""
+    folder = work / "sources" / network
+    if not (folder / "results.json").is_file():
+        flags = {k: v for k, v in NETWORKS[network].items() if k != "checkpoint"}
+        words = as_flags({**flags, "no-pretrained": True, **DATA["clothing"], **SOURCE, "output": folder})
+        cbn("finetune", [str(data / FOLDERS["clothing"]), *words, "--overwrite"], jobs=2)
+    return folder / "best" / "model.safetensors"
 
 
 def run(name: str, data: Path, work: Path, jobs: int) -> None:
@@ -83,19 +119,17 @@ def run(name: str, data: Path, work: Path, jobs: int) -> None:
     folder = work / name
     if (folder / "results.json").is_file():
         grid = {k: v for k, v in COMPARISONS[name][2].items() if k in ("norms", "batch-sizes", "seeds", "reference")}
-        call = [arguments(name, data)[0], "--resume", str(folder)]
-        call += [part for k, v in grid.items() for part in (f"--{k}", str(v))]
+        words = [str(data / FOLDERS[COMPARISONS[name][0]]), "--resume", str(folder), *as_flags(grid)]
     else:
-        call = [*arguments(name, data), "--output", str(folder)]
-    path = os.pathsep.join([str(HERE / "more_models"), str(HERE.parent)])
-    place = ["--device", "cpu", "--workers", "0", "--jobs", str(jobs)]
-    subprocess.run(
-        [sys.executable, "-m", "cbn_convert.cli", "compare", *call, *place],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )  # fmt: skip
+        words = [*arguments(name, data, work), "--output", str(folder)]
+    cbn("compare", [*words, "--jobs", str(jobs)])
     stored = json.loads((folder / "results.json").read_text())
     for key in ("data", "checkpoint", "output"):  # folders of this machine
-        stored["config"]["run"][key] = Path(stored["config"]["run"][key]).name
+        if stored["config"]["run"][key] is not None:
+            stored["config"]["run"][key] = Path(stored["config"]["run"][key]).name
+    trained = work / "sources" / COMPARISONS[name][1] / "results.json"
+    if trained.is_file():
+        stored["source"] = {"data": "clothing", **SOURCE, "top1": json.loads(trained.read_text())["top1"]}
     text = json.dumps({**provenance("python benchmarks/study.py --data ../shared/data"), **stored})
     STUDY.mkdir(exist_ok=True)
     (STUDY / f"{name}.json").write_text(text.replace('}, {"norm"', '},\n{"norm"') + "\n")
