@@ -43,9 +43,15 @@ FOLDERS = {"clothing": "clothing", "hands": "sign_digits"}
 ALL = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "1,2,4", "seeds": 3, "reference": 32}
 SHORT = {"images": 1000}
 RIVALS = {"norms": "frozen,cbn", "batch-sizes": "2", "seeds": 3, "reference": 32}
+EIGHT = {"norms": "bn,frozen,cbn", "batch-sizes": "8", "seeds": 3, "reference": 0}
+# at the rates that are best without recalibration, which these runs are set beside
+RECALIBRATED = {
+    "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "lrs": "0.000949,0.003,0.00949", "seeds": 3, "reference": 0,
+    "recalibrate": 32,
+}  # fmt: skip
 FORMS = {
     "norms": f"{PUBLISHED},cbn:taylor,cbn:current,cbn:none:window=4096,cbn:empty",
-    "batch-sizes": "2", "seeds": 1, "reference": 0,
+    "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 WINDOWS = {
     "norms": ",".join(f"cbn:window={k}" for k in (16, 128, 1024)),
@@ -59,12 +65,11 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clothing-v1-short": ("clothing", "v1", {**ALL, **SHORT}),
     "hands-v1-short": ("hands", "v1", {**ALL, **SHORT}),
     "clothing-v2-long": ("clothing", "v2", {**RIVALS, "images": 4000}),
-    "clothing-v2-recalibrated": (
-        "clothing",
-        "v2",
-        {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "recalibrate": 32},
-    ),
-    "hands-v2-recalibrated": ("hands", "v2", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "recalibrate": 32}),
+    "clothing-v2-batch8": ("clothing", "v2", {**EIGHT, **SHORT}),
+    "hands-v2-batch8": ("hands", "v2", {**EIGHT, **SHORT}),
+    "clothing-v2-longest": ("clothing", "v2", {**RIVALS, "images": 12000, "seeds": 1}),
+    "clothing-v2-recalibrated": ("clothing", "v2", {**RECALIBRATED, **SHORT}),
+    "hands-v2-recalibrated": ("hands", "v2", {**RECALIBRATED, **SHORT}),
     "clothing-v2-adamw": ("clothing", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
     "hands-v2-adamw": ("hands", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
     "clothing-v2-forms": ("clothing", "v2", {**FORMS, **SHORT}),
@@ -118,7 +123,9 @@ def run(name: str, data: Path, work: Path, jobs: int) -> None:
     """Runs a comparison to its end, and writes its JSON."""
     folder = work / name
     if (folder / "results.json").is_file():
-        grid = {k: v for k, v in COMPARISONS[name][2].items() if k in ("norms", "batch-sizes", "seeds", "reference")}
+        grid = {
+            k: v for k, v in COMPARISONS[name][2].items() if k in ("norms", "batch-sizes", "lrs", "seeds", "reference")
+        }
         words = [str(data / FOLDERS[COMPARISONS[name][0]]), "--resume", str(folder), *as_flags(grid)]
     else:
         words = [*arguments(name, data, work), "--output", str(folder)]
