@@ -46,8 +46,8 @@ RIVALS = {"norms": "frozen,cbn", "batch-sizes": "2", "seeds": 3, "reference": 32
 EIGHT = {"norms": "bn,frozen,cbn", "batch-sizes": "8", "seeds": 3, "reference": 0}
 # at the rates around the best without recalibration, beside which these runs are set
 RECALIBRATED = {
-    "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "lrs": "0.0003,0.000949,0.003,0.00949", "seeds": 3, "reference": 0,
-    "recalibrate": 32,
+    "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "seeds": 3, "reference": 0,
+    "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
 }  # fmt: skip
 FORMS = {
     "norms": f"{PUBLISHED},cbn:taylor,cbn:current,cbn:none:window=4096,cbn:empty",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from statistics import mean
 from typing import Any, NamedTuple
 
 from readme import ROOT, fill
+from report import RESULTS
 from study import COMPARISONS, PUBLISHED, STUDY
 
-from cbn_convert.comparison.plan import Results
+from cbn_convert.comparison.plan import Results, score
 from cbn_convert.comparison.plots import draw
 from cbn_convert.comparison.store import parse
 from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
@@ -20,7 +22,11 @@ LABELS = {
     "cbn:empty": "CBN, window 32 that starts empty",
     **{f"cbn:window={k}": f"CBN, window {k}" for k in (16, 128, 1024)},
 }  # fmt: skip
-NETWORKS = {"v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0"}
+NETWORKS = {
+    "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",
+    "resnet": "ResNet-10-T from clothing", "preact": "pre-activation ResNet-18 from clothing",
+    "new": "a small ResNet from scratch",
+}  # fmt: skip
 HEADLINE = {"hands-v2-short": "results-hands.png", "clothing-v2-short": "results-clothing.png"}
 
 
@@ -150,12 +156,70 @@ def title(name: str) -> str:
     data, network, settings = COMPARISONS[name]
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
     more += next((f", {kind}" for kind in ("windows", "forms") if name.endswith(kind)), "")
+    more += ", batch size 8" if settings["batch-sizes"] == "8" else ""
     return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 
 def sections(studies: dict[str, Study]) -> str:
     """A table for each comparison."""
     return "\n\n".join(f"### {title(name)}\n\n{table(name, study)}" for name, study in studies.items())
+
+
+def rates(studies: dict[str, Study]) -> str:
+    """Validation top-1 of the first seed at every rate of the searches at batch size 2, hands before clothing."""
+    both = [studies[name].results for name in ("hands-v2-short", "clothing-v2-short")]
+    tops = [
+        {(c.norm, c.lr): score(r) for c, r in results.items() if (c.batch_size, c.seed) == (2, 0)} for results in both
+    ]
+    every = sorted({lr for top in tops for _, lr in top})
+    lines = [
+        f"| hands / clothing, at rate | {' | '.join(f'{lr:.2g}' for lr in every)} |",
+        "|---|" + "---|" * len(every),
+    ]
+    for norm in ("bn", "frozen", "brn", "cbn"):
+        cells = [[f"{top[norm, lr]:.1f}" if (norm, lr) in top else "-" for top in tops] for lr in every]
+        row = ["" if set(cell) == {"-"} else " / ".join(cell) for cell in cells]
+        lines.append(f"| {LABELS[norm]} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def gap(studies: dict[str, Study]) -> str:
+    """What recalibrated statistics change, at batch size 2."""
+    pairs = [
+        (name, studies[f"{name}-short"], studies[f"{name}-recalibrated"])
+        for name in ("hands-v2", "clothing-v2")
+        if {f"{name}-short", f"{name}-recalibrated"} <= studies.keys()
+    ]
+    heads = [f"{name.partition('-')[0]}: as trained | recalibrated | difference" for name, _, _ in pairs]
+    lines = [f"| top-1 [%] | {' | '.join(heads)} |", "|---|" + "---|---|---|" * len(pairs)]
+    for norm in ("bn", "frozen", "brn", "cbn"):
+        row = []
+        for _, plain, anew in pairs:
+            before, after = plain.rows[norm, 2], anew.rows[norm, 2]
+            row += [_shown(before), _shown(after), _difference(after, before)]
+        lines.append(f"| {LABELS[norm]} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def times() -> str:
+    """Images and seconds until a validation top-1, means over seeds."""
+    report = json.loads((RESULTS / "time_to_accuracy.json").read_text())
+    lines = ["| images (seconds) until | " + " | ".join(f"{level} %" for level in report["levels"]) + " |"]
+    lines.append("|---|" + "---|" * len(report["levels"]))
+    for norm, size in dict.fromkeys((run["norm"], run["batch_size"]) for run in report["runs"]):
+        runs = [r["evaluations"] for r in report["runs"] if (r["norm"], r["batch_size"]) == (norm, size)]
+        row = []
+        for level in report["levels"]:
+            reached = [next((e for e in run if e["top1"] >= level), None) for run in runs]
+            done = [e for e in reached if e is not None]
+            row.append(
+                f"{mean(e['images'] for e in done):.0f} ({mean(e['seconds'] for e in done):.0f})"
+                if len(done) == len(runs)
+                else f"{len(done)} of {len(runs)} runs"
+            )
+        lines.append(f"| {LABELS[norm]}, batch {size} | {' | '.join(row)} |")
+    source = f"{len(runs)} seeds; `{report['command']}`, [JSON](BASE/benchmarks/results/time_to_accuracy.json)"
+    return "\n".join([*lines, "", f"*{source}*"])
 
 
 def main() -> None:
@@ -172,6 +236,9 @@ def main() -> None:
             "runs": f"{runs} runs in {len(studies)} comparisons.",
             "verdicts": verdicts(studies),
             "outcome": outcome(studies),
+            "rates": rates(studies),
+            "gap": gap(studies),
+            "times": times(),
             "study": sections(studies),
         },
     )
