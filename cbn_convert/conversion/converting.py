@@ -29,6 +29,7 @@ from ..norm import (
     is_frozen,
     modes_kept,
 )
+from ..norm.distributed import world_size
 from ..norm.functional import Compensation, Gradient, is_measured
 from ..norm.history import HistoryKind, Start
 from ..norm.moments import exact_is_possible
@@ -96,10 +97,11 @@ def convert(
     pattern on the name, or by a predicate (name, module). Layers that are converted already stay as they are. The other
     arguments are those of CrossIterationBatchNorm2d. By default, with history "ema", layers start from their running
     statistics ("running"), but for those of a new BatchNorm ("empty"), and moments_every is 8, the layers taking turns.
-    The default window holds 8192 images, in batches of `batch_size`, where a layer starts from running statistics and
-    follows its weights, and 64 elsewhere; it is 8 with history "ring". So load pretrained weights before. With gradient
-    "full", layers without a weight of their own get gradient "straight_through" and, unless compensation is "none", a
-    window of at most 2. `sync` shares the statistics of each batch among the ranks of a process group.
+    The default window holds 8192 images, in batches of `batch_size` (on every rank, with `sync`), where a layer starts
+    from running statistics and follows its weights, and 64 elsewhere; it is 8 with history "ring". So load pretrained
+    weights before. With gradient "full", layers without a weight of their own get gradient "straight_through" and,
+    unless compensation is "none", a window of at most 2. `sync` shares the statistics of each batch among the ranks of
+    a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
@@ -144,16 +146,18 @@ def convert(
         layer, own_gradient, own_window = adopt(norm), cast(Gradient, gradient), window
         measured = history == "ema" and (layer.FROZEN or is_measured(layer.running_mean, layer.running_var))
         own_start: Start = start or ("running" if measured else "empty")
+        own_sync = sync or isinstance(norm, nn.SyncBatchNorm)
         if own_window is None:
             carried = own_start == "running" and measured and row.status == "compensated"
             images = CARRIED_IMAGES if carried else SEEN_IMAGES
-            own_window = max(1, images // batch_size) if history == "ema" else RING_WINDOW
+            seen = batch_size * (world_size() if own_sync else 1)
+            own_window = max(1, images // seen) if history == "ema" else RING_WINDOW
         if row.status != "compensated" and gradient == "full":
             own_gradient = "straight_through"
             own_window = own_window if compensation == "none" else min(own_window, UNBOUND_WINDOW)
         layer.set_window(
-            own_window, compensation, own_gradient, history, burn_in, sync or isinstance(norm, nn.SyncBatchNorm),
-            moments_every, moments_positions, own_start, phase=index,
+            own_window, compensation, own_gradient, history, burn_in, own_sync, moments_every, moments_positions,
+            own_start, phase=index,
         )  # fmt: skip
         if row.status == "compensated":
             layer.bind(*_outputs(model, calls[name].parts))

@@ -148,6 +148,16 @@ def test_converts_defaults(measured: bool, options: dict, expected: list[tuple[s
     assert [(layer.start, layer.window) for layer in layers(model)] == expected
 
 
+@pytest.mark.parametrize(("sync", "expected"), [(False, 4096), (True, 1024)])
+def test_a_window_over_the_batches_of_all_ranks_holds_as_many_images(
+    sync: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cbn_convert.conversion.converting.world_size", lambda: 4)
+    model = randomize_norms(Net())
+    cbn.convert(model, example_input=X, sync=sync)
+    assert [layer.window for layer in layers(model)] == [*[expected] * 3, 2]
+
+
 def test_convert_refuses_a_batch_size_of_none() -> None:
     with pytest.raises(ConversionError, match="batch_size must be an integer of at least 1, got 0"):
         cbn.convert(Net(), example_input=X, batch_size=0)
