@@ -50,7 +50,7 @@ RECALIBRATED = {
     "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
 }  # fmt: skip
 FORMS = {
-    "norms": f"{PUBLISHED},cbn:taylor,cbn:current,cbn:none:window=4096,cbn:empty",
+    "norms": f"{PUBLISHED},cbn:taylor,cbn:current,cbn:none:window=4096,cbn:none:current:window=4096,cbn:empty",
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 WINDOWS = {
@@ -78,7 +78,7 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clothing-v2-windows": ("clothing", "v2", {**WINDOWS, **SHORT}),
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
-    "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
+    "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
     "hands-new": ("hands", "new", {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}),
 }
 

@@ -19,6 +19,7 @@ LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
     PUBLISHED: "CBN as published", "cbn:taylor": "CBN, Taylor's step",
     "cbn:current": "CBN, no gradient through the compensation", "cbn:none:window=4096": "averaging only, window 4096",
+    "cbn:none:current:window=4096": "averaging only, window 4096, gradient's share 1/4096",
     "cbn:empty": "CBN, window 32 that starts empty",
     **{f"cbn:window={k}": f"CBN, window {k}" for k in (16, 128, 1024)},
 }  # fmt: skip

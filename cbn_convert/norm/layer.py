@@ -221,14 +221,16 @@ class CrossIterationMixin(_BatchNorm):
         return {
             "iteration": self.iteration,
             "start": self.start,
+            "gradient": self.gradient,
             "sources": [source.history.state_dict() for source in self._sources],
         }
 
     def load_history_state(self, state: dict[str, Any]) -> None:
         """Restores `history_state`; load weights first, since that empties the history.
 
-        The window of an exponential history is restored with it. Raises ValueError if it was taken with another kind of
-        history, a ring of another window or another number of channels.
+        The window of an exponential history, its start and gradient are restored with it, as `convert` chooses them by
+        the statistics that it finds. Raises ValueError if it was taken with another kind of history, a ring of another
+        window or another number of channels.
         """
         every = range(self.num_features)
         own = [len(every[source.channels or slice(None)]) for source in self._sources]
@@ -243,7 +245,8 @@ class CrossIterationMixin(_BatchNorm):
         for source, saved in pairs:
             source.history.load_state_dict(saved)
             self.window = source.history.window
-        self.iteration, self.start = int(state["iteration"]), state.get("start", self.start)
+        self.iteration = int(state["iteration"])
+        self.start, self.gradient = state.get("start", self.start), state.get("gradient", self.gradient)
 
     def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""

@@ -128,24 +128,29 @@ def test_a_ring_has_no_such_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("measured", "options", "expected"),
+    ("measured", "options", "bound", "alone"),
     [
-        (False, {}, [("empty", 32)] * 3 + [("empty", 2)]),
-        (True, {}, [("running", 4096)] * 3 + [("running", 2)]),
-        (True, {"batch_size": 8}, [("running", 1024)] * 3 + [("running", 2)]),
-        (False, {"batch_size": 100}, [("empty", 1)] * 4),
-        (True, {"start": "empty"}, [("empty", 32)] * 3 + [("empty", 2)]),
-        (False, {"start": "running"}, [("running", 32)] * 3 + [("running", 2)]),
-        (True, {"window": 5}, [("running", 5)] * 3 + [("running", 2)]),
-        (True, {"compensation": "none"}, [("running", 32)] * 4),
-        (True, {"history": "ring"}, [("empty", 8)] * 3 + [("empty", 2)]),
+        (False, {}, ("empty", 32), ("empty", 2, "straight_through")),
+        (True, {}, ("running", 4096), ("running", 32, "full")),
+        (True, {"batch_size": 8}, ("running", 1024), ("running", 8, "full")),
+        (False, {"batch_size": 100}, ("empty", 1), ("empty", 1, "straight_through")),
+        (True, {"batch_size": 100}, ("running", 81), ("running", 1, "full")),
+        (True, {"start": "empty"}, ("empty", 32), ("empty", 2, "straight_through")),
+        (False, {"start": "running"}, ("running", 32), ("running", 2, "straight_through")),
+        (True, {"window": 5}, ("running", 5), ("running", 5, "full")),
+        (True, {"window": 100}, ("running", 100), ("running", 32, "full")),
+        (True, {"compensation": "none"}, ("running", 32), ("running", 32, "straight_through")),
+        (True, {"history": "ring"}, ("empty", 8), ("empty", 2, "straight_through")),
+        (True, {"gradient": "current"}, ("running", 4096), ("running", 32, "current")),
     ],
 )
-def test_converts_defaults(measured: bool, options: dict, expected: list[tuple[str, int]]) -> None:
+def test_converts_defaults(measured: bool, options: dict, bound: tuple[str, int], alone: tuple[str, int, str]) -> None:
     """A long window where there are statistics to carry along and a weight to follow; a short one elsewhere."""
     model = randomize_norms(Net()) if measured else Net()
     cbn.convert(model, example_input=X, **options)
-    assert [(layer.start, layer.window) for layer in layers(model)] == expected
+    *followed, last = layers(model)
+    assert [(layer.start, layer.window) for layer in followed] == [bound] * 3
+    assert (last.start, last.window, last.gradient) == alone
 
 
 @pytest.mark.parametrize(("sync", "expected"), [(False, 4096), (True, 1024)])
@@ -155,7 +160,7 @@ def test_a_window_over_the_batches_of_all_ranks_holds_as_many_images(
     monkeypatch.setattr("cbn_convert.conversion.converting.world_size", lambda: 4)
     model = randomize_norms(Net())
     cbn.convert(model, example_input=X, sync=sync)
-    assert [layer.window for layer in layers(model)] == [*[expected] * 3, 2]
+    assert [layer.window for layer in layers(model)] == [*[expected] * 3, expected // 128]
 
 
 def test_convert_refuses_a_batch_size_of_none() -> None:
@@ -363,7 +368,7 @@ def test_a_model_without_values_converts_and_runs() -> None:
 
 @pytest.mark.parametrize("first", ["weights", "convert"])
 def test_resuming_with_defaults_whatever_the_fresh_model_holds(first: str) -> None:
-    """The default window depends on the statistics; the history brings the one that it was made with."""
+    """Window and gradient depend on the statistics; the history brings those that it was made with."""
     net = randomize_norms(Net()).double()
     cbn.convert(net, example_input=X.double())
     for i in range(3):
@@ -375,7 +380,8 @@ def test_resuming_with_defaults_whatever_the_fresh_model_holds(first: str) -> No
         else:
             cbn.convert(other, example_input=X.double())
     load_history_state(other, history_state(net))
-    assert [(a.window, a.start) for a in layers(net)] == [(b.window, b.start) for b in layers(other)]
+    settings = [[(layer.window, layer.start, layer.gradient) for layer in layers(m)] for m in (net, other)]
+    assert settings[0] == settings[1]
     for i in range(20, 24):
         assert torch.equal(step(net, batch(i), lr=0.002), step(other.train(), batch(i), lr=0.002))
 
