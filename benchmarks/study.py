@@ -49,6 +49,7 @@ RECALIBRATED = {
     "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "seeds": 3, "reference": 0,
     "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
 }  # fmt: skip
+LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 FORMS = {
     "norms": f"{PUBLISHED},cbn:taylor,cbn:current,cbn:none:window=4096,cbn:none:current:window=4096,cbn:empty",
     "batch-sizes": "2", "seeds": 3, "reference": 0,
@@ -67,7 +68,7 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clothing-v2-long": ("clothing", "v2", {**RIVALS, "images": 4000}),
     "clothing-v2-batch8": ("clothing", "v2", {**EIGHT, **SHORT}),
     "hands-v2-batch8": ("hands", "v2", {**EIGHT, **SHORT}),
-    "clothing-v2-longest": ("clothing", "v2", {**RIVALS, "images": 12000, "seeds": 1}),
+    "clothing-v2-longest": ("clothing", "v2", {**RIVALS, **LONGEST}),
     "clothing-v2-recalibrated": ("clothing", "v2", {**RECALIBRATED, **SHORT}),
     "hands-v2-recalibrated": ("hands", "v2", {**RECALIBRATED, **SHORT}),
     "clothing-v2-adamw": ("clothing", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
