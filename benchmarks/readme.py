@@ -28,7 +28,7 @@ NAMES = {
     "frozen": "frozen BN",
     **{f"cbn-w{k}": f"CBN, window {k}" for k in (1, 2, 4, 8, 32, 64)},
     "unbound-bn": "BN there, CBN elsewhere",
-    "unbound-straight-2": "window 2, whole gradient (default)",
+    "unbound-straight-2": "window 2, whole gradient (default for new layers)",
     "unbound-straight-4": "window 4, whole gradient",
     "unbound-straight-16": "window 16, whole gradient",
     "unbound-current": "window 16, gradient's share 1/16",

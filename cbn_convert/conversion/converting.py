@@ -42,7 +42,8 @@ from .trace import NormCall, Part, trace_norms
 CARRIED_IMAGES, SEEN_IMAGES = 8192, 64
 RING_WINDOW = 8  # the paper's
 DEFAULT_HISTORY: HistoryKind = "ema"
-# Without a weight of its own to follow, a layer learns best from the batch and the one before it (docs/method.md).
+# With neither a weight to follow nor statistics to start from, a layer learns best from the batch and the one before it
+# (docs/method.md).
 UNBOUND_WINDOW = 2
 # How the statistics respond to the weights changes slowly: a part of it, estimated in turn, is enough
 # (docs/performance.md).
@@ -98,11 +99,10 @@ def convert(
     arguments are those of CrossIterationBatchNorm2d. By default, with history "ema", layers start from their running
     statistics ("running"), but for those of a new BatchNorm ("empty"), and moments_every is 8, the layers taking turns.
     The default window holds 8192 images, in batches of `batch_size` (on every rank, with `sync`), where a layer starts
-    from running statistics and follows its weights, and 64 elsewhere; it is 8 with history "ring". So load pretrained
-    weights before. With gradient "full", layers without a weight of their own have a window of at most 64 images if
-    they start from running statistics, else one of at most 2 and gradient "straight_through"; with compensation "none"
-    they have `window` and "straight_through". `sync` shares the statistics of each batch among the ranks of a process
-    group.
+    from running statistics, and 64 elsewhere, as with compensation "none"; it is 8 with history "ring". So load
+    pretrained weights before. With gradient "full", layers without a weight of their own that start otherwise get
+    gradient "straight_through" and, unless compensation is "none", a window of at most 2. `sync` shares the statistics
+    of each batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
@@ -148,16 +148,15 @@ def convert(
         measured = history == "ema" and (layer.FROZEN or is_measured(layer.running_mean, layer.running_var))
         own_start: Start = start or ("running" if measured else "empty")
         own_sync = sync or isinstance(norm, nn.SyncBatchNorm)
-        started, per_step = own_start == "running" and measured, batch_size * (world_size() if own_sync else 1)
+        # without compensation there is nothing but the window's length to keep up with the weights
+        carried = own_start == "running" and measured and compensation != "none"
         if own_window is None:
-            images = CARRIED_IMAGES if started and row.status == "compensated" else SEEN_IMAGES
+            per_step = batch_size * (world_size() if own_sync else 1)
+            images = CARRIED_IMAGES if carried else SEEN_IMAGES
             own_window = max(1, images // per_step) if history == "ema" else RING_WINDOW
-        if row.status != "compensated" and gradient == "full":
-            if started and compensation != "none":
-                own_window = min(own_window, max(1, SEEN_IMAGES // per_step))
-            else:
-                own_gradient = "straight_through"
-                own_window = own_window if compensation == "none" else min(own_window, UNBOUND_WINDOW)
+        if row.status != "compensated" and gradient == "full" and not carried:
+            own_gradient = "straight_through"
+            own_window = own_window if compensation == "none" else min(own_window, UNBOUND_WINDOW)
         layer.set_window(
             own_window, compensation, own_gradient, history, burn_in, own_sync, moments_every, moments_positions,
             own_start, phase=index,

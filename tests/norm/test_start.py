@@ -131,17 +131,17 @@ def test_a_ring_has_no_such_start() -> None:
     ("measured", "options", "bound", "alone"),
     [
         (False, {}, ("empty", 32), ("empty", 2, "straight_through")),
-        (True, {}, ("running", 4096), ("running", 32, "full")),
-        (True, {"batch_size": 8}, ("running", 1024), ("running", 8, "full")),
+        (True, {}, ("running", 4096), ("running", 4096, "full")),
+        (True, {"batch_size": 8}, ("running", 1024), ("running", 1024, "full")),
         (False, {"batch_size": 100}, ("empty", 1), ("empty", 1, "straight_through")),
-        (True, {"batch_size": 100}, ("running", 81), ("running", 1, "full")),
+        (True, {"batch_size": 100}, ("running", 81), ("running", 81, "full")),
         (True, {"start": "empty"}, ("empty", 32), ("empty", 2, "straight_through")),
         (False, {"start": "running"}, ("running", 32), ("running", 2, "straight_through")),
         (True, {"window": 5}, ("running", 5), ("running", 5, "full")),
-        (True, {"window": 100}, ("running", 100), ("running", 32, "full")),
+        (True, {"window": 100}, ("running", 100), ("running", 100, "full")),
         (True, {"compensation": "none"}, ("running", 32), ("running", 32, "straight_through")),
         (True, {"history": "ring"}, ("empty", 8), ("empty", 2, "straight_through")),
-        (True, {"gradient": "current"}, ("running", 4096), ("running", 32, "current")),
+        (True, {"gradient": "current"}, ("running", 4096), ("running", 4096, "current")),
     ],
 )
 def test_converts_defaults(measured: bool, options: dict, bound: tuple[str, int], alone: tuple[str, int, str]) -> None:
@@ -160,7 +160,7 @@ def test_a_window_over_the_batches_of_all_ranks_holds_as_many_images(
     monkeypatch.setattr("cbn_convert.conversion.converting.world_size", lambda: 4)
     model = randomize_norms(Net())
     cbn.convert(model, example_input=X, sync=sync)
-    assert [layer.window for layer in layers(model)] == [*[expected] * 3, expected // 128]
+    assert [layer.window for layer in layers(model)] == [expected] * 4
 
 
 def test_convert_refuses_a_batch_size_of_none() -> None:
