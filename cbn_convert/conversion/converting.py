@@ -99,10 +99,11 @@ def convert(
     arguments are those of CrossIterationBatchNorm2d. By default, with history "ema", layers start from their running
     statistics ("running"), but for those of a new BatchNorm ("empty"), and moments_every is 8, the layers taking turns.
     The default window holds 8192 images, in batches of `batch_size` (on every rank, with `sync`), where a layer starts
-    from running statistics, and 64 elsewhere, as with compensation "none"; it is 8 with history "ring". So load
-    pretrained weights before. With gradient "full", layers without a weight of their own that start otherwise get
-    gradient "straight_through" and, unless compensation is "none", a window of at most 2. `sync` shares the statistics
-    of each batch among the ranks of a process group.
+    from running statistics, and 64 elsewhere; it is 8 with history "ring". So load pretrained weights before. With
+    gradient "full", layers without a weight of their own get gradient "straight_through" and a window of at most 2,
+    unless they start from running statistics, have a window of at least 64 images and others follow their weights; with
+    compensation "none", where no layer does, all get "straight_through", and a window of 64 images by default. `sync`
+    shares the statistics of each batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
@@ -140,6 +141,8 @@ def convert(
                         f"or leave its norm as it is with exclude={name!r}"
                     )
     rows = {n: plans[n] if n in todo else _untouched(model, n, m) for n, m in norms.items()}
+    # layers that follow no weight can keep old statistics only among layers that follow theirs
+    follows = any(row.status == "compensated" for row in rows.values())
     for index, (name, norm) in enumerate(norms.items()):
         row = rows[name]
         if name not in todo or row.status == "kept":
@@ -148,13 +151,13 @@ def convert(
         measured = history == "ema" and (layer.FROZEN or is_measured(layer.running_mean, layer.running_var))
         own_start: Start = start or ("running" if measured else "empty")
         own_sync = sync or isinstance(norm, nn.SyncBatchNorm)
-        # without compensation there is nothing but the window's length to keep up with the weights
-        carried = own_start == "running" and measured and compensation != "none"
+        per_step = batch_size * (world_size() if own_sync else 1)
+        carried = own_start == "running" and measured and follows
         if own_window is None:
-            per_step = batch_size * (world_size() if own_sync else 1)
             images = CARRIED_IMAGES if carried else SEEN_IMAGES
             own_window = max(1, images // per_step) if history == "ema" else RING_WINDOW
-        if row.status != "compensated" and gradient == "full" and not carried:
+        is_long = carried and own_window * per_step >= SEEN_IMAGES
+        if row.status != "compensated" and gradient == "full" and not is_long:
             own_gradient = "straight_through"
             own_window = own_window if compensation == "none" else min(own_window, UNBOUND_WINDOW)
         layer.set_window(

@@ -241,7 +241,7 @@ def history_state(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def load_history_state(model: nn.Module, state: dict[str, dict[str, Any]]) -> None:
-    """Restores `history_state(model)`. Raises ValueError if the layers or their windows are not the same."""
+    """Restores `history_state(model)`. Raises ValueError if the layers or their kinds of window are not the same."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CrossIterationMixin)}
     if layers.keys() != state.keys():
         odd = sorted(layers.keys() ^ state.keys())

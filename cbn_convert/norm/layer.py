@@ -217,7 +217,7 @@ class CrossIterationMixin(_BatchNorm):
         return sum(source.history_bytes(self.num_features, self.compensation) for source in self._sources)
 
     def history_state(self) -> dict[str, Any]:
-        """What a bit-identical resume needs beside the state_dict; tensors and numbers only."""
+        """What a bit-identical resume needs beside the state_dict; tensors, numbers and strings only."""
         return {
             "iteration": self.iteration,
             "start": self.start,

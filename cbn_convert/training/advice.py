@@ -84,8 +84,9 @@ def advice(norm: str, batch_size: int, shift: float | None) -> str:
     far = shift >= FAR
     found = f"the images' statistics are {shift:.2f} nats from the pretrained ones, {'far' if far else 'near'}"
     if norm == "frozen":
-        return f"{found}: --norm cbn was better than frozen BN on both kinds (docs/results.md)"
+        return f"{found}: --norm cbn was better than frozen BN, or level, on both kinds (docs/results.md)"
     if norm in ("bn", "brn") and batch_size <= SMALL_BATCH:
         second = "" if far else ", and so was --norm frozen"
-        return f"{found}: at {batch_size} images per step --norm cbn was better{second} (docs/results.md)"
+        level = ", or level," if far and batch_size == SMALL_BATCH else ""
+        return f"{found}: at {batch_size} images per step --norm cbn was better{level}{second} (docs/results.md)"
     return found

@@ -137,7 +137,8 @@ def test_a_ring_has_no_such_start() -> None:
         (True, {"batch_size": 100}, ("running", 81), ("running", 81, "full")),
         (True, {"start": "empty"}, ("empty", 32), ("empty", 2, "straight_through")),
         (False, {"start": "running"}, ("running", 32), ("running", 2, "straight_through")),
-        (True, {"window": 5}, ("running", 5), ("running", 5, "full")),
+        (True, {"window": 5}, ("running", 5), ("running", 2, "straight_through")),
+        (True, {"window": 32}, ("running", 32), ("running", 32, "full")),
         (True, {"window": 100}, ("running", 100), ("running", 100, "full")),
         (True, {"compensation": "none"}, ("running", 32), ("running", 32, "straight_through")),
         (True, {"history": "ring"}, ("empty", 8), ("empty", 2, "straight_through")),
@@ -145,12 +146,19 @@ def test_a_ring_has_no_such_start() -> None:
     ],
 )
 def test_converts_defaults(measured: bool, options: dict, bound: tuple[str, int], alone: tuple[str, int, str]) -> None:
-    """A long window where there are statistics to carry along and a weight to follow; a short one elsewhere."""
+    """A long window where there are statistics to start from; a short one elsewhere."""
     model = randomize_norms(Net()) if measured else Net()
     cbn.convert(model, example_input=X, **options)
     *followed, last = layers(model)
     assert [(layer.start, layer.window) for layer in followed] == [bound] * 3
     assert (last.start, last.window, last.gradient) == alone
+
+
+def test_without_a_layer_that_follows_its_weight_windows_are_short() -> None:
+    model = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)))
+    cbn.convert(model, example_input=X)
+    (layer,) = layers(model)
+    assert (layer.start, layer.window, layer.gradient) == ("running", 2, "straight_through")
 
 
 @pytest.mark.parametrize(("sync", "expected"), [(False, 4096), (True, 1024)])

@@ -68,10 +68,10 @@ def test_none_where_there_is_nothing_to_compare_with() -> None:
     [
         ("cbn", 2, FAR / 2, "near", "--norm"),
         ("cbn", 2, FAR * 2, "far", "--norm"),
-        ("frozen", 2, FAR * 2, "--norm cbn was better than frozen BN", "near"),
+        ("frozen", 2, FAR * 2, "--norm cbn was better than frozen BN, or level", "near"),
         ("frozen", 2, FAR / 2, "--norm cbn was better than frozen BN", "far"),
         ("bn", 2, FAR / 2, "--norm cbn was better, and so was --norm frozen", "far"),
-        ("brn", 4, FAR * 2, "at 4 images per step --norm cbn was better", "frozen"),
+        ("brn", 4, FAR * 2, "at 4 images per step --norm cbn was better, or level,", "frozen"),
         ("bn", 32, FAR * 2, "far", "--norm"),
     ],
 )
