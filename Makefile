@@ -70,6 +70,7 @@ training: $(STAMP)
 # docs/results.md: hundreds of runs, most of a day on two cores; it goes on where it was stopped
 study: $(STAMP)
 	$(PY) benchmarks/study.py --data ../shared/data --work study
+	$(PY) benchmarks/time_to_accuracy.py --data ../shared/data
 	$(PY) benchmarks/study_report.py
 
 estimation: $(STAMP)

@@ -202,6 +202,8 @@ is folded into its convs without identities.
 
 ## Layers that are not compensated
 
+Of new models; pretrained ones have the same layers there with longer windows ([method.md](method.md), section 4).
+
 {why_not_compensated(records)}
 
 ## ONNX

@@ -2,8 +2,9 @@
 
     python benchmarks/study.py --data ../shared/data --work FOLDER [--only NAME,..] [--jobs 2]
 
-FOLDER keeps the comparisons, which go on where they were stopped; benchmarks/results/study/NAME.json is what the
-documentation is made of. One thread for a run, so that times of runs side by side are comparable and no more than that.
+FOLDER keeps the comparisons, which go on where they were stopped, and the networks that are trained first;
+benchmarks/results/study/NAME.json is what the documentation is made of. One thread for a run of a comparison, so that
+times of runs side by side are comparable and no more than that.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ALL = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "1,2,4", "seeds": 3, "ref
 SHORT = {"images": 1000}
 RIVALS = {"norms": "frozen,cbn", "batch-sizes": "2", "seeds": 3, "reference": 32}
 EIGHT = {"norms": "bn,frozen,cbn", "batch-sizes": "8", "seeds": 3, "reference": 0}
-# at the rates around the best without recalibration, beside which these runs are set
+# at the rates of the search without recalibration, beside which these runs are set
 RECALIBRATED = {
     "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "seeds": 3, "reference": 0,
     "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
@@ -84,12 +85,12 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def arguments(name: str, data: Path, work: Path) -> list[str]:
+def arguments(name: str, data: Path, work: Path, jobs: int) -> list[str]:
     """What `cbn compare` is called with, but for the output."""
     images, network, settings = COMPARISONS[name]
     flags = {**NETWORKS[network], **DATA[images], **settings}
     if flags.get("checkpoint") == "FROM-CLOTHING":
-        flags["checkpoint"] = source(network, data, work)
+        flags["checkpoint"] = source(network, data, work, jobs)
     elif "checkpoint" in flags:
         flags["checkpoint"] = data / "weights" / flags["checkpoint"]
     return [str(data / FOLDERS[images]), *as_flags(flags)]
@@ -100,23 +101,23 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return [part for k, v in settings.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
-def cbn(command: str, words: list[str], jobs: int = 1) -> None:
-    """Runs a command of the tool with as many threads as runs at a time."""
+def cbn(command: str, words: list[str], threads: int = 1) -> None:
+    """Runs a command of the tool."""
     path = os.pathsep.join([str(HERE / "more_models"), str(HERE.parent)])
-    threads = "1" if command == "compare" else str(jobs)
     subprocess.run(
         [sys.executable, "-m", "cbn_convert.cli", command, *words, "--device", "cpu", "--workers", "0"],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": path},
+        check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
     )  # fmt: skip
 
 
-def source(network: str, data: Path, work: Path) -> Path:
+def source(network: str, data: Path, work: Path, jobs: int) -> Path:
     """Weights that our own tool trains on the clothing, with BN at batch size 32."""
-    folder = work / "sources" / network
-    if not (folder / "results.json").is_file():
+    folder, unfinished = work / "sources" / network, work / "sources" / f"{network}-unfinished"
+    if not folder.is_dir():
         flags = {k: v for k, v in NETWORKS[network].items() if k != "checkpoint"}
-        words = as_flags({**flags, "no-pretrained": True, **DATA["clothing"], **SOURCE, "output": folder})
-        cbn("finetune", [str(data / FOLDERS["clothing"]), *words, "--overwrite"], jobs=2)
+        words = as_flags({**flags, "no-pretrained": True, **DATA["clothing"], **SOURCE, "output": unfinished})
+        cbn("finetune", [str(data / FOLDERS["clothing"]), *words, "--overwrite"], threads=jobs)
+        unfinished.rename(folder)
     return folder / "best" / "model.safetensors"
 
 
@@ -129,7 +130,7 @@ def run(name: str, data: Path, work: Path, jobs: int) -> None:
         }
         words = [str(data / FOLDERS[COMPARISONS[name][0]]), "--resume", str(folder), *as_flags(grid)]
     else:
-        words = [*arguments(name, data, work), "--output", str(folder)]
+        words = [*arguments(name, data, work, jobs), "--output", str(folder)]
     cbn("compare", [*words, "--jobs", str(jobs)])
     stored = json.loads((folder / "results.json").read_text())
     for key in ("data", "checkpoint", "output"):  # folders of this machine

@@ -25,9 +25,10 @@ LABELS = {
 }  # fmt: skip
 NETWORKS = {
     "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",
-    "resnet": "ResNet-10-T from clothing", "preact": "pre-activation ResNet-18 from clothing",
+    "resnet": "ResNet-10-T from clothing", "preact": "half as wide pre-activation ResNet-18 from clothing",
     "new": "a small ResNet from scratch",
 }  # fmt: skip
+NOT_YET = "*Not measured yet.*"
 HEADLINE = {"hands-v2-short": "results-hands.png", "clothing-v2-short": "results-clothing.png"}
 
 
@@ -73,7 +74,8 @@ def table(name: str, study: Study) -> str:
                 cells.append("failed")
             else:
                 text = f"{row.top1:.1f}" + ("" if row.std is None else f" ± {row.std:.1f}")
-                cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}")
+                edge = " (edge)" if row.at_edge else ""
+                cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}{edge}")
         lines.append(f"| {LABELS[norm]} | {' | '.join(cells)} |")
     versions, runs = study.report["versions"], len(study.results)
     budget = f"{config.images} images" if config.images else f"{config.run.epochs} epochs"
@@ -125,8 +127,9 @@ def verdicts(studies: dict[str, Study]) -> str:
 
 
 def outcome(studies: dict[str, Study]) -> str:
-    """How often CBN is ahead, in words."""
-    every = judged(studies)
+    """How often CBN is ahead, in words; runs that are done over with recalibration and single seeds do not count."""
+    settings = {name: COMPARISONS[name][2] for name in studies}
+    every = [v for v in judged(studies) if "recalibrate" not in settings[v.name] and settings[v.name]["seeds"] > 1]
     large = [(v.own, v.reference) for v in every if v.reference is not None]
     return (
         f"CBN is {_count([(v.own, v.rival) for v in every])} the best other norm at the same batch size, and\n"
@@ -178,10 +181,14 @@ def rates(studies: dict[str, Study]) -> str:
         "|---|" + "---|" * len(every),
     ]
     for norm in ("bn", "frozen", "brn", "cbn"):
-        cells = [[f"{top[norm, lr]:.1f}" if (norm, lr) in top else "-" for top in tops] for lr in every]
+        cells = [[_percent(top.get((norm, lr))) for top in tops] for lr in every]
         row = ["" if set(cell) == {"-"} else " / ".join(cell) for cell in cells]
         lines.append(f"| {LABELS[norm]} | {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else "failed" if value < 0 else f"{value:.1f}"
 
 
 def gap(studies: dict[str, Study]) -> str:
@@ -189,21 +196,26 @@ def gap(studies: dict[str, Study]) -> str:
     pairs = [
         (name, studies[f"{name}-short"], studies[f"{name}-recalibrated"])
         for name in ("hands-v2", "clothing-v2")
-        if {f"{name}-short", f"{name}-recalibrated"} <= studies.keys()
+        if f"{name}-recalibrated" in studies
     ]
+    if not pairs:
+        return NOT_YET
     heads = [f"{name.partition('-')[0]}: as trained | recalibrated | difference" for name, _, _ in pairs]
     lines = [f"| top-1 [%] | {' | '.join(heads)} |", "|---|" + "---|---|---|" * len(pairs)]
     for norm in ("bn", "frozen", "brn", "cbn"):
         row = []
         for _, plain, anew in pairs:
             before, after = plain.rows[norm, 2], anew.rows[norm, 2]
-            row += [_shown(before), _shown(after), _difference(after, before)]
+            failed = before.top1 is None or after.top1 is None
+            row += [_shown(before), _shown(after), "" if failed else _difference(after, before)]
         lines.append(f"| {LABELS[norm]} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
 def times() -> str:
     """Images and seconds until a validation top-1, means over seeds."""
+    if not (RESULTS / "time_to_accuracy.json").is_file():
+        return NOT_YET
     report = json.loads((RESULTS / "time_to_accuracy.json").read_text())
     lines = ["| images (seconds) until | " + " | ".join(f"{level} %" for level in report["levels"]) + " |"]
     lines.append("|---|" + "---|" * len(report["levels"]))
@@ -226,23 +238,21 @@ def times() -> str:
 def main() -> None:
     studies = read()
     runs = sum(len(study.results) for study in studies.values())
+    shown = {name: studies[name] for name in HEADLINE}
+    readme = {"headline": verdicts(shown), "outcome": outcome(studies)}
+    results = {
+        "runs": f"{runs} runs in {len(studies)} comparisons.",
+        "verdicts": verdicts(studies),
+        "outcome": outcome(studies),
+        "rates": rates(studies),
+        "gap": gap(studies),
+        "times": times(),
+        "study": sections(studies),
+    }
     for name, file in HEADLINE.items():
-        if name in studies:
-            (ROOT / "docs" / file).write_bytes(draw(studies[name].comparison)[0].png)
-    shown = {name: studies[name] for name in HEADLINE if name in studies}
-    fill(ROOT / "README.md", {"headline": verdicts(shown), "outcome": outcome(studies)})
-    fill(
-        ROOT / "docs" / "results.md",
-        {
-            "runs": f"{runs} runs in {len(studies)} comparisons.",
-            "verdicts": verdicts(studies),
-            "outcome": outcome(studies),
-            "rates": rates(studies),
-            "gap": gap(studies),
-            "times": times(),
-            "study": sections(studies),
-        },
-    )
+        (ROOT / "docs" / file).write_bytes(draw(studies[name].comparison)[0].png)
+    fill(ROOT / "README.md", readme)
+    fill(ROOT / "docs" / "results.md", results)
 
 
 if __name__ == "__main__":
