@@ -90,7 +90,9 @@ ImgSize = Annotated[int | None, typer.Option(min=1, help="Height and width of th
 
 Window = Annotated[
     int | None,
-    typer.Option(min=1, help="Iterations averaged over; 1 is BN; default: 8192 images, new ones 64.", rich_help_panel=METHOD),
+    typer.Option(
+        min=1, help="Iterations averaged over; 1 is BN; default: 8192 images, new ones 64.", rich_help_panel=METHOD
+    ),
 ]
 Compensation = Annotated[str, typer.Option(help="projection, taylor (the paper's), none.", rich_help_panel=METHOD)]
 Gradient = Annotated[str, typer.Option(help="full, or current (the paper's code).", rich_help_panel=METHOD)]
