@@ -230,8 +230,14 @@ class CrossIterationMixin(_BatchNorm):
 
         The window of an exponential history, its start and gradient are restored with it, as `convert` chooses them by
         the statistics that it finds. Raises ValueError if it was taken with another kind of history, a ring of another
-        window or another number of channels.
+        window, another number of channels, or gradient "current" on one side only.
         """
+        gradient = state.get("gradient", self.gradient)
+        if gradient != self.gradient and "current" in (gradient, self.gradient):
+            raise ValueError(
+                f"history was saved with gradient {gradient}, but the layer has {self.gradient}; "
+                "use the same settings to resume"
+            )
         every = range(self.num_features)
         own = [len(every[source.channels or slice(None)]) for source in self._sources]
         if len(own) != len(state["sources"]):
@@ -246,7 +252,7 @@ class CrossIterationMixin(_BatchNorm):
             source.history.load_state_dict(saved)
             self.window = source.history.window
         self.iteration = int(state["iteration"])
-        self.start, self.gradient = state.get("start", self.start), state.get("gradient", self.gradient)
+        self.start, self.gradient = state.get("start", self.start), gradient
 
     def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""

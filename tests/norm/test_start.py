@@ -394,6 +394,12 @@ def test_resuming_with_defaults_whatever_the_fresh_model_holds(first: str) -> No
         assert torch.equal(step(net, batch(i), lr=0.002), step(other.train(), batch(i), lr=0.002))
 
 
+def test_a_history_of_another_gradient_is_refused() -> None:
+    nets = [pretrained(gradient=gradient) for gradient in ("full", "current")]
+    with pytest.raises(ValueError, match="saved with gradient full, but the layer has current; use the same settings"):
+        load_history_state(nets[1], history_state(nets[0]))
+
+
 def test_frozen_batchnorm_keeps_what_it_is() -> None:
     """Mean 0 and variance 1 are its function, not what nobody has measured yet."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), FrozenBatchNorm2d(4))
