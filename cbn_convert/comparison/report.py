@@ -85,7 +85,7 @@ def page(comparison: Comparison, plots: list[Plot]) -> str:
         "model": run.model, "data": run.data, "images seen by each run": _budget(comparison),
         "optimizer": f"{run.opt}, {run.sched} schedule, clipped at {run.clip_grad:g}",
         "input": "that of the model" if run.img_size is None else f"{run.img_size} px",
-        "recalibration": f"{run.recalibration_batches} batches, for all norms" if run.recalibration_batches else "none",
+        "recalibration": _recalibration(run.recalibrate, run.ema),
         "learning rates": "searched by factors of √10 around the automatic one"
         if comparison.config.lrs is None
         else ", ".join(f"{lr:g}" for lr in comparison.config.lrs),
@@ -103,6 +103,12 @@ def page(comparison: Comparison, plots: list[Plot]) -> str:
         plots="\n".join(figures),
         settings="".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in used.items()),
     )
+
+
+def _recalibration(batches: int | None, ema: float | None) -> str:
+    if batches is None and ema is not None:
+        return "the default of each norm"
+    return f"{batches} batches, for all norms" if batches else "none"
 
 
 def _budget(comparison: Comparison) -> str:

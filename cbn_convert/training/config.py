@@ -99,11 +99,12 @@ class FinetuneConfig:
     burn_in: int = _setting(0, METHOD, "Iterations at the start that use their own batch only.", least=0)
     sync_cbn: bool = _setting(False, METHOD, "Share each batch's statistics among processes.")
     ema: float | None = _setting(
-        None, METHOD, "Evaluate an average of the weights with this decay, e.g. 0.999.", least=0, below=1,
+        None, METHOD, "Evaluate an average of weights and statistics with this decay, e.g. 0.999.", least=0, below=1,
         metavar="DECAY",
     )  # fmt: skip
     recalibrate: int | None = _setting(
-        None, METHOD, "Before evaluating, measure the statistics anew on so many batches; 0, or 32 with --ema.",
+        None, METHOD,
+        "Before evaluating, measure the statistics anew on so many batches; default: 0; 32 for bn and brn with --ema.",
         least=0, metavar="BATCHES",
     )  # fmt: skip
 
@@ -202,9 +203,10 @@ class FinetuneConfig:
     @property
     def recalibration_batches(self) -> int:
         """Batches on which the statistics are measured anew before an evaluation."""
-        if self.recalibrate is None:
-            return 0 if self.ema is None else 32
-        return self.recalibrate
+        if self.recalibrate is not None:
+            return self.recalibrate
+        # frozen BN and CBN are trained with the statistics that they have
+        return 32 if self.ema is not None and self.norm in ("bn", "brn") else 0
 
     def model_spec(self) -> ModelSpec:
         """The part that describes the model."""

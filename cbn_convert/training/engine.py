@@ -250,8 +250,11 @@ class _Trainer:
 
     def _evaluate(self) -> Evaluation | None:
         """None if a signal came."""
+        self.candidate: Any = self.model
         self.ranks.average_statistics(self.model)
-        self.candidate: Any = self.model if self.learner.ema is None else self.learner.ema.module
+        if self.learner.ema is not None:
+            self.candidate = self.learner.ema.module
+            self.ranks.average_statistics(self.candidate)
         # the processes must agree, so only one that is alone gives up in the middle
         interrupted = (lambda: bool(self.signals.received)) if self.ranks.count == 1 else lambda: False
         try:

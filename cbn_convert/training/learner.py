@@ -49,7 +49,7 @@ class Learner:
             self.wrapped = torch.compile(self.wrapped)
         self.ema = None
         if config.ema is not None:
-            self.ema = ModelEmaV3(self.model, config.ema, use_warmup=True, exclude_buffers=True)
+            self.ema = ModelEmaV3(self.model, config.ema, use_warmup=True)
         self.mixup, self.loss = self._loss()
         # CBN does not take in a batch that is not finite, BatchNorm does
         self.guarded = [
@@ -104,6 +104,8 @@ class Learner:
         bad = self.step_unless_bad()
         for buffer, old in zip(self.guarded, before, strict=True):
             buffer.copy_(torch.where(bad, old, buffer))
+        if self.ema is not None:
+            self.ema.update(self.model, self.updates)
         self.prepared_optimizer.zero_grad()
         self.updates += 1
         self.totals.note(bad, self.updates)
@@ -127,8 +129,6 @@ class Learner:
             self.prepared_optimizer.step()
         elif not bool(bad):
             self.prepared_optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.model, self.updates)
         return bad
 
     def on_device(self, images: Tensor) -> Tensor:
@@ -163,15 +163,14 @@ class Learner:
         """For a checkpoint: what this process has of its own."""
         return {
             "history": history_state(self.model), "buffers": dict(self.model.named_buffers()),
+            "ema": {} if self.ema is None else dict(self.ema.module.named_buffers()),
             "random": random_states(), "totals": self.totals.state(),
         }  # fmt: skip
 
     def load(self, shared: dict[str, Any], own: dict[str, Any], same_ranks: bool) -> None:
         """Puts back what `state` and `own_state` gave; random states and sums only for as many processes."""
         self.model.load_state_dict(shared["model"])
-        buffers = dict(self.model.named_buffers())
-        for name, buffer in own["buffers"].items():
-            buffers[name].copy_(buffer)
+        _load_buffers(self.model, own["buffers"])
         load_history_state(self.model, own["history"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.scheduler.load_state_dict(shared["scheduler"])
@@ -179,7 +178,14 @@ class Learner:
             self.accelerator.scaler.load_state_dict(shared["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(shared["ema"])
+            _load_buffers(self.ema.module, own.get("ema", {}))  # older checkpoints have none
         self.updates = shared["updates"]
         if same_ranks:
             self.totals.load(own["totals"])
             restore_random_states(own["random"])
+
+
+def _load_buffers(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    buffers = dict(model.named_buffers())
+    for name, buffer in stored.items():
+        buffers[name].copy_(buffer)

@@ -53,17 +53,23 @@ def test_accumulated_steps_are_one_large_step(colors: Path, tmp_path: Path) -> N
     assert any("weight" in name and value.std() > 0 for name, value in large.items())
 
 
-def test_the_average_of_the_weights_is_what_is_evaluated(colors: Path, tmp_path: Path, trainers, monkeypatch) -> None:
+def floats(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+def test_the_average_of_weights_and_statistics_is_what_is_evaluated(
+    colors: Path, tmp_path: Path, trainers, monkeypatch
+) -> None:
     averages: list[dict[str, Tensor]] = []
     step = Learner.step_unless_bad
 
     def spy(self: Any) -> Tensor:
         if not averages:
-            averages.append({k: v.detach().double().clone() for k, v in self.model.named_parameters()})
+            averages.append({k: v.detach().double().clone() for k, v in floats(self.model).items()})
         number = self.updates
         result = step(self)
         decay = 0.0 if number < 2 else min(0.5, 1 - number ** (-2 / 3))  # timm's warm-up, never above what was asked
-        for k, v in self.model.named_parameters():
+        for k, v in floats(self.model).items():
             averages[0][k] = decay * averages[0][k] + (1 - decay) * v.detach().double()
         return result
 
@@ -74,7 +80,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated(colors: Path, tmp_path:
         torch.testing.assert_close(best[name].double(), value, rtol=1e-5, atol=1e-6)
     assert not torch.equal(best["layer1.0.conv1.weight"], last["layer1.0.conv1.weight"])
     means = [name for name in best if name.endswith("running_mean")]
-    assert not any(torch.equal(best[name], last[name]) for name in means)  # measured anew with these weights
+    assert not any(torch.equal(best[name], last[name]) for name in means)
     assert not [
         m
         for m in trainers[0].learner.ema.module.modules()

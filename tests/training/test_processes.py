@@ -52,12 +52,14 @@ def launch(processes: int, data: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+SHARED = {
+    "norm": "cbn", "sync_cbn": True, "history": "ring", "accumulate": 2, "batch_size": 1, "workers": 1, "recalibrate": 1,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("processes", "changes"),
-    [
-        (2, {"norm": "cbn", "ema": 0.8, "recalibrate": 1}),
-        (3, {"norm": "cbn", "sync_cbn": True, "history": "ring", "accumulate": 2, "batch_size": 1, "workers": 1}),
-    ],
+    [(2, {"norm": "cbn", "ema": 0.8}), (3, SHARED)],
     ids=["two", "three, shared statistics"],
 )
 def test_processes_agree_and_resume(processes: int, changes: dict[str, Any], uneven: Path, tmp_path: Path) -> None:
