@@ -53,7 +53,8 @@ def launch(processes: int, data: Path, folder: Path, **changes: Any) -> Path:
 
 
 SHARED = {
-    "norm": "cbn", "sync_cbn": True, "history": "ring", "accumulate": 2, "batch_size": 1, "workers": 1, "recalibrate": 1,
+    "norm": "cbn", "sync_cbn": True, "history": "ring", "recalibrate": 1, "accumulate": 2, "batch_size": 1,
+    "workers": 1,
 }  # fmt: skip
 
 
