@@ -231,7 +231,8 @@ def times() -> str:
                 else f"{len(done)} of {len(runs)} runs"
             )
         lines.append(f"| {LABELS[norm]}, batch {size} | {' | '.join(row)} |")
-    source = f"{len(runs)} seeds; `{report['command']}`, [JSON](BASE/benchmarks/results/time_to_accuracy.json)"
+    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    source = f"{seeds}; `{report['command']}`, [JSON](BASE/benchmarks/results/time_to_accuracy.json)"
     return "\n".join([*lines, "", f"*{source}*"])
 
 
