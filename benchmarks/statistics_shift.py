@@ -38,10 +38,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/, sign_digits/ and weights/")
     data = parser.parse_args().data
     runpy.run_path(str(HERE / "more_models" / "sitecustomize.py"))
+    networks = [n for n, flags in NETWORKS.items() if (data / "weights" / flags.get("checkpoint", "-")).is_file()]
     cells = [
         {"data": images, "model": NETWORKS[network]["model"], "seed": seed, "nats": shift(images, network, data, seed)}
         for images in DATA
-        for network in NETWORKS
+        for network in networks
         for seed in range(3)
     ]
     report = {**provenance("python benchmarks/statistics_shift.py --data ../shared/data"), "cells": cells}

@@ -79,6 +79,11 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
     "clothing-v2-windows": ("clothing", "v2", {**WINDOWS, **SHORT}),
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
+    "hands-v1-windows": (
+        "hands",
+        "v1",
+        {**WINDOWS, **SHORT, "norms": "cbn:window=64,cbn:window=256", "batch-sizes": "4"},
+    ),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
     "hands-new": ("hands", "new", {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}),

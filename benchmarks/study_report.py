@@ -21,7 +21,7 @@ LABELS = {
     "cbn:current": "CBN, no gradient through the compensation", "cbn:none:window=4096": "averaging only, window 4096",
     "cbn:none:current:window=4096": "averaging only, window 4096, gradient's share 1/4096",
     "cbn:empty": "CBN, window 32 that starts empty",
-    **{f"cbn:window={k}": f"CBN, window {k}" for k in (16, 128, 1024)},
+    **{f"cbn:window={k}": f"CBN, window {k}" for k in (16, 64, 128, 256, 1024)},
 }  # fmt: skip
 NETWORKS = {
     "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from report import RESULTS, provenance
-from study import HERE, as_flags
+from study import as_flags, cbn
 
 OUTPUT = RESULTS / "time_to_accuracy.json"
 IMAGES, EVERY = 4000, 320
@@ -37,12 +34,9 @@ def run(data: Path, norm: str, batch_size: int, lr: float, seed: int) -> dict[st
             "model": "mobilenetv2_035", "checkpoint": data / "weights" / "mobilenetv2_035_keras.timm.safetensors",
             "model-kwargs": "pad_type=same", "mean": 0.5, "std": 0.5, "img-size": 96, "min-scale": 0.5, "norm": norm,
             "batch-size": batch_size, "lr": lr, "seed": seed, "epochs": 2, "max-steps": IMAGES // batch_size,
-            "eval-every": EVERY // batch_size, "device": "cpu", "workers": 0, "output": f"{folder}/run", "quiet": True,
+            "eval-every": EVERY // batch_size, "output": f"{folder}/run", "quiet": True,
         }  # fmt: skip
-        subprocess.run(
-            [sys.executable, "-m", "cbn_convert.cli", "finetune", str(data / "clothing"), *as_flags(flags)],
-            check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
-        )  # fmt: skip
+        cbn("finetune", [str(data / "clothing"), *as_flags(flags)])
         records = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluations = [
         {"images": r["step"] * batch_size, "seconds": round(r["train_seconds"], 2), "top1": round(r["top1"], 2)}
@@ -61,7 +55,7 @@ def main() -> None:
     cells = [(given.data.resolve(), *settings, seed) for seed in range(given.seeds) for settings in RUNS]
     with ThreadPoolExecutor(given.jobs) as pool:
         runs = list(pool.map(lambda cell: run(*cell), cells))
-    report = provenance("python benchmarks/time_to_accuracy.py --data ../shared/data")
+    report = provenance(f"python benchmarks/time_to_accuracy.py --data ../shared/data --seeds {given.seeds}")
     OUTPUT.write_text(json.dumps({**report, "images": IMAGES, "levels": LEVELS, "runs": runs}, indent=1) + "\n")
 
 
