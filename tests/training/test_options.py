@@ -88,6 +88,14 @@ def test_the_average_of_weights_and_statistics_is_what_is_evaluated(
     ]
 
 
+@pytest.mark.parametrize(("norm", "batches"), [("cbn", 0), ("frozen", 0), ("bn", 32), ("brn", 32)])
+def test_an_average_is_recalibrated_for_norms_that_train_with_a_batchs_statistics(norm: str, batches: int) -> None:
+    settings = {"data": "d", "model": "m", "output": "o", "norm": norm}
+    assert cbn.FinetuneConfig(**settings, ema=0.9).recalibration_batches == batches
+    assert cbn.FinetuneConfig(**settings).recalibration_batches == 0
+    assert cbn.FinetuneConfig(**settings, ema=0.9, recalibrate=3).recalibration_batches == 3
+
+
 @pytest.mark.parametrize("norm", ["cbn", "bn", "frozen", "brn"])
 def test_statistics_are_measured_anew_on_training_images(norm: str, colors: Path, tmp_path: Path) -> None:
     from timm.models import create_model
