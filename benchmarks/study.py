@@ -52,13 +52,15 @@ RECALIBRATED = {
 }  # fmt: skip
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 FORMS = {
-    "norms": f"{PUBLISHED},cbn:taylor,cbn:current,cbn:none:window=4096,cbn:none:current:window=4096,cbn:empty",
+    "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:taylor,cbn:current,"
+    "cbn:none:window=4096,cbn:none:current:window=4096,cbn:empty",
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 WINDOWS = {
-    "norms": ",".join(f"cbn:window={k}" for k in (16, 128, 1024)),
+    "norms": ",".join(f"cbn:window={k}" for k in (1, 4, 16, 64, 1024)),
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
+NEW = {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}
 
 # name: data, network, settings
 COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -86,7 +88,8 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
-    "hands-new": ("hands", "new", {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}),
+    "hands-new": ("hands", "new", NEW),
+    "clothing-new": ("clothing", "new", NEW),
 }
 
 
