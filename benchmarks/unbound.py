@@ -1,4 +1,4 @@
-"""How layers without a weight of their own should go on from pretrained statistics: windows and gradients of them alone.
+"""Layers without a weight of their own, from pretrained statistics: windows and gradients of them alone.
 
     python benchmarks/unbound.py --data ../shared/data --work FOLDER
 
