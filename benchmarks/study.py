@@ -1,10 +1,11 @@
 """The comparisons behind docs/results.md, each a run of `cbn compare`.
 
-    python benchmarks/study.py --data ../shared/data --work FOLDER [--only NAME,..] [--jobs 2]
+    python benchmarks/study.py --data ../shared/data --work FOLDER [--only NAME,..] [--again NORM,..] [--jobs 2]
 
-FOLDER keeps the comparisons, which go on where they were stopped, and the networks that are trained first;
-benchmarks/results/study/NAME.json is what the documentation is made of. One thread for a run of a comparison, so that
-times of runs side by side are comparable and no more than that.
+FOLDER keeps the comparisons, which go on where they were stopped, and the networks that are trained first. What it
+lacks is taken from benchmarks/results/study/NAME.json, of which the documentation is made; --again runs what is there
+of some norms once more. One thread for a run of a comparison, so that times of runs side by side are comparable and no
+more than that.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ FOLDERS = {"clothing": "clothing", "hands": "sign_digits"}
 ALL = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "1,2,4", "seeds": 3, "reference": 32}
 SHORT = {"images": 1000}
 RIVALS = {"norms": "frozen,cbn", "batch-sizes": "2", "seeds": 3, "reference": 32}
-EIGHT = {"norms": "bn,frozen,cbn", "batch-sizes": "8", "seeds": 3, "reference": 0}
+EIGHT = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "8", "seeds": 3, "reference": 0}
 # at the rates of the search without recalibration, beside which these runs are set
 RECALIBRATED = {
     "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "seeds": 3, "reference": 0,
@@ -53,7 +54,7 @@ RECALIBRATED = {
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 FORMS = {
     "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:taylor,cbn:current,"
-    "cbn:none:window=4096,cbn:none:current:window=4096,cbn:empty",
+    "cbn:none:window=4096,cbn:none:current:window=4096,cbn:empty:window=32",
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 WINDOWS = {
@@ -80,6 +81,7 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-v2-forms": ("hands", "v2", {**FORMS, **SHORT}),
     "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
     "clothing-v2-windows": ("clothing", "v2", {**WINDOWS, **SHORT}),
+    "clothing-v2-large": ("clothing", "v2", {**RIVALS, **SHORT, "img-size": 160}),
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
     "hands-v1-windows": (
         "hands",
@@ -88,7 +90,7 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
-    "hands-new": ("hands", "new", NEW),
+    "hands-new": ("hands", "new", {**NEW, "batch-sizes": "1,2,4"}),
     "clothing-new": ("clothing", "new", NEW),
 }
 
@@ -97,11 +99,15 @@ def arguments(name: str, data: Path, work: Path, jobs: int) -> list[str]:
     """What `cbn compare` is called with, but for the output."""
     images, network, settings = COMPARISONS[name]
     flags = {**NETWORKS[network], **DATA[images], **settings}
-    if flags.get("checkpoint") == "FROM-CLOTHING":
-        flags["checkpoint"] = source(network, data, work, jobs)
-    elif "checkpoint" in flags:
-        flags["checkpoint"] = data / "weights" / flags["checkpoint"]
+    if "checkpoint" in flags:
+        flags["checkpoint"] = weights(network, data, work, jobs)
     return [str(data / FOLDERS[images]), *as_flags(flags)]
+
+
+def weights(network: str, data: Path, work: Path, jobs: int) -> Path:
+    """The file that a network's runs start from."""
+    file = NETWORKS[network]["checkpoint"]
+    return source(network, data, work, jobs) if file == "FROM-CLOTHING" else data / "weights" / file
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
@@ -129,9 +135,24 @@ def source(network: str, data: Path, work: Path, jobs: int) -> Path:
     return folder / "best" / "model.safetensors"
 
 
-def run(name: str, data: Path, work: Path, jobs: int) -> None:
+def restore(name: str, folder: Path, data: Path, work: Path, jobs: int, again: set[str]) -> None:
+    """Makes of the committed JSON a comparison that can go on, without the runs of the norms in `again`."""
+    stored = json.loads((STUDY / f"{name}.json").read_text())
+    run = stored["config"]["run"]
+    run |= {"data": str(data / run["data"]), "output": str(folder)}
+    if run["checkpoint"] is not None:
+        run["checkpoint"] = str(weights(COMPARISONS[name][1], data, work, jobs))
+    cells = [cell for cell in stored["cells"] if cell["norm"] not in again]
+    kept = {key: stored[key] for key in ("images", "versions")}
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"config": stored["config"], "cells": cells, **kept}))
+
+
+def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     """Runs a comparison to its end, and writes its JSON."""
     folder = work / name
+    if not folder.exists() and (STUDY / f"{name}.json").is_file():
+        restore(name, folder, data, work, jobs, again)
     if (folder / "results.json").is_file():
         grid = {
             k: v for k, v in COMPARISONS[name][2].items() if k in ("norms", "batch-sizes", "lrs", "seeds", "reference")
@@ -157,10 +178,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/, sign_digits/ and weights/")
     parser.add_argument("--work", type=Path, required=True, help="folder for the comparisons")
     parser.add_argument("--only", default=",".join(COMPARISONS))
+    parser.add_argument("--again", default="", help="norms of which runs that the JSON has are run once more")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     for name in given.only.split(","):
-        run(name, given.data.resolve(), given.work.resolve(), given.jobs)
+        run(name, given.data.resolve(), given.work.resolve(), given.jobs, set(given.again.split(",")))
 
 
 if __name__ == "__main__":

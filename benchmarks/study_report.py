@@ -21,7 +21,7 @@ LABELS = {
     "cbn:ring": "CBN, ring of 8", "cbn:taylor": "CBN, Taylor's step",
     "cbn:current": "CBN, no gradient through the compensation", "cbn:none:window=4096": "averaging only, window 4096",
     "cbn:none:current:window=4096": "averaging only, window 4096, gradient's share 1/4096",
-    "cbn:empty": "CBN, window 32 that starts empty",
+    "cbn:empty:window=32": "CBN, window 32 that starts empty",
     **{f"cbn:window={k}": f"CBN, window {k}" for k in (1, 4, 16, 64, 128, 256, 1024)},
 }  # fmt: skip
 NETWORKS = {
@@ -162,6 +162,7 @@ def title(name: str) -> str:
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
     more += next((f", {kind}" for kind in ("windows", "forms") if name.endswith(kind)), "")
     more += ", batch size 8" if settings["batch-sizes"] == "8" else ""
+    more += f", {settings['img-size']} px" if "img-size" in settings else ""
     return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 

@@ -37,14 +37,13 @@ from ..norm.producers import groups_of, is_transposed, learns, out_channels
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, Part, trace_norms
 
-# Images that the default window holds (docs/method.md): where it starts from running statistics that are worth keeping,
-# it is to carry them along with the weights, and takes up new ones slowly; else it knows what it has seen.
-CARRIED_IMAGES, SEEN_IMAGES = 8192, 64
+# Where a window starts from running statistics that are worth keeping, it is to carry them along with the weights, and
+# takes up new ones slowly: so many images, at least so many for layers without a weight of their own (docs/method.md).
+CARRIED_IMAGES, LEAST_CARRIED_IMAGES = 8192, 64
+# With no statistics to start from, a layer learns best from the batch and the one before it (docs/method.md).
+NEW_WINDOW = 2
 RING_WINDOW = 8  # the paper's
 DEFAULT_HISTORY: HistoryKind = "ema"
-# With neither a weight to follow nor statistics to start from, a layer learns best from the batch and the one before it
-# (docs/method.md).
-UNBOUND_WINDOW = 2
 # How the statistics respond to the weights changes slowly: a part of it, estimated in turn, is enough
 # (docs/performance.md).
 MOMENTS_EVERY = 8
@@ -99,11 +98,11 @@ def convert(
     arguments are those of CrossIterationBatchNorm2d. By default, with history "ema", layers start from their running
     statistics ("running"), but for those of a new BatchNorm ("empty"), and moments_every is 8, the layers taking turns.
     The default window holds 8192 images, in batches of `batch_size` (on every rank, with `sync`), where a layer starts
-    from running statistics, and 64 elsewhere; it is 8 with history "ring". So load pretrained weights before. With
-    gradient "full", layers without a weight of their own get gradient "straight_through" and a window of at most 2,
-    unless they start from running statistics, have a window of at least 64 images and others follow their weights; with
-    compensation "none", where no layer does, all get "straight_through", and a window of 64 images by default. `sync`
-    shares the statistics of each batch among the ranks of a process group.
+    from running statistics, and 2 batches elsewhere; it is 8 with history "ring". So load pretrained weights before.
+    With gradient "full", layers without a weight of their own get gradient "straight_through" and a window of at most
+    2, unless they start from running statistics, have a window of at least 64 images and others follow their weights;
+    with compensation "none", where no layer does, all get "straight_through". `sync` shares the statistics of each
+    batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
@@ -153,13 +152,14 @@ def convert(
         own_sync = sync or isinstance(norm, nn.SyncBatchNorm)
         per_step = batch_size * (world_size() if own_sync else 1)
         carried = own_start == "running" and measured and follows
-        if own_window is None:
-            images = CARRIED_IMAGES if carried else SEEN_IMAGES
-            own_window = max(1, images // per_step) if history == "ema" else RING_WINDOW
-        is_long = carried and own_window * per_step >= SEEN_IMAGES
+        if own_window is None and history == "ring":
+            own_window = RING_WINDOW
+        elif own_window is None:
+            own_window = max(1, CARRIED_IMAGES // per_step) if carried else NEW_WINDOW
+        is_long = carried and own_window * per_step >= LEAST_CARRIED_IMAGES
         if row.status != "compensated" and gradient == "full" and not is_long:
             own_gradient = "straight_through"
-            own_window = own_window if compensation == "none" else min(own_window, UNBOUND_WINDOW)
+            own_window = own_window if compensation == "none" else min(own_window, NEW_WINDOW)
         layer.set_window(
             own_window, compensation, own_gradient, history, burn_in, own_sync, moments_every, moments_positions,
             own_start, phase=index,

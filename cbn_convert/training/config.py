@@ -87,7 +87,7 @@ class FinetuneConfig:
     window: int | None = _setting(
         None,
         METHOD,
-        "Steps averaged over; 1 is BN; default: as many as hold 8192 images, or up to 64 for new layers.",
+        "Steps averaged over; 1 is BN; default: as many as hold 8192 images, 2 for new layers.",
         least=1,
     )
     compensation: str = _setting("projection", METHOD, "projection, taylor (the paper's), none.")
