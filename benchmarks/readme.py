@@ -89,6 +89,45 @@ def studies() -> dict[str, str]:
     return tables
 
 
+def from_scratch() -> str:
+    """Windows from random weights, beside statistics that are never out of date."""
+    report = json.loads((RESULTS / "from_scratch.json").read_text())
+    labels = {
+        "bn": "BN", "window-2": "CBN, window 2 (default for new layers)",
+        **{f"window-{k}": f"CBN, window {k}" for k in (4, 8, 32)},
+        **{f"ring-{k}": f"CBN, ring of {k}" for k in (8, 32)},
+        "fresh-8-all": "statistics of 8 images, never out of date", "fresh-32-all": "of 32 images",
+        "fresh-32-own": "of 32 images, the gradient of 30 of them for the layer's own weights only",
+    }  # fmt: skip
+    lines = ["| | top-1 [%] of each seed | mean |", "|---|---|---|"]
+    for row, label in labels.items():
+        values = [c["top1"] or 0.0 for c in sorted(report["cells"], key=lambda c: c["seed"]) if c["row"] == row]
+        if values:
+            lines.append(f"| {label} | {', '.join(f'{v:.1f}' for v in values)} | {sum(values) / len(values):.1f} |")
+    source = f"*validation; `{report['command']}`, [JSON](BASE/benchmarks/results/from_scratch.json)*"
+    return "\n".join([*lines, "", source])
+
+
+def unbound() -> str:
+    """Layers without a weight of their own, from pretrained statistics."""
+    cells = json.loads((RESULTS / "unbound.json").read_text())
+    top1 = {(c["images"], c["gradient"], c["batch_size"], c["lr"]): c["top1"] for c in cells["cells"]}
+    columns = sorted({(batch, lr) for _, _, batch, lr in top1}, key=lambda c: (-c[0], c[1]))
+    share = {"straight_through": "whole gradient", "full": "gradient's share"}
+    lines = ["| these layers | " + " | ".join(f"batch {b}, lr {lr:.2g}" for b, lr in columns) + " |"]
+    lines.append("|---|" + "---|" * len(columns))
+    for images, gradient in dict.fromkeys((c["images"], c["gradient"]) for c in cells["cells"]):
+        if gradient == "frozen":
+            label = "frozen BN in all layers"
+        else:
+            label = f"{'window 2' if images is None else f'{images} images'}, {share[gradient]}"
+            label = f"**{label}** (default)" if images == 8192 else label
+        values = [top1.get((images, gradient, *column)) for column in columns]
+        lines.append(f"| {label} | " + " | ".join("failed" if v is None else f"{v:.1f}" for v in values) + " |")
+    source = f"*validation, one seed; `{cells['command']}`, [JSON](BASE/benchmarks/results/unbound.json)*"
+    return "\n".join([*lines, "", source])
+
+
 def turns() -> str:
     """Top-1 with moments of patches in turn and of some positions."""
     report = json.loads((RESULTS / "stability.json").read_text())
@@ -256,5 +295,5 @@ if __name__ == "__main__":
             "speed": performance["speed"],
         },
     )
-    fill(ROOT / "docs" / "method.md", study)
+    fill(ROOT / "docs" / "method.md", {**study, "from-scratch": from_scratch(), "unbound-pretrained": unbound()})
     fill(ROOT / "docs" / "performance.md", {k: v for k, v in performance.items() if k != "speed"})

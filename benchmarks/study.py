@@ -36,6 +36,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "resnet": {"model": "resnet10t", "checkpoint": "FROM-CLOTHING"},
     "preact": {"model": "resnetv2_18", "model-kwargs": "width_factor=0.5", "checkpoint": "FROM-CLOTHING"},
+    "densenet": {
+        "model": "densenet121", "model-kwargs": "{'growth_rate': 16, 'block_config': (3, 4, 6, 4)}",
+        "checkpoint": "FROM-CLOTHING",
+    },
+    "convmixer": {"model": "convmixer_96_6", "checkpoint": "FROM-CLOTHING"},
     "new": {"model": "test_resnet", "no-pretrained": True},
 }  # fmt: skip
 # How the weights FROM-CLOTHING are trained, from random ones.
@@ -90,6 +95,8 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
+    "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
+    "hands-convmixer": ("hands", "convmixer", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
     "hands-new": ("hands", "new", {**NEW, "batch-sizes": "1,2,4"}),
     "clothing-new": ("clothing", "new", NEW),
 }

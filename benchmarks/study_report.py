@@ -27,6 +27,7 @@ LABELS = {
 NETWORKS = {
     "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",
     "resnet": "ResNet-10-T from clothing", "preact": "half as wide pre-activation ResNet-18 from clothing",
+    "densenet": "a small DenseNet from clothing", "convmixer": "a small ConvMixer from clothing",
     "new": "a small ResNet from scratch",
 }  # fmt: skip
 NOT_YET = "*Not measured yet.*"
@@ -75,8 +76,10 @@ def table(name: str, study: Study) -> str:
                 cells.append("failed")
             else:
                 text = f"{row.top1:.1f}" + ("" if row.std is None else f" ± {row.std:.1f}")
-                edge = " (edge)" if row.at_edge else ""
-                cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}{edge}")
+                marks = " (edge)" * row.at_edge + f" ({row.failed} of {row.failed + row.seeds} failed)" * (
+                    row.failed > 0
+                )
+                cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}{marks}")
         lines.append(f"| {LABELS[norm]} | {' | '.join(cells)} |")
     versions, runs = study.report["versions"], len(study.results)
     budget = f"{config.images} images" if config.images else f"{config.run.epochs} epochs"
