@@ -94,10 +94,9 @@ def from_scratch() -> str:
     report = json.loads((RESULTS / "from_scratch.json").read_text())
     labels = {
         "bn": "BN", "window-2": "CBN, window 2 (default for new layers)",
-        **{f"window-{k}": f"CBN, window {k}" for k in (4, 8, 32)},
-        **{f"ring-{k}": f"CBN, ring of {k}" for k in (8, 32)},
-        "fresh-8-all": "statistics of 8 images, never out of date", "fresh-32-all": "of 32 images",
-        "fresh-32-own": "of 32 images, the gradient of 30 of them for the layer's own weights only",
+        **{f"window-{k}": f"CBN, window {k}" for k in (4, 8, 32)}, "ring-8": "CBN, ring of 8",
+        "fresh-all": "BN's statistics of these and 14 more images, never out of date",
+        "fresh-own": "the same, the gradient of the 14 for the layer's own weights only",
     }  # fmt: skip
     lines = ["| | top-1 [%] of each seed | mean |", "|---|---|---|"]
     for row, label in labels.items():

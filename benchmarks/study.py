@@ -95,8 +95,8 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
-    "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
-    "hands-convmixer": ("hands", "convmixer", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
+    "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
+    "hands-convmixer": ("hands", "convmixer", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-new": ("hands", "new", {**NEW, "batch-sizes": "1,2,4"}),
     "clothing-new": ("clothing", "new", NEW),
 }

@@ -25,7 +25,7 @@ ROWS: list[tuple[int | None, str]] = [
     (64, "full"), (512, "full"), (8192, "full"), (None, "frozen"),
 ]  # fmt: skip
 IMAGES = 1000
-RATES = {2: (9.5e-4, 3e-3, 9.5e-3, 3e-2), 1: (6.7e-4, 2.1e-3, 6.7e-3, 2.1e-2)}
+RATES = {2: (9.5e-4, 3e-3, 9.5e-3, 3e-2), 1: (2.1e-3, 6.7e-3)}
 
 
 def set_unbound(images: int | None, gradient: str, batch_size: int) -> None:
