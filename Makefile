@@ -11,7 +11,7 @@ $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 
 # two processes of one thread each: small tensors gain nothing from more
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 # on a machine with a GPU: the kernels compiled instead of interpreted, and the layer on CUDA
 test-gpu: $(STAMP)
@@ -67,11 +67,15 @@ training: $(STAMP)
 	$(PY) benchmarks/recipes.py --data ../shared/data
 	$(PY) benchmarks/training.py
 
-# docs/results.md: hundreds of runs, most of a day on two cores; it goes on where it was stopped
+# docs/results.md and the last tables of docs/method.md: hundreds of runs, most of a day on two cores; it goes on where
+# it was stopped
 study: $(STAMP)
 	$(PY) benchmarks/study.py --data ../shared/data --work study
 	$(PY) benchmarks/time_to_accuracy.py --data ../shared/data
 	$(PY) benchmarks/study_report.py
+	$(PY) benchmarks/from_scratch.py --data ../shared/data
+	$(PY) benchmarks/unbound.py --data ../shared/data --work study
+	$(PY) benchmarks/readme.py
 
 estimation: $(STAMP)
 	$(PY) benchmarks/estimation.py --data ../shared/data

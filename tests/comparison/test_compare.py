@@ -22,6 +22,8 @@ from cbn_convert.comparison.plan import Cell
 from cbn_convert.comparison.store import read_comparison
 from cbn_convert.errors import DataError, RunError
 
+pytestmark = pytest.mark.xdist_group("compare")  # one process makes what most of these tests start from
+
 COMMAND = [sys.executable, "-m", "cbn_convert.cli", "compare"]
 SMALL = [
     "-m", "test_resnet", "--no-pretrained", "--img-size", "32", "--no-aug", "--device", "cpu", "--workers", "0",
@@ -97,7 +99,7 @@ def test_interrupted_and_resumed_is_the_same(
 ) -> None:
     data, expected = finished
     out = tmp_path / "out"
-    call = [*COMMAND, str(data), *SMALL, "--reference", "8", "-o", str(out)]
+    call = [*COMMAND, str(data), *SMALL, "--batch-sizes", "2", "--reference", "8", "-o", str(out)]
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(out.glob("cells/*/checkpoints/step-*")) and time.monotonic() < deadline:
@@ -116,11 +118,12 @@ def test_interrupted_and_resumed_is_the_same(
         [*COMMAND, str(data), "--resume", str(out), "-q"], capture_output=True, text=True, check=False
     )
     assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert len(done) < 5
+    assert len(done) < 3
     assert (interrupted / "config.json").stat().st_mtime_ns == begun  # it went on, and did not start again
-    assert outcomes(out) == outcomes(expected)
+    assert outcomes(out) == {cell: result for cell, result in outcomes(expected).items() if cell.batch_size != 4}
     rows = [(folder / "table.csv").read_text().splitlines() for folder in (out, expected)]
-    assert [line.split(",")[:6] for line in rows[0]] == [line.split(",")[:6] for line in rows[1]]
+    same = [line for line in rows[1] if line.split(",")[1] != "4"]
+    assert [line.split(",")[:6] for line in rows[0]] == [line.split(",")[:6] for line in same]
 
 
 def wait_for_the_lock(out: Path) -> None:
@@ -266,10 +269,9 @@ def test_an_error_of_a_run_ends_it_with_one_sentence(colors: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()  # the corrected command needs no --overwrite
 
 
-@pytest.mark.parametrize("loaders", [0, 2])
-def test_a_process_that_dies(loaders: int, colors: Path, tmp_path: Path) -> None:
+def test_a_process_that_dies(colors: Path, tmp_path: Path) -> None:
     """The processes that load its images must not keep the comparison waiting, nor live on."""
-    call = [*COMMAND, str(colors), *SMALL, "--workers", str(loaders), "--epochs", "500", "-o", str(tmp_path / "out")]
+    call = [*COMMAND, str(colors), *SMALL, "--workers", "2", "--epochs", "500", "-o", str(tmp_path / "out")]
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("cells/*/curves.png")) and time.monotonic() < deadline:
@@ -277,7 +279,7 @@ def test_a_process_that_dies(loaders: int, colors: Path, tmp_path: Path) -> None
     assert list((tmp_path / "out").glob("cells/*/curves.png"))  # it has evaluated
     (worker,) = children(process.pid)
     own = children(worker)
-    assert len(own) >= loaders
+    assert len(own) >= 2
     os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1

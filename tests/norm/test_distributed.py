@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cbn_convert as cbn
 
+pytestmark = pytest.mark.xdist_group("distributed")  # of which one spawn serves all
+
 STEPS = 5
 SIZES = {"even": (2, 2), "uneven": (3, 1), "one empty": (4, 0)}
 
