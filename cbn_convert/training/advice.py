@@ -78,9 +78,17 @@ def measure(model: nn.Module, setup: Setup, config: FinetuneConfig, device: torc
 
 
 def advice(norm: str, batch_size: int, shift: float | None) -> str:
-    """What docs/results.md says of this norm at this batch size on images like these; empty if it says nothing."""
+    """What docs/results.md says of this norm at this batch size on images like these; empty if it says nothing.
+
+    shift: of `statistics_shift`; None is taken for that of random weights, but with GroupNorm, which has no statistics.
+    """
     if shift is None:
-        return ""
+        if norm == "gn" or batch_size > SMALL_BATCH:
+            return ""
+        return (
+            f"the weights have no statistics to start from: at {batch_size} images per step --norm gn was better from "
+            "random weights, or level (docs/results.md)"
+        )
     far = shift >= FAR
     found = f"the images' statistics are {shift:.2f} nats from the pretrained ones, {'far' if far else 'near'}"
     if norm == "frozen":

@@ -82,8 +82,10 @@ def test_what_it_says(norm: str, batch_size: int, shift: float, says: str, not_s
     assert not_says not in text
 
 
-def test_it_says_nothing_of_random_weights() -> None:
-    assert advice("cbn", 2, None) == ""
+def test_what_it_says_of_random_weights() -> None:
+    assert "at 2 images per step --norm gn was better from random weights, or level" in advice("cbn", 2, None)
+    assert advice("cbn", 8, None) == ""  # not measured
+    assert advice("gn", 2, None) == ""
 
 
 def run(data: Path, output: Path, capfd, **changes) -> tuple[cbn.FinetuneResult, str]:
@@ -103,7 +105,9 @@ def test_a_run_says_it_first_and_keeps_it(colors: Path, tmp_path: Path, capfd) -
     assert cbn.finetune(settings, resume=True, quiet=True).statistics_shift == result.statistics_shift
 
 
-def test_a_run_with_random_weights_says_nothing(colors: Path, tmp_path: Path, capfd) -> None:
+def test_a_run_with_random_weights_has_no_statistics(colors: Path, tmp_path: Path, capfd) -> None:
     result, told = run(colors, tmp_path / "run", capfd, model="test_resnet", pretrained=False)
-    assert (result.statistics_shift, result.advice) == (None, "")
+    assert result.statistics_shift is None
+    assert result.advice in told
+    assert "--norm gn" in result.advice
     assert "nats" not in told
