@@ -71,12 +71,13 @@ def main() -> None:
         config = {
             "data": str(folder), "model": NETWORKS["new"]["model"], "pretrained": False,
             "img_size": DATA["hands"]["img-size"], "hflip": 0.0, "min_scale": DATA["hands"]["min-scale"],
-            "batch_size": images, "epochs": 100, "max_steps": STEPS, "eval_every": 500, "lr": LR, "seed": cell["seed"],
+            "batch_size": images, "epochs": 100, "max_steps": STEPS, "eval_every": 500, "lr": cell["lr"],
+            "seed": cell["seed"],
             **settings,
         }  # fmt: skip
         return last_top1(config, ["from_scratch", "first_two", gradient] if gradient else None)
 
-    todo = [{"row": row, "seed": seed} for seed, row in product(range(SEEDS), ROWS)]
+    todo = [{"row": row, "lr": LR, "seed": seed} for seed, row in product(range(SEEDS), ROWS)]
     measure(OUTPUT, "python benchmarks/from_scratch.py --data ../shared/data", todo, run, given.jobs)
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
 from report import provenance
 from study import HERE
 
 from cbn_convert import FinetuneConfig
+from cbn_convert.files import write_json
 
 RUN = """
 import importlib, json, sys, torch, cbn_convert as cbn
@@ -43,7 +45,7 @@ def last_top1(config: dict[str, Any], change: Sequence[Any] | None = None) -> fl
         )  # fmt: skip
     if done.returncode:
         if "DivergedError" not in done.stderr:
-            raise SystemExit(done.stderr)
+            raise SystemExit(done.stderr.strip().splitlines()[-1])
         return None
     return round(float(json.loads(done.stdout.splitlines()[-1])["last_top1"]), 2)
 
@@ -55,13 +57,13 @@ def measure(
     cells = json.loads(output.read_text())["cells"] if output.is_file() else []
     have = [{k: v for k, v in cell.items() if k != "top1"} for cell in cells]
     lock = Lock()
+    torch.set_num_threads(1)  # as the runs have, which the report says
 
     def work(cell: dict[str, Any]) -> None:
         top1 = run(cell)
         with lock:
             cells.append({**cell, "top1": top1})
-            text = json.dumps({**provenance(command), "cells": cells})
-            output.write_text(text.replace("}, {", "},\n{") + "\n")
+            write_json(output, {**provenance(command), "cells": cells})
             print(cells[-1], flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:

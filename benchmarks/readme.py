@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from unbound import ROWS as UNBOUND
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -100,9 +102,9 @@ def from_scratch() -> str:
     }  # fmt: skip
     lines = ["| | top-1 [%] of each seed | mean |", "|---|---|---|"]
     for row, label in labels.items():
-        values = [c["top1"] or 0.0 for c in sorted(report["cells"], key=lambda c: c["seed"]) if c["row"] == row]
-        if values:
-            lines.append(f"| {label} | {', '.join(f'{v:.1f}' for v in values)} | {sum(values) / len(values):.1f} |")
+        values = [c["top1"] for c in sorted(report["cells"], key=lambda c: c["seed"]) if c["row"] == row]
+        mean = "" if None in values else f"{sum(values) / len(values):.1f}"
+        lines.append(f"| {label} | {', '.join('failed' if v is None else f'{v:.1f}' for v in values)} | {mean} |")
     source = f"*validation; `{report['command']}`, [JSON](BASE/benchmarks/results/from_scratch.json)*"
     return "\n".join([*lines, "", source])
 
@@ -110,18 +112,18 @@ def from_scratch() -> str:
 def unbound() -> str:
     """Layers without a weight of their own, from pretrained statistics."""
     cells = json.loads((RESULTS / "unbound.json").read_text())
-    top1 = {(c["images"], c["gradient"], c["batch_size"], c["lr"]): c["top1"] for c in cells["cells"]}
-    columns = sorted({(batch, lr) for _, _, batch, lr in top1}, key=lambda c: (-c[0], c[1]))
+    top1 = {(c["images"], c["gradient"], c["lr"]): c["top1"] for c in cells["cells"]}
+    rates = sorted({lr for _, _, lr in top1})
     share = {"straight_through": "whole gradient", "full": "gradient's share"}
-    lines = ["| these layers | " + " | ".join(f"batch {b}, lr {lr:.2g}" for b, lr in columns) + " |"]
-    lines.append("|---|" + "---|" * len(columns))
-    for images, gradient in dict.fromkeys((c["images"], c["gradient"]) for c in cells["cells"]):
+    lines = ["| these layers | " + " | ".join(f"lr {lr:.2g}" for lr in rates) + " |"]
+    lines.append("|---|" + "---|" * len(rates))
+    for images, gradient in UNBOUND:
         if gradient == "frozen":
             label = "frozen BN in all layers"
         else:
             label = f"{'window 2' if images is None else f'{images} images'}, {share[gradient]}"
             label = f"**{label}** (default)" if images == 8192 else label
-        values = [top1.get((images, gradient, *column)) for column in columns]
+        values = [top1[images, gradient, lr] for lr in rates]
         lines.append(f"| {label} | " + " | ".join("failed" if v is None else f"{v:.1f}" for v in values) + " |")
     source = f"*validation, one seed; `{cells['command']}`, [JSON](BASE/benchmarks/results/unbound.json)*"
     return "\n".join([*lines, "", source])

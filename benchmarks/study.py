@@ -96,7 +96,11 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
     "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
-    "hands-convmixer": ("hands", "convmixer", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
+    "hands-convmixer": (
+        "hands",
+        "convmixer",
+        {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn,cbn:none:current:window=4096"},
+    ),
     "hands-new": ("hands", "new", {**NEW, "batch-sizes": "1,2,4"}),
     "clothing-new": ("clothing", "new", NEW),
 }
@@ -145,19 +149,32 @@ def source(network: str, data: Path, work: Path, jobs: int) -> Path:
 def restore(name: str, folder: Path, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     """Makes of the committed JSON a comparison that can go on, without the runs of the norms in `again`."""
     stored = json.loads((STUDY / f"{name}.json").read_text())
-    run = stored["config"]["run"]
+    run, network = stored["config"]["run"], COMPARISONS[name][1]
     run |= {"data": str(data / run["data"]), "output": str(folder)}
     if run["checkpoint"] is not None:
-        run["checkpoint"] = str(weights(COMPARISONS[name][1], data, work, jobs))
+        run["checkpoint"] = str(weights(network, data, work, jobs))
+    if "source" in stored and stored["source"]["top1"] != source_top1(network, work):
+        raise SystemExit(f"{name}: training {network} anew gave another network; delete its JSON to start anew")
+    if unknown := again - {"", *(cell["norm"] for cell in stored["cells"])}:
+        raise SystemExit(f"{name} has no runs of {', '.join(unknown)}; see --again")
     cells = [cell for cell in stored["cells"] if cell["norm"] not in again]
     kept = {key: stored[key] for key in ("images", "versions")}
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"config": stored["config"], "cells": cells, **kept}))
+    unfinished = folder.with_name(f"{name}-unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    (unfinished / "results.json").write_text(json.dumps({"config": stored["config"], "cells": cells, **kept}))
+    unfinished.rename(folder)
+
+
+def source_top1(network: str, work: Path) -> float:
+    """Validation top-1 of a network that `source` has trained."""
+    return float(json.loads((work / "sources" / network / "results.json").read_text())["top1"])
 
 
 def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     """Runs a comparison to its end, and writes its JSON."""
     folder = work / name
+    if again != {""} and folder.exists():
+        raise SystemExit(f"{folder} is there already; --again begins with the committed JSON, in another --work")
     if not folder.exists() and (STUDY / f"{name}.json").is_file():
         restore(name, folder, data, work, jobs, again)
     if (folder / "results.json").is_file():
@@ -172,9 +189,9 @@ def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     for key in ("data", "checkpoint", "output"):  # folders of this machine
         if stored["config"]["run"][key] is not None:
             stored["config"]["run"][key] = Path(stored["config"]["run"][key]).name
-    trained = work / "sources" / COMPARISONS[name][1] / "results.json"
-    if trained.is_file():
-        stored["source"] = {"data": "clothing", **SOURCE, "top1": json.loads(trained.read_text())["top1"]}
+    network = COMPARISONS[name][1]
+    if NETWORKS[network].get("checkpoint") == "FROM-CLOTHING":
+        stored["source"] = {"data": "clothing", **SOURCE, "top1": source_top1(network, work)}
     text = json.dumps({**provenance("python benchmarks/study.py --data ../shared/data"), **stored})
     STUDY.mkdir(exist_ok=True)
     (STUDY / f"{name}.json").write_text(text.replace('}, {"norm"', '},\n{"norm"') + "\n")

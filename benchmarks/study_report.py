@@ -81,12 +81,11 @@ def table(name: str, study: Study) -> str:
                 )
                 cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}{marks}")
         lines.append(f"| {LABELS[norm]} | {' | '.join(cells)} |")
-    versions, runs = study.report["versions"], len(study.results)
+    runs = len(study.results)
     budget = f"{config.images} images" if config.images else f"{config.run.epochs} epochs"
     source = (
         f"{budget} per run, {config.run.opt}, {config.run.img_size} px, {runs} runs, {config.seeds} seeds; "
-        f"`{study.report['command']} --only {name}`, [JSON](BASE/benchmarks/results/study/{name}.json), "
-        f"torch {versions['torch']}"
+        f"`{study.report['command']} --only {name}`, [JSON](BASE/benchmarks/results/study/{name}.json)"
     )
     return "\n".join([*lines, "", f"*{source}*"])
 
@@ -134,11 +133,15 @@ def outcome(studies: dict[str, Study]) -> str:
     """How often CBN is ahead, in words; runs that are done over with recalibration and single seeds do not count."""
     settings = {name: COMPARISONS[name][2] for name in studies}
     every = [v for v in judged(studies) if "recalibrate" not in settings[v.name] and settings[v.name]["seeds"] > 1]
-    large = [(v.own, v.reference) for v in every if v.reference is not None]
-    return (
-        f"CBN is {_count([(v.own, v.rival) for v in every])} the best other norm at the same batch size, and\n"
-        f'{_count(large)} BN at batch size 32. "Clearly" is by more than twice\nthe standard error of the difference.'
-    )
+    said = []
+    for weights, is_new in (("pretrained", False), ("random", True)):
+        own = [v for v in every if (COMPARISONS[v.name][1] == "new") == is_new]
+        large = [(v.own, v.reference) for v in own if v.reference is not None]
+        said.append(
+            f"From {weights} weights CBN is {_count([(v.own, v.rival) for v in own])} the best other\n"
+            f"norm at the same batch size, and {_count(large)} BN at batch size 32."
+        )
+    return "\n".join([*said, '"Clearly" is by more than twice the standard error of the difference.'])
 
 
 def _count(pairs: list[tuple[Row, Row]]) -> str:

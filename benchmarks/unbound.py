@@ -24,11 +24,11 @@ ROWS: list[tuple[int | None, str]] = [
     (None, "straight_through"), (16, "straight_through"), (64, "straight_through"),
     (64, "full"), (512, "full"), (8192, "full"), (None, "frozen"),
 ]  # fmt: skip
-IMAGES = 1000
-RATES = {2: (9.5e-4, 3e-3, 9.5e-3, 3e-2), 1: (2.1e-3, 6.7e-3)}
+IMAGES, BATCH_SIZE = 1000, 2
+RATES = (9.5e-4, 3e-3, 9.5e-3, 3e-2)
 
 
-def set_unbound(images: int | None, gradient: str, batch_size: int) -> None:
+def set_unbound(images: int | None, gradient: str) -> None:
     """Makes fine-tuning in this process give the layers without a weight this window and gradient."""
     from cbn_convert.norm import CrossIterationMixin
     from cbn_convert.training import setup
@@ -39,7 +39,7 @@ def set_unbound(images: int | None, gradient: str, batch_size: int) -> None:
         convert(model, norm, *args, **kwargs)
         for layer in model.modules():
             if isinstance(layer, CrossIterationMixin) and not layer.producers:
-                window = 2 if images is None else images // batch_size
+                window = 2 if images is None else images // BATCH_SIZE
                 layer.set_window(window, layer.compensation, gradient, "ema", 0, False, start=layer.start)  # type: ignore[arg-type]
 
     setup.apply_norm = apply_norm
@@ -55,21 +55,17 @@ def main() -> None:
     checkpoint = str(weights("preact", data, given.work.resolve(), given.jobs))
 
     def run(cell: dict[str, Any]) -> float | None:
-        images, gradient, batch_size = cell["images"], cell["gradient"], cell["batch_size"]
+        images, gradient = cell["images"], cell["gradient"]
         frozen = gradient == "frozen"
         config = {
             "data": str(data / FOLDERS["hands"]), "model": NETWORKS["preact"]["model"], "checkpoint": checkpoint,
             "model_kwargs": {"width_factor": 0.5}, "norm": "frozen" if frozen else "cbn",
             "img_size": DATA["hands"]["img-size"], "hflip": 0.0, "min_scale": DATA["hands"]["min-scale"],
-            "batch_size": batch_size, "epochs": 2, "max_steps": IMAGES // batch_size, "lr": cell["lr"],
+            "batch_size": BATCH_SIZE, "epochs": 2, "max_steps": IMAGES // BATCH_SIZE, "lr": cell["lr"],
         }  # fmt: skip
-        return last_top1(config, None if frozen else ["unbound", "set_unbound", images, gradient, batch_size])
+        return last_top1(config, None if frozen else ["unbound", "set_unbound", images, gradient])
 
-    todo = [
-        {"images": images, "gradient": gradient, "batch_size": batch_size, "lr": lr}
-        for batch_size, rates in RATES.items()
-        for (images, gradient), lr in product(ROWS, rates)
-    ]
+    todo = [{"images": images, "gradient": gradient, "lr": lr} for (images, gradient), lr in product(ROWS, RATES)]
     measure(OUTPUT, "python benchmarks/unbound.py --data ../shared/data --work study", todo, run, given.jobs)
 
 

@@ -91,7 +91,7 @@ ImgSize = Annotated[int | None, typer.Option(min=1, help="Height and width of th
 Window = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Iterations averaged over; 1 is BN; default: 8192 images, new ones 64.", rich_help_panel=METHOD
+        min=1, help="Iterations averaged over; 1 is BN; default: 8192 images, new ones 2.", rich_help_panel=METHOD
     ),
 ]
 Compensation = Annotated[str, typer.Option(help="projection, taylor (the paper's), none.", rich_help_panel=METHOD)]

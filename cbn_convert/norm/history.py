@@ -14,6 +14,7 @@ from .functional import Moments, Reader, by_group, is_known
 HistoryKind = Literal["ring", "ema"]
 HISTORIES: tuple[str, ...] = ("ring", "ema")
 Start = Literal["running", "empty"]
+LONG = 64  # how often moments of patches come within the window from which on only they carry the past along
 STARTS: tuple[str, ...] = ("running", "empty")
 
 
@@ -70,6 +71,15 @@ class History:
         return not known or (self.seen + self.phase) % self.every == 0
 
     @property
+    def is_carried(self) -> bool:
+        """Whether the past is to be taken to the weights of the current iteration, where its anchor will be.
+
+        So it must be before moments of patches join it. Iterations that bring none should not be part of a past with
+        an older anchor either; in a long window they are too few to matter.
+        """
+        return self.kind == "ema" and (self.due or self.window < LONG * self.every)
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is recorded."""
         return self._slots is None and self._staged is None
@@ -83,7 +93,7 @@ class History:
     def stage(self, new: Moments, finite: Tensor, carried: Moments | None = None) -> None:
         """Records the current iteration; where `finite` is false it counts as the one before once more.
 
-        carried: the past of an "ema" as `carry_over` takes it to the weights of the new moments of patches.
+        carried: the past of an "ema" as `carry_over` takes it to the weights of the current iteration.
         """
         if self.capacity:
             self._staged, self._finite, self._carried = new, finite, carried

@@ -336,15 +336,15 @@ class CrossIterationMixin(_BatchNorm):
                 _pool_running_statistics(running, mean, var, finite)
             if not recomputing and self.window > 1:
                 moments, carried = Moments(mean, var), None
-                if module is not None and theta is not None and history.due:
-                    moments = source.with_patches(
-                        moments, module, source_input, x, theta, bias, self.compensation, self.moments_positions,
-                        (self.iteration + 1) // self.moments_every, ranks,
-                    )  # fmt: skip
-                    if history.kind == "ema" and remembered is not None:
-                        if remembered.patch_mean is not None:
-                            carried = carry_over(remembered, theta, bias, self.compensation)
-                        if self.start == "running" and self.compensation != "taylor":
+                if module is not None and theta is not None:
+                    if remembered is not None and remembered.patch_mean is not None and history.is_carried:
+                        carried = carry_over(remembered, theta, bias, self.compensation)
+                    if history.due:
+                        moments = source.with_patches(
+                            moments, module, source_input, x, theta, bias, self.compensation, self.moments_positions,
+                            (self.iteration + 1) // self.moments_every, ranks,
+                        )  # fmt: skip
+                        if remembered is not None and self.start == "running" and self.compensation != "taylor":
                             moments = explaining(moments, remembered.var[:, 0], theta)
                 history.stage(moments, finite, carried)
         if single:

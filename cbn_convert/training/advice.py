@@ -20,7 +20,7 @@ from .setup import Setup
 SHIFT_IMAGES = 64
 # Between the data sets of docs/results.md, on three networks (docs/training.md has the table).
 FAR = 0.1
-SMALL_BATCH = 4  # the largest batch size that the study compares the norms at
+SMALL_BATCH = 4  # up to which the study compares the norms in all ways
 
 
 @torch.no_grad()
@@ -77,13 +77,12 @@ def measure(model: nn.Module, setup: Setup, config: FinetuneConfig, device: torc
     return statistics_shift(model, (images.to(device) for images in readable if len(images)))
 
 
-def advice(norm: str, batch_size: int, shift: float | None) -> str:
-    """What docs/results.md says of this norm at this batch size on images like these; empty if it says nothing.
-
-    shift: of `statistics_shift`; None is taken for that of random weights, but with GroupNorm, which has no statistics.
-    """
+def advice(config: FinetuneConfig, shift: float | None) -> str:
+    """What docs/results.md says of a run's norm at its batch size on images like these; empty if it says nothing."""
+    norm, batch_size = config.norm, config.batch_size
     if shift is None:
-        if norm == "gn" or batch_size > SMALL_BATCH:
+        random_weights = not config.pretrained and config.checkpoint is None
+        if not random_weights or norm not in ("cbn", "bn", "brn") or batch_size > SMALL_BATCH:
             return ""
         return (
             f"the weights have no statistics to start from: at {batch_size} images per step --norm gn was better from "

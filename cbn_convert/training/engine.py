@@ -37,7 +37,7 @@ from .progress import Progress
 from .recalibration import recalibrate
 from .setup import Setup, build, check_new, owned, prepare_folder, total_steps
 
-WARM_UP_IMAGES = 64  # to fill the window of layers with new statistics, and to see how others respond to the weights
+WARM_UP_IMAGES = 64  # to see how statistics respond to the weights
 LOG_EVERY = 20  # updates between records of the training loss, the only moments at which a GPU is waited for
 
 
@@ -168,7 +168,7 @@ class _Trainer:
             self.shift = measure(self.model, self.setup, self.config, self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # which is to be that of training
-        if text := advice(self.config.norm, self.config.batch_size, self.shift):
+        if text := advice(self.config, self.shift):
             self.progress.line(text)
 
     def _warm_up(self) -> None:
@@ -410,5 +410,5 @@ class _Trainer:
             bad_images=self.bad_images,
             stopped_early=self.stopped_early and self.step < self.steps,
             statistics_shift=self.shift,
-            advice=advice(self.config.norm, self.config.batch_size, self.shift),
+            advice=advice(self.config, self.shift),
         )

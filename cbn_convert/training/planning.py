@@ -35,5 +35,5 @@ def plan(config: FinetuneConfig) -> dict[str, Any]:
         "steps_per_epoch": sampler.updates,
         "steps": total_steps(config, sampler),
         "statistics_shift": shift,
-        "advice": advice(config.norm, config.batch_size, shift),
+        "advice": advice(config, shift),
     }

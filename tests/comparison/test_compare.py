@@ -118,7 +118,6 @@ def test_interrupted_and_resumed_is_the_same(
         [*COMMAND, str(data), "--resume", str(out), "-q"], capture_output=True, text=True, check=False
     )
     assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert len(done) < 3
     assert (interrupted / "config.json").stat().st_mtime_ns == begun  # it went on, and did not start again
     assert outcomes(out) == {cell: result for cell, result in outcomes(expected).items() if cell.batch_size != 4}
     rows = [(folder / "table.csv").read_text().splitlines() for folder in (out, expected)]

@@ -230,3 +230,19 @@ def test_moments_every_needs_an_exponential_window() -> None:
         CrossIterationBatchNorm2d(4, history="ema", moments_every=None)
     assert {m.moments_every for m in layers(converted())} == {8}
     assert {m.moments_every for m in layers(converted(history="ring"))} == {1}
+
+
+@pytest.mark.parametrize("window", [2, 4, 16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_iterations_without_patches_are_seen_from_todays_weights_too(window: int, bias: bool) -> None:
+    """The same batch at every step: whatever the weights have become, every iteration has today's mean."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, bias=bias).double()
+    norm = CrossIterationBatchNorm2d(4, momentum=1.0, window=window, history="ema", moments_every=8).double().bind(conv)
+    for _ in range(20):
+        x = conv(batch(0))
+        norm(x)
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+        with torch.no_grad():
+            for p in conv.parameters():
+                p += 0.05 * torch.randn_like(p)

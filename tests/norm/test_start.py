@@ -255,8 +255,14 @@ def test_weights_that_begin_to_learn_keep_the_start() -> None:
     assert norm.compensated
 
 
-def test_carried_along_with_the_weights_when_moments_come_in_turns() -> None:
-    """Nine steps against a simulation: statistics and anchors move to the new weights before new patches join."""
+@pytest.mark.parametrize("long", [False, True])
+def test_carried_along_with_the_weights_when_moments_come_in_turns(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine steps against a simulation: statistics and anchors move to the new weights before anything joins them.
+
+    In long windows, before new patches do.
+    """
+    if long:
+        monkeypatch.setattr("cbn_convert.norm.history.LONG", 1)
     conv, norm = pair(moments_every=3)
     M, S = norm.running_mean.clone(), norm.running_var.clone()
     p, C, anchor, explained = None, None, None, None
@@ -272,7 +278,7 @@ def test_carried_along_with_the_weights_when_moments_come_in_turns() -> None:
         new_p = patches.mean(0)
         new_C = theta @ torch.cov(patches.T, correction=0)
         due = p is None or (K + i) % 3 == 0
-        if due and p is not None:
+        if (due or not long) and p is not None:
             (M, S), anchor, explained = moved, theta @ p + b, (theta * C).sum(1)
         M, S = ((1 - 1 / K) * M + mean / K, (1 - 1 / K) * S + var / K + (1 / K) * (1 - 1 / K) * (mean - M) ** 2)
         kept *= 1 - 1 / K

@@ -76,16 +76,23 @@ def test_none_where_there_is_nothing_to_compare_with() -> None:
     ],
 )
 def test_what_it_says(norm: str, batch_size: int, shift: float, says: str, not_says: str) -> None:
-    text = advice(norm, batch_size, shift)
+    text = advice(config(norm, batch_size), shift)
     assert f"{shift:.2f} nats" in text
     assert says in text
     assert not_says not in text
 
 
 def test_what_it_says_of_random_weights() -> None:
-    assert "at 2 images per step --norm gn was better from random weights, or level" in advice("cbn", 2, None)
-    assert advice("cbn", 8, None) == ""  # not measured
-    assert advice("gn", 2, None) == ""
+    text = advice(config("cbn", 2, pretrained=False), None)
+    assert "at 2 images per step --norm gn was better from random weights, or level" in text
+    for norm, batch_size in (("cbn", 8), ("frozen", 2), ("gn", 2)):  # not measured, or GroupNorm already
+        assert advice(config(norm, batch_size, pretrained=False), None) == ""
+    assert advice(config("cbn", 2), None) == ""  # statistics that could not be measured
+    assert advice(config("cbn", 2, pretrained=False, checkpoint="weights.pth"), None) == ""
+
+
+def config(norm: str, batch_size: int, **changes) -> FinetuneConfig:
+    return FinetuneConfig("data", "resnet18", "run", norm=norm, batch_size=batch_size, **changes)
 
 
 def run(data: Path, output: Path, capfd, **changes) -> tuple[cbn.FinetuneResult, str]:
