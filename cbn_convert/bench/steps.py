@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..conversion import convert
 from ..deploy import fold
@@ -184,7 +185,17 @@ def bench_inference(
 
 
 def _model(arch: str) -> Any:
-    return create_model(ModelSpec(arch, pretrained=False), num_classes=10)
+    """With random weights, but statistics that have been measured: `convert` then does what it does for fine-tuning."""
+    model = create_model(ModelSpec(arch, pretrained=False), num_classes=10)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the statistics of the one batch
+    with torch.no_grad():
+        model.train()(torch.randn(2, *model.pretrained_cfg["input_size"]))
+    for norm, kept in zip(norms, momentum, strict=True):
+        norm.momentum = kept
+    return model
 
 
 def _now(device: torch.device) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 import cbn_convert as cbn
 from cbn_convert.bench import COLUMNS, bench_inference, bench_step
 from cbn_convert.bench.published import PublishedBatchNorm2d
+from cbn_convert.bench.steps import _model
 from cbn_convert.errors import CbnError
 
 
@@ -50,6 +51,14 @@ def test_every_column_runs_and_bn_is_the_measure() -> None:
     # μ, ν, two derivatives of the weights' size and the weights, for each of 3 steps so far
     assert by_name["published"].history == pytest.approx(3 * 3 * weights, rel=0.3)
     assert all(r.memory is not None and r.memory > 0 for r in results)
+
+
+def test_the_layers_are_those_of_fine_tuning() -> None:
+    model = _model("test_resnet")
+    plain = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {m.momentum for m in plain} == {0.1}
+    cbn.convert(model)
+    assert {(m.start, m.window) for m in plain} == {("running", 4096)}
 
 
 def cbn_convs() -> list[nn.Parameter]:
