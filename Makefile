@@ -74,7 +74,6 @@ study: $(STAMP)
 	$(PY) benchmarks/time_to_accuracy.py --data ../shared/data
 	$(PY) benchmarks/study_report.py
 	$(PY) benchmarks/from_scratch.py --data ../shared/data
-	$(PY) benchmarks/unbound.py --data ../shared/data --work study
 	$(PY) benchmarks/readme.py
 
 estimation: $(STAMP)

@@ -27,8 +27,7 @@ LR, STEPS, BATCH_SIZE, SEEDS = 0.03, 2000, 2, 2
 # settings of FinetuneConfig, or images of the statistics and who gets their gradient
 ROWS: dict[str, dict[str, Any]] = {
     "bn": {"norm": "bn"},
-    **{f"window-{k}": {"window": k} for k in (2, 4, 8, 32)},
-    "ring-8": {"window": 8, "history": "ring"},
+    **{f"window-{k}": {"window": k} for k in (2, 8, 32)},
     "fresh-all": {"fresh": (16, "all")},
     "fresh-own": {"fresh": (16, "own")},
 }

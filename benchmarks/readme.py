@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unbound import ROWS as UNBOUND
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -96,7 +94,7 @@ def from_scratch() -> str:
     report = json.loads((RESULTS / "from_scratch.json").read_text())
     labels = {
         "bn": "BN", "window-2": "CBN, window 2 (default for new layers)",
-        **{f"window-{k}": f"CBN, window {k}" for k in (4, 8, 32)}, "ring-8": "CBN, ring of 8",
+        **{f"window-{k}": f"CBN, window {k}" for k in (8, 32)},
         "fresh-all": "BN's statistics of these and 14 more images, never out of date",
         "fresh-own": "the same, the gradient of the 14 for the layer's own weights only",
     }  # fmt: skip
@@ -106,26 +104,6 @@ def from_scratch() -> str:
         mean = "" if None in values else f"{sum(values) / len(values):.1f}"
         lines.append(f"| {label} | {', '.join('failed' if v is None else f'{v:.1f}' for v in values)} | {mean} |")
     source = f"*validation; `{report['command']}`, [JSON](BASE/benchmarks/results/from_scratch.json)*"
-    return "\n".join([*lines, "", source])
-
-
-def unbound() -> str:
-    """Layers without a weight of their own, from pretrained statistics."""
-    cells = json.loads((RESULTS / "unbound.json").read_text())
-    top1 = {(c["images"], c["gradient"], c["lr"]): c["top1"] for c in cells["cells"]}
-    rates = sorted({lr for _, _, lr in top1})
-    share = {"straight_through": "whole gradient", "full": "gradient's share"}
-    lines = ["| these layers | " + " | ".join(f"lr {lr:.2g}" for lr in rates) + " |"]
-    lines.append("|---|" + "---|" * len(rates))
-    for images, gradient in UNBOUND:
-        if gradient == "frozen":
-            label = "frozen BN in all layers"
-        else:
-            label = f"{'window 2' if images is None else f'{images} images'}, {share[gradient]}"
-            label = f"**{label}** (default)" if images == 8192 else label
-        values = [top1[images, gradient, lr] for lr in rates]
-        lines.append(f"| {label} | " + " | ".join("failed" if v is None else f"{v:.1f}" for v in values) + " |")
-    source = f"*validation, one seed; `{cells['command']}`, [JSON](BASE/benchmarks/results/unbound.json)*"
     return "\n".join([*lines, "", source])
 
 
@@ -296,5 +274,5 @@ if __name__ == "__main__":
             "speed": performance["speed"],
         },
     )
-    fill(ROOT / "docs" / "method.md", {**study, "from-scratch": from_scratch(), "unbound-pretrained": unbound()})
+    fill(ROOT / "docs" / "method.md", {**study, "from-scratch": from_scratch()})
     fill(ROOT / "docs" / "performance.md", {k: v for k, v in performance.items() if k != "speed"})

@@ -59,7 +59,7 @@ RECALIBRATED = {
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 FORMS = {
     "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:taylor,cbn:current,"
-    "cbn:none:window=4096,cbn:none:current:window=4096,cbn:empty:window=32",
+    "cbn:none:straight_through:window=4096,cbn:none:current:window=4096,cbn:empty:window=32",
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 WINDOWS = {
@@ -99,7 +99,7 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-convmixer": (
         "hands",
         "convmixer",
-        {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn,cbn:none:current:window=4096"},
+        {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn,cbn:window=2", "batch-sizes": "1,2"},
     ),
     "hands-new": ("hands", "new", {**NEW, "batch-sizes": "1,2,4"}),
     "clothing-new": ("clothing", "new", NEW),

@@ -19,10 +19,11 @@ LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
     PUBLISHED: "CBN as published", f"{PUBLISHED}:burn_in=100": "CBN as published, burn-in of 100 iterations",
     "cbn:ring": "CBN, ring of 8", "cbn:taylor": "CBN, Taylor's step",
-    "cbn:current": "CBN, no gradient through the compensation", "cbn:none:window=4096": "averaging only, window 4096",
+    "cbn:current": "CBN, no gradient through the compensation", 
+    "cbn:none:straight_through:window=4096": "averaging only, window 4096, whole gradient to the current batch",
     "cbn:none:current:window=4096": "averaging only, window 4096, gradient's share 1/4096",
     "cbn:empty:window=32": "CBN, window 32 that starts empty",
-    **{f"cbn:window={k}": f"CBN, window {k}" for k in (1, 4, 16, 64, 128, 256, 1024)},
+    **{f"cbn:window={k}": f"CBN, window {k}" for k in (1, 2, 4, 16, 64, 128, 256, 1024)},
 }  # fmt: skip
 NETWORKS = {
     "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",

@@ -99,11 +99,11 @@ def convert(
     arguments are those of CrossIterationBatchNorm2d. By default, with history "ema", layers start from their running
     statistics ("running"), but for those of a new BatchNorm ("empty"), and moments_every is 8, the layers taking turns.
     The default window holds 8192 images, in batches of `batch_size` (on every rank, with `sync`), where a layer starts
-    from running statistics, and 2 batches elsewhere; it is 8 with history "ring". So load pretrained weights before.
-    With gradient "full", layers without a weight of their own get gradient "straight_through" and a window of at most
-    2, unless they start from running statistics, have a window of at least 64 images and others follow their weights;
-    with compensation "none", where no layer does, all get "straight_through". `sync` shares the statistics of each
-    batch among the ranks of a process group.
+    from running statistics that are not those of a new one, and 2 batches elsewhere; it is 8 with history "ring". So
+    load pretrained weights before. With gradient "full", layers without a weight of their own get gradient
+    "straight_through" and a window of at most 2, unless they start from such statistics and have a window of at least
+    64 images; with compensation "none", which makes all layers such, any window is left to them. `sync` shares the
+    statistics of each batch among the ranks of a process group.
 
     Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
     for an argument out of range, or if the model cannot run; the model is then left as it was.
@@ -141,8 +141,6 @@ def convert(
                         f"or leave its norm as it is with exclude={name!r}"
                     )
     rows = {n: plans[n] if n in todo else _untouched(model, n, m) for n, m in norms.items()}
-    # layers that follow no weight can keep old statistics only among layers that follow theirs
-    follows = any(row.status == "compensated" for row in rows.values())
     for index, (name, norm) in enumerate(norms.items()):
         row = rows[name]
         if name not in todo or row.status == "kept":
@@ -152,7 +150,7 @@ def convert(
         own_start: Start = start or ("running" if measured else "empty")
         own_sync = sync or isinstance(norm, nn.SyncBatchNorm)
         per_step = batch_size * (world_size() if own_sync else 1)
-        carried = own_start == "running" and measured and follows
+        carried = own_start == "running" and measured
         if own_window is None and history == "ring":
             own_window = RING_WINDOW
         elif own_window is None:

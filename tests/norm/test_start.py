@@ -140,7 +140,8 @@ def test_a_ring_has_no_such_start() -> None:
         (True, {"window": 5}, ("running", 5), ("running", 2, "straight_through")),
         (True, {"window": 32}, ("running", 32), ("running", 32, "full")),
         (True, {"window": 100}, ("running", 100), ("running", 100, "full")),
-        (True, {"compensation": "none"}, ("running", 2), ("running", 2, "straight_through")),
+        (True, {"compensation": "none"}, ("running", 4096), ("running", 4096, "full")),
+        (True, {"compensation": "none", "window": 5}, ("running", 5), ("running", 5, "straight_through")),
         (True, {"history": "ring"}, ("empty", 8), ("empty", 2, "straight_through")),
         (True, {"gradient": "current"}, ("running", 4096), ("running", 4096, "current")),
     ],
@@ -154,11 +155,11 @@ def test_converts_defaults(measured: bool, options: dict, bound: tuple[str, int]
     assert (last.start, last.window, last.gradient) == alone
 
 
-def test_without_a_layer_that_follows_its_weight_windows_are_short() -> None:
+def test_layers_without_a_weight_are_alike_where_no_other_follows_its_own() -> None:
     model = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)))
     cbn.convert(model, example_input=X)
     (layer,) = layers(model)
-    assert (layer.start, layer.window, layer.gradient) == ("running", 2, "straight_through")
+    assert (layer.start, layer.window, layer.gradient) == ("running", 4096, "full")
 
 
 @pytest.mark.parametrize(("sync", "expected"), [(False, 4096), (True, 1024)])
