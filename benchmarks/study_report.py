@@ -19,7 +19,7 @@ LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
     PUBLISHED: "CBN as published", f"{PUBLISHED}:burn_in=100": "CBN as published, burn-in of 100 iterations",
     "cbn:ring": "CBN, ring of 8", "cbn:taylor": "CBN, Taylor's step",
-    "cbn:current": "CBN, no gradient through the compensation", 
+    "cbn:current": "CBN, no gradient through the compensation",
     "cbn:none:straight_through:window=4096": "averaging only, window 4096, whole gradient to the current batch",
     "cbn:none:current:window=4096": "averaging only, window 4096, gradient's share 1/4096",
     "cbn:empty:window=32": "CBN, window 32 that starts empty",
