@@ -200,7 +200,7 @@ def test_a_full_disk(colors: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     run = tmp_path / "run"
-    arguments = [str(colors), *SMALL, "--workers", "0", "--max-steps", "4", "-o", str(run)]
+    arguments = [str(colors), *SMALL, "--workers", "0", "--max-steps", "4", "-o", str(run), "--quiet"]
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, preexec_fn=limit, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(
