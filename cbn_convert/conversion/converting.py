@@ -40,8 +40,7 @@ from .trace import NormCall, Part, trace_norms
 # Where a window starts from running statistics that are worth keeping, it is to carry them along with the weights, and
 # takes up new ones slowly: so many images, at least so many for layers without a weight of their own (docs/method.md).
 CARRIED_IMAGES, LEAST_CARRIED_IMAGES = 8192, 64
-# Without such statistics the batch and the one before it are the longest window that trains large images from scratch
-# as BatchNorm does (docs/method.md).
+# Without such statistics, training from scratch often fails with longer windows (docs/method.md).
 NEW_WINDOW = 2
 RING_WINDOW = 8  # the paper's
 DEFAULT_HISTORY: HistoryKind = "ema"
