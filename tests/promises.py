@@ -24,14 +24,12 @@ import torch.nn.functional as F
 from subject import (
     F32,
     F64,
-    NOISE,
     Subject,
     assert_identical,
     build,
     difference,
     example_size,
     images,
-    noise,
     outputs,
     prepared,
     size_m,
@@ -144,7 +142,7 @@ def check_fold_affine(s: Subject) -> float:
     folded = cbn.fold(s.model, "affine", example_input=s.example)
     assert not batch_norms(folded), "folded into affine: a BatchNorm is left"
     assert_finite(folded, "folded into affine")
-    return difference(outputs(folded, s.x), s.expected, s.limit, "folded into affine")
+    return difference(outputs(folded, s.x), s.expected, F32, "folded into affine")
 
 
 def check_fold_conv_f64(s: Subject) -> float:
@@ -155,8 +153,7 @@ def check_fold_conv_f64(s: Subject) -> float:
     assert not has_cross_iteration(folded), "folded into convs: a cross-iteration layer is left"
     assert_finite(folded, "folded into convs")
     s.left_bn = len(batch_norms(folded))
-    limit = max(F64, NOISE * noise(model, x, expected))
-    return difference(outputs(folded, x), expected, limit, "folded into convs")
+    return difference(outputs(folded, x), expected, F64, "folded into convs")
 
 
 def check_export(s: Subject) -> float:
@@ -176,7 +173,7 @@ def check_export(s: Subject) -> float:
     assert set(state) == set(stored), "the file has other keys than timm's model"
     differing = [k for k, v in stored.items() if not torch.equal(v.nan_to_num(), state[k].nan_to_num())]
     assert not differing, f"timm did not load {differing[0]} as it is stored"
-    return difference(outputs(loaded, s.x), s.expected, s.limit, "exported")
+    return difference(outputs(loaded, s.x), s.expected, F32, "exported")
 
 
 def check_reparam(s: Subject) -> float:
@@ -193,7 +190,7 @@ def check_reparam(s: Subject) -> float:
         except Exception as error:
             raise AssertionError(f"{what}: {describe(error)}") from error
         assert not has_cross_iteration(deployed), f"{what}: a cross-iteration layer is left"
-        worst = max(worst, difference(outputs(deployed, s.x), s.expected, s.limit, what))
+        worst = max(worst, difference(outputs(deployed, s.x), s.expected, F32, what))
     return worst
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import timm
 import torch
-from conftest import randomize_norms
 from timm.models._registry import _model_to_module
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from cbn_convert.conversion import norm_layers
@@ -30,9 +30,9 @@ SIZED_FAMILIES = {"efficientformer_v2", "levit", "maxxvit", "vision_transformer_
 SIZED_NAMES = ("botnet", "eca_botnext", "halo2botnet", "lambda_resnet26rpt", "lamhalobotnet", "sebotnet")
 
 F64, F32 = 1e-6, 1e-4
-# A few deep networks with random weights answer a change of the images in the last bit with a large one; a fold, which
-# rounds in every layer, may then differ by so many times of it.
-NOISE = 1000
+CALIBRATION_IMAGES = 14  # beside the two that the checks see
+MOST_NOISE = 3e-5  # more than that, and a fold's rounding could be as large as what a wrong fold does
+LEAST_VAR = 0.1  # of a channel that hardly varies: division by less would make rounding large
 METHODS_OF_TIMM = ("fuse", "reparameterize", "switch_to_deploy")
 
 
@@ -55,7 +55,7 @@ def size_m(name: str, kwargs: dict[str, Any]) -> float:
 
 
 def build(name: str, kwargs: dict[str, Any], px: int, device: str = "cpu") -> nn.Module:
-    """The architecture in eval mode, with random weights and norms; its own size is that of the images it will see."""
+    """The architecture in eval mode with random weights, `prepared`; its own size is that of the images it will see."""
     torch.manual_seed(0)
     with torch.device(device):
         model = timm.create_model(name, pretrained=False, **kwargs)
@@ -63,10 +63,41 @@ def build(name: str, kwargs: dict[str, Any], px: int, device: str = "cpu") -> nn
 
 
 def prepared(model: nn.Module, px: int) -> nn.Module:
+    """The model in eval mode with random γ and β, and with the statistics of the images that the checks see."""
     # the size that fold and export take by default
     if getattr(model, "pretrained_cfg", None):
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, px, px)}
-    return randomize_norms(model).eval()
+    return calibrated(model, px).eval()
+
+
+@torch.no_grad()
+def calibrated(model: nn.Module, px: int) -> nn.Module:
+    """Gives the norms random γ and β, and the running statistics of what they see.
+
+    With statistics of other inputs, or with γ and β around 1 and 0, deep networks of random weights are chaotic: they
+    answer a change of the images in the last bit with another output, so that no tolerance could tell a wrong fold from
+    rounding. Where most of what enters an activation is positive they are nearly linear, and `noise` stays at the size
+    of rounding.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        if norm.affine:
+            norm.weight.uniform_(0.25, 0.75)
+            norm.bias.normal_(1, 0.3)
+    measured = [norm for norm in norms if norm.running_mean is not None and not norm.running_mean.is_meta]
+    handles = [norm.register_forward_pre_hook(_measure) for norm in measured]
+    if measured:
+        model.eval()(torch.cat([images(px), images(px, CALIBRATION_IMAGES, seed=7)]))
+    for handle in handles:
+        handle.remove()
+    return model
+
+
+def _measure(norm: Any, args: tuple[Tensor, ...]) -> None:
+    """Makes the running statistics those of the input, before the norm applies them."""
+    var, mean = torch.var_mean(args[0].transpose(0, 1).flatten(1), 1)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var.clamp_min(LEAST_VAR))
 
 
 def images(px: int, count: int = 2, seed: int = 1, device: str = "cpu") -> Tensor:
@@ -90,6 +121,7 @@ class Subject:
         assert self.expected, "the model has no tensor among its outputs"
         assert all(torch.isfinite(t).all() for t in self.expected if not t.is_meta), "outputs are not finite"
         self.noise = noise(model, x, self.expected)
+        assert self.noise <= MOST_NOISE, f"a change of the images in the last bit changes outputs by {self.noise:.1e}"
         self.before = {k: v.clone() for k, v in model.state_dict().items()}
         self.report: Any = ()
         self.left_bn: int | None = None  # norm layers that are still BatchNorm in the bare form of the fold
@@ -98,11 +130,6 @@ class Subject:
     def fetches(self) -> bool:
         """Whether timm would fetch weights for a part of the model when it loads an export."""
         return type(self.model).__module__.endswith("vision_transformer") and bool(self.norms)
-
-    @property
-    def limit(self) -> float:
-        """The relative difference that float32 explains."""
-        return max(F32, NOISE * self.noise)
 
     @property
     def reparameterizes(self) -> bool:
