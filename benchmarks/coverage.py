@@ -172,9 +172,9 @@ Written by `python benchmarks/coverage.py`; the checks are [tests/promises.py](.
 {MEANING}
 
 Random weights, γ and β, running statistics of {CALIBRATION_IMAGES} other images and the two that the checks see; batch
-size 2, the smallest size that an architecture is checked at: {sizes(records)}. {len(large)} architectures have more than 150 million parameters and are
-only converted, on the meta device; for want of time those with more than {LARGE_M} million are spared
-{", ".join(SPARED)}.
+size 2, the smallest size that an architecture is checked at: {sizes(records)}.
+{len(large)} architectures have more than 150 million parameters and are only converted, on the meta device; for want of
+time those with more than {LARGE_M} million are spared {", ".join(SPARED)}.
 
 No architecture answers a change of the images in the last bit with a change of its outputs above {MOST_NOISE:.0e},
 relative (largest: {noisiest(records)}), so that no tolerance hides a wrong fold.

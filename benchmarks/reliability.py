@@ -42,9 +42,11 @@ checkpoint is read (`weights_only=True`), and nothing is read that does not fit 
 | a loading process dies | one sentence, code 1 | `--resume`, with fewer `--workers` if it was for want of memory |
 | a gradient is not finite | that update is never made; one sentence with the layer that it comes from, code 1 | a new run with a lower `--lr`: a resumed one would come to the same |
 | the same, with `--on-nan skip` | goes on with the next update; the log counts those left out | |
+| no evaluation gives a finite loss | one sentence, code 1; nothing is exported | a new run with a lower `--lr` |
 | an unreadable image | one sentence with its path, code 1 | repair or remove it |
 | the same, with `--skip-bad-images` | training takes the next image, an evaluation does not count it; it is listed at the end | |
 | two processes for one run folder | the second one is refused | |
+| an output folder among the images | refused before anything is written | |
 
 On a GPU, which is not waited for in every step, gradients are looked at every 20 updates and before every checkpoint: none
 is saved after one that was not finite.

@@ -30,7 +30,7 @@ def check_onnx_installed() -> None:
     """Raises ExportError if a package that ONNX export needs is absent."""
     absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if absent:
-        raise ExportError(f"ONNX export needs {', '.join(absent)}; pip install 'cbn-convert[onnx]'")
+        raise ExportError(f"ONNX export needs {', '.join(absent)}; pip install {' '.join(absent)}")
 
 
 def write_graphs(model: nn.Module, folder: Path, config: dict[str, Any], *, onnx: bool, torch_export: bool) -> None:

@@ -20,6 +20,7 @@ from .setup import Setup
 SHIFT_IMAGES = 64
 # Between the data sets of docs/results.md, on three networks (docs/training.md has the table).
 FAR = 0.1
+_STUDY = "in this project's comparisons; cbn compare asks your images"
 SMALL_BATCH = 4  # up to which the study compares the norms in all ways
 
 
@@ -78,7 +79,7 @@ def measure(model: nn.Module, setup: Setup, config: FinetuneConfig, device: torc
 
 
 def advice(config: FinetuneConfig, shift: float | None) -> str:
-    """What docs/results.md says of a run's norm at its batch size on images like these; empty if it says nothing."""
+    """What the study (docs/results.md) found of a run's norm at its batch size on images like these; may be empty."""
     norm, batch_size = config.norm, config.batch_size
     if shift is None:
         random_weights = not config.pretrained and config.checkpoint is None
@@ -86,14 +87,14 @@ def advice(config: FinetuneConfig, shift: float | None) -> str:
             return ""
         return (
             f"the weights have no statistics to start from: at {batch_size} images per step --norm gn was better from "
-            "random weights, or level (docs/results.md)"
+            f"random weights, or level {_STUDY}"
         )
     far = shift >= FAR
     found = f"the images' statistics are {shift:.2f} nats from the pretrained ones, {'far' if far else 'near'}"
     if norm == "frozen":
-        return f"{found}: --norm cbn was better than frozen BN, or level, on both kinds (docs/results.md)"
+        return f"{found}: --norm cbn was better than frozen BN, or level, on both kinds {_STUDY}"
     if norm in ("bn", "brn") and batch_size <= SMALL_BATCH:
         second = "" if far else ", and so was --norm frozen"
         level = ", or level," if far and batch_size == SMALL_BATCH else ""
-        return f"{found}: at {batch_size} images per step --norm cbn was better{level}{second} (docs/results.md)"
+        return f"{found}: at {batch_size} images per step --norm cbn was better{level}{second} {_STUDY}"
     return found
