@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +20,7 @@ from .checkpoint import random_states, restore_random_states
 from .config import FinetuneConfig
 from .faults import first_non_finite
 from .loading import Batch
+from .losses import make_loss
 from .optimization import FUSED, make_optimizer, make_scheduler
 from .parallel import Ranks
 from .setup import Setup
@@ -73,18 +73,15 @@ class Learner:
             self.optimizer.zero_grad()
 
     def _loss(self) -> tuple[Any, nn.Module]:
-        config = self.config
+        config, training = self.config, self.setup.training
+        counts = training.counts() if config.class_balance == "weight" else None
+        mixup = None
         if config.mixup or config.cutmix:
             mixup = Mixup(
-                config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
-                num_classes=len(self.setup.training.classes),
+                config.mixup, config.cutmix, label_smoothing=0.0 if counts else config.label_smoothing,
+                num_classes=len(training.classes),
             )  # fmt: skip
-            return mixup, SoftTargetCrossEntropy()
-        weight = None
-        if config.class_balance == "weight":
-            counts = torch.tensor(self.setup.training.counts(), dtype=torch.float32, device=self.device)
-            weight = counts.sum() / (len(counts) * counts.clamp(min=1))
-        return None, nn.CrossEntropyLoss(weight, label_smoothing=config.label_smoothing)
+        return mixup, make_loss(config.label_smoothing, mixup is not None, counts).to(self.device)
 
     def update(self, parts: list[Batch]) -> None:
         """One update of the weights, by the gradient of all parts."""
