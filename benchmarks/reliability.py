@@ -40,7 +40,7 @@ checkpoint is read (`weights_only=True`), and nothing is read that does not fit 
 | all of them damaged | one sentence, code 1 | `--overwrite` begins anew |
 | the disk is full | one sentence, code 1; the temporary folder is deleted, earlier checkpoints are whole | `--resume` after making room |
 | a loading process dies | one sentence, code 1 | `--resume`, with fewer `--workers` if it was for want of memory |
-| a gradient is not finite | that update is never made; one sentence with the layer that it comes from, code 1 | a new run with a lower `--lr`: a resumed one would come to the same |
+| a loss or gradient is not finite | that update is never made; one sentence with the layer that it comes from, code 1 | a new run with a lower `--lr`: a resumed one would come to the same |
 | the same, with `--on-nan skip` | goes on with the next update; the log counts those left out | |
 | no evaluation gives a finite loss | one sentence, code 1; nothing is exported | a new run with a lower `--lr` |
 | an unreadable image | one sentence with its path, code 1 | repair or remove it |

@@ -177,8 +177,6 @@ class FinetuneConfig:
             raise RunError("freeze keeps BatchNorm's statistics, and a GroupNorm run has none; leave out norm 'gn'")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise RunError(f"mixup and cutmix mix pairs of images, so batch_size must be even, got {self.batch_size}")
-        if (self.mixup or self.cutmix) and self.class_balance == "weight":
-            raise RunError("class_balance 'weight' has no meaning for mixed labels; use 'sample' with mixup or cutmix")
         from ..norm import check_window_options
 
         try:

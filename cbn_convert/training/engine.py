@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin, set_seed
 from torch import Tensor
 
 from ..conversion import warm_up
@@ -26,6 +26,7 @@ from ..files import write_json
 from . import checkpoint
 from .advice import advice, measure
 from .config import FinetuneConfig, FinetuneResult, read_run
+from .environment import check_environment, compare_environment
 from .evaluation import Evaluation, accuracy, resolve_device
 from .faults import StopSignals, TrainingInterrupted, out_of_memory
 from .learner import Learner
@@ -38,6 +39,7 @@ from .recalibration import recalibrate
 from .setup import Setup, build, check_new, owned, prepare_folder, total_steps
 
 WARM_UP_IMAGES = 64  # to see how statistics respond to the weights
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 LOG_EVERY = 20  # updates between records of the training loss, the only moments at which a GPU is waited for
 
 
@@ -70,6 +72,7 @@ def finetune(
     setup = build(config, resumed=resume and bool(checkpoint.checkpoints(run)))
     if resume:
         stored = read_run(run)
+        compare_environment(str(run), stored.get("environment"))
         if (stored["classes"], stored["images"]) != (setup.training.classes, setup.images):
             raise RunError(
                 f"{config.data} has other images than the run in {run}; resume with the data it was started with"
@@ -83,20 +86,32 @@ def finetune(
 
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:
+    """What is not said here explicitly, accelerate takes from its environment variables."""
+    check_environment(config)
     device = resolve_device(config.device)
     if config.mixed_precision == "fp16" and device.type != "cuda":
         raise RunError(f"mixed_precision 'fp16' needs a GPU, the device is {device.type}; use bf16 or no")
     shared = AcceleratorState._shared_state
-    if shared and (shared.get("_mixed_precision") != config.mixed_precision or shared["device"].type != device.type):
+    if shared and (
+        shared.get("_mixed_precision") != config.mixed_precision or shared["device"].type != device.type
+        or shared["dynamo_plugin"].backend != DynamoBackend.NO
+    ):  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
         accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision=config.mixed_precision, log_with=config.tracker,
             project_dir=config.output, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_backend="no",
         )  # fmt: skip
     except ValueError as error:
         argument = "tracker" if config.tracker and config.tracker in str(error) else "mixed_precision"
         raise RunError(f"{argument} {getattr(config, argument)!r} does not work here: {error}") from error
+    kind = accelerator.distributed_type
+    if accelerator.device.type != device.type or kind not in _SUPPORTED:
+        raise RunError(
+            f"accelerate is set up for {accelerator.device.type} ({kind.value}) where the run is to use {device.type}; "
+            "give --device, or unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE"
+        )
     if config.tracker and config.tracker not in [str(getattr(t, "value", t)) for t in accelerator.log_with]:
         raise RunError(f"tracker {config.tracker!r} is not installed; pip install it, or leave out --tracker")
     return accelerator

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import DivergedError
 from ..norm import CrossIterationMixin, history_state, load_history_state
@@ -21,6 +20,7 @@ from .checkpoint import random_states, restore_random_states
 from .config import FinetuneConfig
 from .faults import first_non_finite
 from .loading import Batch
+from .losses import make_loss
 from .optimization import FUSED, make_optimizer, make_scheduler
 from .parallel import Ranks
 from .setup import Setup
@@ -51,10 +51,10 @@ class Learner:
         if config.ema is not None:
             self.ema = ModelEmaV3(self.model, config.ema, use_warmup=True)
         self.mixup, self.loss = self._loss()
-        # CBN does not take in a batch that is not finite, BatchNorm does
+        # CBN does not take in a batch that is not finite, BatchNorm and InstanceNorm do
         self.guarded = [
             b for m in self.model.modules()
-            if config.on_nan == "skip" and isinstance(m, _BatchNorm) and not isinstance(m, CrossIterationMixin)
+            if config.on_nan == "skip" and isinstance(m, _NormBase) and not isinstance(m, CrossIterationMixin)
             for b in (m.running_mean, m.running_var) if b is not None
         ]  # fmt: skip
         self.totals = Totals(self.device, ranks)
@@ -73,18 +73,15 @@ class Learner:
             self.optimizer.zero_grad()
 
     def _loss(self) -> tuple[Any, nn.Module]:
-        config = self.config
+        config, training = self.config, self.setup.training
+        counts = training.counts() if config.class_balance == "weight" else None
+        mixup = None
         if config.mixup or config.cutmix:
             mixup = Mixup(
-                config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
-                num_classes=len(self.setup.training.classes),
+                config.mixup, config.cutmix, label_smoothing=0.0 if counts else config.label_smoothing,
+                num_classes=len(training.classes),
             )  # fmt: skip
-            return mixup, SoftTargetCrossEntropy()
-        weight = None
-        if config.class_balance == "weight":
-            counts = torch.tensor(self.setup.training.counts(), dtype=torch.float32, device=self.device)
-            weight = counts.sum() / (len(counts) * counts.clamp(min=1))
-        return None, nn.CrossEntropyLoss(weight, label_smoothing=config.label_smoothing)
+        return mixup, make_loss(config.label_smoothing, mixup is not None, counts).to(self.device)
 
     def update(self, parts: list[Batch]) -> None:
         """One update of the weights, by the gradient of all parts."""
@@ -99,7 +96,9 @@ class Learner:
             with nullcontext() if part == len(parts) else self.accelerator.no_sync(self.wrapped):
                 logits = self.wrapped(x)
                 loss = self.loss(logits, target)
-                self.accelerator.backward(loss / len(parts))
+                # at a logit of -inf the loss is not finite but its gradient is; no process may make a step of that
+                known = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+                self.accelerator.backward(loss / len(parts) * known)
             self.totals.add(loss, logits, y)
         bad = self.step_unless_bad()
         for buffer, old in zip(self.guarded, before, strict=True):
@@ -118,9 +117,9 @@ class Learner:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         limit = self.config.clip_grad or math.inf
         bad = ~torch.isfinite(self.accelerator.clip_grad_norm_(parameters, limit))
-        if self.accelerator.scaler is not None:
-            # too large a loss scale is no fault: the scaler leaves the step out and lowers it
-            bad = self.totals.last_loss_is_bad
+        if (scaler := self.accelerator.scaler) is not None:
+            # too large a loss scale is no fault, the scaler leaves the step out and lowers it; at 1 it is not too large
+            bad = self.totals.loss_is_bad() | (bad & (scaler.scale(torch.ones_like(self.totals.bad_losses)) <= 1))
             self.prepared_optimizer.step()
         elif self.config.opt in FUSED and self.optimizer.state:
             # torch's fused optimizers leave a step out by this flag, as GradScaler sets it, without waiting for the GPU

@@ -22,6 +22,7 @@ from ..models import ModelSpec, create_model, reset_head
 from .checkpoint import checkpoints
 from .config import FinetuneConfig, read_run
 from .data import Split, read_splits, refuse_among_images
+from .environment import stored_environment
 from .loading import StepSampler
 from .norms import apply_norm
 from .optimization import freeze, frozen_modules
@@ -112,6 +113,7 @@ def prepare_folder(run: Path, config: FinetuneConfig, setup: Setup, ranks: int) 
             "model": setup.spec,
             "lr": config.peak_lr(ranks),
             "processes": ranks,
+            "environment": stored_environment(),
             "versions": {"cbn_convert": __version__, "torch": torch.__version__, "timm": timm.__version__},
         },
     )

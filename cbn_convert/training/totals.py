@@ -19,7 +19,7 @@ class Totals:
         self.first = torch.full((), torch.inf, device=device)
         self.rates: dict[int, float] = {}
         self.lr = 0.0
-        self.last_loss_is_bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.bad_losses = torch.zeros((), device=device)  # parts of the update under way
 
     @property
     def updates(self) -> int:
@@ -35,10 +35,15 @@ class Totals:
             [loss * len(labels), hits.float(), torch.full_like(loss, len(labels)), torch.zeros_like(loss)]
         )
         self.sums += torch.where(finite, added, 0.0)
-        self.last_loss_is_bad = ~finite
+        self.bad_losses += ~finite
+
+    def loss_is_bad(self) -> Tensor:
+        """Whether the loss of any part of the update under way is not finite in some process; asks all of them."""
+        return self.ranks.sum(self.bad_losses.clone()) > 0
 
     def note(self, bad: Tensor, step: int) -> None:
-        """Whether the gradient of update `step` was not finite."""
+        """Whether update `step`, which ends here, was not finite."""
+        self.bad_losses.zero_()
         self.sums[3] += bad
         self.first = torch.where(bad, self.first.clamp(max=step), self.first)
         self.rates[step] = self.lr

@@ -118,14 +118,6 @@ def test_statistics_are_measured_anew_on_training_images(norm: str, colors: Path
     torch.testing.assert_close(best["conv1.1.running_var"].double(), var, rtol=1e-4, atol=1e-5)
 
 
-def test_classes_are_balanced_in_the_loss(colors: Path, tmp_path: Path, trainers) -> None:
-    for i in range(4, 16):
-        (colors / f"train/red/{i}.png").unlink()
-    cbn.finetune(config(colors, tmp_path / "run", class_balance="weight", max_steps=2), quiet=True)
-    weight = trainers[0].learner.loss.weight
-    torch.testing.assert_close(weight, torch.tensor([20 / 2 / 16, 20 / 2 / 4]))
-
-
 def test_evaluations_every_so_many_updates_and_an_early_stop(colors: Path, tmp_path: Path) -> None:
     settings = config(colors, tmp_path / "run", epochs=9, eval_every=5, patience=3, lr=0.05)
     result = cbn.finetune(settings, quiet=True)
