@@ -142,3 +142,14 @@ def test_auxiliary_heads_are_in_the_report() -> None:
     rows = {row.name: row for row in report}
     assert set(rows) == norms(model)
     assert rows["aux1.conv.bn"].fed_by == "aux1.conv.conv"  # which only training reaches
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18"])
+def test_video_networks_are_compensated_throughout(name: str) -> None:
+    """Their convs are subclasses with a constructor of their own."""
+    clip = torch.randn(1, 3, 4, 32, 32)
+    model = randomized(models.get_model(name, weights=None, num_classes=4))
+    assert cbn.convert(model, example_input=clip).counts == {"compensated": 20, "window": 0, "kept": 0}
+    folded = cbn.fold(model, "conv", example_input=clip)
+    assert not [m for m in folded.modules() if isinstance(m, _BatchNorm)]
+    torch.testing.assert_close(folded(clip), model(clip), rtol=1e-3, atol=1e-4)

@@ -35,7 +35,7 @@ from ..norm.history import HistoryKind, Start
 from ..norm.moments import exact_is_possible
 from ..norm.producers import groups_of, is_transposed, learns, out_channels
 from .report import ConversionReport, ReportRow
-from .trace import NormCall, Part, trace_norms
+from .trace import OWN_FORWARD, NormCall, Part, trace_norms
 
 # Where a window starts from running statistics that are worth keeping, it is to carry them along with the weights, and
 # takes up new ones slowly: so many images, at least so many for layers without a weight of their own (docs/method.md).
@@ -274,9 +274,8 @@ def _plan(model: nn.Module, name: str, norm: nn.Module, call: NormCall, compensa
     if group is not None and group is not getattr(dist.group, "WORLD", None):
         return _row(name, norm, None, "kept", "synchronises over a part of the processes only")
     if not call.parts:
-        return _row(
-            name, norm, None, "window", f"input comes from {call.origin}, not directly from a conv or linear layer"
-        )
+        known = "" if call.origin.endswith(OWN_FORWARD) else ", not directly from a conv or linear layer"
+        return _row(name, norm, None, "window", f"input comes from {call.origin}{known}")
     outputs = _outputs(model, call.parts)
     fed_by = ", ".join(dict.fromkeys(part.module for part in call.parts))
     kinds = " and ".join(dict.fromkeys(type(output.module).__name__ for output in outputs))

@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..norm import modes_kept
-from ..norm.producers import is_producer, out_channels
+from ..norm.producers import is_producer, out_channels, own_forward
 from .example import Arguments, copied, leaves_of, on_example, quietly
+
+OWN_FORWARD = "whose forward is its own"  # behind the class of a conv or linear layer, as the origin of a norm's input
 
 
 class Part(NamedTuple):
@@ -130,6 +132,15 @@ class _Provenance(TorchDispatchMode):
             parts = (Part(name, 0, out_channels(module)),)
             writes = self.writes[_memory(output)]
             self.origins[_key(output)] = _Origin(output, type(module).__name__, writes, parts, last)
+
+    def made_by(self, kind: str, output: Any) -> None:
+        """To be called behind a conv or linear layer of class `kind`, with a forward pass of its own."""
+        if not isinstance(output, Tensor) or not _has_memory(output):
+            return
+        new = _Origin(output, "", self.writes[_memory(output)])
+        origin = self.origins.setdefault(_key(output), new)
+        if not origin.parts and origin.root is None:  # else it hands on what a layer inside of it made
+            origin.label = f"{kind}, {OWN_FORWARD}"
 
     def origin(self, t: Tensor) -> _Origin | None:
         """What is known of a tensor."""
@@ -260,6 +271,9 @@ def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) 
 
         return hook
 
+    def after_own_forward(kind: str) -> Any:
+        return lambda module, args, output: provenance.made_by(kind, output)
+
     def before_norm(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call, x = calls[name], args[0] if args else next(iter(kwargs.values()))
@@ -278,6 +292,8 @@ def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) 
             if is_producer(module):
                 # before hooks of others, which may change the output
                 hooks.callback(module.register_forward_hook(after_producer(name), prepend=True).remove)
+            elif kind := own_forward(module):
+                hooks.callback(module.register_forward_hook(after_own_forward(kind), prepend=True).remove)
         for name, module in norms.items():
             hooks.callback(module.register_forward_pre_hook(before_norm(name), with_kwargs=True).remove)
         args, kwargs = copied(arguments)

@@ -7,17 +7,19 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..conversion import NormCall, norm_layers, revert, run, trace_norms
 from ..conversion.example import Arguments, outputs_on
-from ..errors import FoldError
+from ..errors import ConversionError, FoldError
 from ..norm import CONVERTED, frozen_eps, is_frozen
 from ..norm.producers import applies_stored_weight, is_producer, is_transposed, out_channels
 
@@ -57,8 +59,10 @@ def fold(
     layer by `ChannelAffine`. "conv" multiplies it into the weight and bias of the conv or linear layers that feed it,
     after timm's reparameterize_model has merged the branches of those blocks that know how to (RepVGG, MobileOne, ...).
     A layer whose input is not the output of such modules, or is also read elsewhere, stays BatchNorm, as does one
-    behind a standardised or parametrised weight or a grouped transposed conv; their names are logged. drop and act of
-    BatchNormAct2d stay. The new weights are computed in float64.
+    behind a standardised or parametrised weight or a grouped transposed conv. So does one whose place another norm, or
+    whose conv's place another conv, may take in another call: one of as many channels that the example does not reach,
+    as with norms for several domains. Their names are logged, with the reason. drop and act of BatchNormAct2d stay. The
+    new weights are computed in float64.
 
     keep_bn: with "affine" and "conv", leave BatchNorm modules as identities (mean 0, var 1 - eps, γ 1, β what has no
     other place) and branches as they are, so that state_dict keys are those of the original architecture.
@@ -81,9 +85,9 @@ def fold(
     for name, norm in norm_layers(folded).items():
         if (type(norm) in CONVERTED or is_frozen(norm)) and norm.running_mean is not None:
             norms[name] = norm
-    calls = trace_norms(folded, norms, example) if into == "conv" else {}
+    calls, unreached = _traced(folded, example) if into == "conv" else ({}, _Unreached())
     holders = Counter(id(p) for m in folded.modules() for p in m.parameters(recurse=False))
-    left = []
+    left: dict[str, list[str]] = {}  # names of layers that stay, by the reason
     for name, norm in norms.items():
         if into == "affine":
             scale, shift = _scale_and_shift(name, norm)
@@ -91,19 +95,84 @@ def fold(
                 _make_identity(norm, scale, shift)
             else:
                 _replace(folded, norm, ChannelAffine(scale.to(_dtype(norm)), shift.to(_dtype(norm))))
-        elif (producers := _foldable(folded, calls[name], holders)) is not None:
+        elif not calls[name].calls:
+            left.setdefault("the example does not reach them", []).append(name)
+        elif (producers := _foldable(folded, calls[name], holders)) is None:
+            left.setdefault("they are not fed by convs alone", []).append(name)
+        elif reason := unreached.against(calls[name], producers):
+            left.setdefault(reason, []).append(name)
+        else:
             _fold_into(name, norm, producers, keep_bn)
             if not keep_bn:
                 _replace(folded, norm, None)
-        else:
-            left.append(name)
-    if left:
+    for reason, names in left.items():
         _logger.warning(
-            "%d of %d norm layers stay BatchNorm, since they are not fed by convs alone: %s%s",
-            len(left), len(norms), ", ".join(left[:5]), ", ..." if len(left) > 5 else "",
-        )  # fmt: skip
+            "%d of %d norm layers stay BatchNorm, since %s: %s", len(names), len(norms), reason, _few(names)
+        )
     _check_same(folded, (args, kwargs), before)
     return folded
+
+
+@dataclass
+class _Unreached:
+    """Modules that another call may put in the place of those that the example reaches."""
+
+    readers: dict[str, list[str]] = field(default_factory=dict)  # norms, by the module that feeds them in training
+    norms: dict[int, list[str]] = field(default_factory=dict)  # others, by their channels
+    producers: dict[tuple[int, int], list[str]] = field(default_factory=dict)  # by channels and axes of the weight
+
+    def against(self, call: NormCall, producers: Sequence[nn.Module]) -> str:
+        """Why a norm must not be folded into its producers; empty if nothing speaks against it."""
+        channels = [out_channels(cast(Any, producer)) for producer in producers]
+        readers = [name for part in call.parts for name in self.readers.get(part.module, [])]
+        readers += [name for count in {*channels, sum(channels)} for name in self.norms.get(count, [])]
+        if readers:
+            return f"the example does not reach {_few(readers)}, which may read the same convs"
+        kinds = {(c, cast(Tensor, producer.weight).dim()) for c, producer in zip(channels, producers, strict=True)}
+        feeding = [name for kind in kinds for name in self.producers.get(kind, [])]
+        return f"the example does not reach {_few(feeding)}, which may feed them" if feeding else ""
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _traced(model: nn.Module, example: Any) -> tuple[dict[str, NormCall], _Unreached]:
+    """How the example reaches norms and producers, and those that it does not reach in training either."""
+    watched = {
+        name: m for name, m in model.named_modules()
+        if (is_producer(m) or _norm_channels(m)) and not isinstance(m, torch.jit.ScriptModule)
+    }  # fmt: skip
+    calls = trace_norms(model, watched, example)
+    rest = {name: m for name, m in watched.items() if not calls[name].calls}
+    in_training = calls
+    if rest:
+        try:  # which shows where norms of auxiliary heads belong
+            in_training = trace_norms(model, rest, example, training=True)
+        except ConversionError:
+            in_training = calls
+    unreached = _Unreached()
+    for name, module in rest.items():
+        if in_training[name].calls:
+            for part in in_training[name].parts if _norm_channels(module) else ():
+                unreached.readers.setdefault(part.module, []).append(name)
+        elif is_producer(module):
+            unreached.producers.setdefault((out_channels(module), module.weight.dim()), []).append(name)
+        else:
+            unreached.norms.setdefault(_norm_channels(module), []).append(name)
+    return calls, unreached
+
+
+def _norm_channels(module: nn.Module) -> int:
+    """The channels that a normalisation of any kind takes; 0 for other modules."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
+    if isinstance(module, _NormBase):
+        return module.num_features
+    mean = module._buffers.get("running_mean")
+    return 0 if mean is None else mean.numel()
 
 
 def _merge_branches(model: nn.Module) -> None:
@@ -120,6 +189,11 @@ def _merge_branches(model: nn.Module) -> None:
         torch.set_default_dtype(reference.dtype)  # that of the modules that timm creates in the place of branches
         with reference.device:
             reparameterize_model(model, inplace=True)
+    except Exception as error:  # whatever a block says to a part that somebody put into it
+        raise FoldError(
+            f"timm cannot merge the branches of {type(model).__name__} ({str(error) or type(error).__name__}); fold "
+            'with keep_bn=True, which leaves them as they are, or into "bn"'
+        ) from error
     finally:
         torch.set_default_dtype(default)
     for module in model.modules():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.linear import Linear as TimmLinear
 from timm.layers.padding import pad_same
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
@@ -28,15 +29,32 @@ Producer = Conv | TransposedConv | nn.Linear
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
 _STANDARDISED = (StdConv2d, StdConv2dSame, *_SCALED)
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Conv2dSame, *_TRANSPOSED, *_STANDARDISED)
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TimmLinear, Conv2dSame, *_TRANSPOSED, *_STANDARDISED)
+# What a call of these classes goes through: a subclass, or an instance, with one of these of its own may compute
+# anything.
+_FORWARD = (
+    "forward", "_conv_forward", "_output_padding", "_call_impl", "_wrapped_call_impl", "__call__", "weight", "bias",
+    "__getattr__", "__getattribute__",
+)  # fmt: skip
 
 
 def is_producer(module: nn.Module) -> TypeIs[Producer]:
     """Whether the module's output is θ·p + b in a way known here.
 
-    Subclasses, and instances with a forward of their own, may compute anything and do not count.
+    It is for the classes in `_KINDS` and for those subclasses that compute as they do, but not for subclasses and
+    instances with a forward pass of their own.
     """
-    return bool(type_before_parametrizations(module) in _KINDS) and "forward" not in module.__dict__
+    own = type_before_parametrizations(module)
+    kind = next((cls for cls in own.__mro__ if cls in _KINDS), None)
+    if kind is None or not module.__dict__.keys().isdisjoint(_FORWARD[:3]):
+        return False
+    return all(getattr(own, name, None) is getattr(kind, name, None) for name in _FORWARD)
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """The class of a conv or linear layer that computes in a way of its own; None for all other modules."""
+    own = isinstance(module, _KINDS) and not is_producer(module)
+    return type_before_parametrizations(module).__name__ if own else None
 
 
 def is_transposed(module: nn.Module) -> TypeIs[TransposedConv]:
@@ -117,7 +135,8 @@ def _without_side_effects(module: nn.Module) -> Iterator[None]:
 def padded_input(conv: Conv, y: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the zero padding still to be applied to it, after any padding that is not symmetric zeros."""
     none = (0,) * len(conv.kernel_size)
-    if isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False):
+    # other classes may have an attribute of that name too
+    if isinstance(conv, Conv2dSame) or (isinstance(conv, _STANDARDISED) and getattr(conv, "same_pad", False)):
         return pad_same(y, list(conv.kernel_size), list(conv.stride), list(conv.dilation)), none
     if conv.padding_mode != "zeros":
         return F.pad(y, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), none

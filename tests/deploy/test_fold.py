@@ -16,6 +16,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 import cbn_convert as cbn
 from cbn_convert.errors import FoldError
@@ -146,6 +147,81 @@ def test_weights_with_another_use_are_not_folded_wrongly() -> None:
     torch.testing.assert_close(cbn.fold(model, "conv", example_input=x)(x), model(x))
     with pytest.raises(FoldError, match="outputs differ"):
         cbn.fold(randomize_norms(Hidden()).eval(), "conv", example_input=x)
+
+
+class Domains(nn.Module):
+    """Which norms, or which convs, run depends on an argument, and an auxiliary branch on the mode."""
+
+    def __init__(self, other: nn.Module, convs: int = 1, auxiliary: bool = False) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 4, 3, bias=False) for _ in range(convs))
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), other])
+        self.head = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
+        self.auxiliary = auxiliary
+
+    def forward(self, x: torch.Tensor, domain: int = 0, norm: int | None = None) -> torch.Tensor:
+        y = self.convs[domain % len(self.convs)](x)
+        if self.auxiliary and self.training:
+            self.norms[1](self.head[0](y))
+        return self.head(self.norms[domain if norm is None else norm](y))
+
+
+OTHER_NORMS = {
+    "batch": lambda: nn.BatchNorm2d(4),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "frozen": lambda: FrozenBatchNorm2d(4),
+}
+
+
+@pytest.mark.parametrize("keep_bn", [False, True])
+@pytest.mark.parametrize("kind", OTHER_NORMS)
+@torch.no_grad()
+def test_a_conv_that_another_domains_norm_may_read_is_not_folded(kind: str, keep_bn: bool, caplog) -> None:
+    model = randomize_norms(Domains(OTHER_NORMS[kind]())).eval()
+    folded = cbn.fold(model, "conv", keep_bn=keep_bn, example_input=X)
+    for domain in (0, 1):
+        torch.testing.assert_close(folded(X, domain), model(X, domain), rtol=1e-4, atol=1e-5)
+    assert "the example does not reach norms.1, which may read the same convs: norms.0" in caplog.text
+    # channels of which there is no other norm
+    changed = folded.head[0].weight
+    assert not torch.equal(changed, model.head[0].weight)
+
+
+@torch.no_grad()
+def test_a_norm_that_another_conv_may_feed_is_not_folded_away(caplog) -> None:
+    model = randomize_norms(Domains(nn.Identity(), convs=2)).eval()
+    folded = cbn.fold(model, "conv", example_input=X)
+    for domain in (0, 1):
+        torch.testing.assert_close(folded(X, domain, 0), model(X, domain, 0), rtol=1e-4, atol=1e-5)
+    assert "the example does not reach convs.1, which may feed them: norms.0" in caplog.text
+
+
+def test_a_norm_that_only_training_reaches_stands_in_the_way_of_its_own_conv_alone(caplog) -> None:
+    model = randomize_norms(Domains(nn.BatchNorm2d(5), auxiliary=True)).eval()
+    folded = cbn.fold(model, "conv", example_input=X)
+    assert isinstance(folded.norms[0], nn.Identity)
+    assert isinstance(folded.head[1], nn.BatchNorm2d)
+    assert "the example does not reach norms.1, which may read the same convs: head.1" in caplog.text
+    torch.testing.assert_close(folded(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_branches_of_timm_with_parts_of_others_are_refused_in_a_sentence() -> None:
+    class Domain(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList([norm, copy.deepcopy(norm)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norms[0](x)
+
+    model = randomize_norms(timm.create_model("repvgg_a0", num_classes=5)).eval()
+    block = next(m for m in model.modules() if getattr(m, "identity", None) is not None)
+    block.identity = Domain(block.identity)
+    with pytest.raises(FoldError, match=r"cannot merge the branches of ByobNet.*keep_bn=True"):
+        cbn.fold(model, "conv", example_input=X)
+    folded = cbn.fold(model, "conv", keep_bn=True, example_input=X)
+    torch.testing.assert_close(folded(X), model(X), rtol=1e-3, atol=1e-4)
 
 
 def test_act_and_drop_stay() -> None:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomize_norms
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d
 from cbn_convert.norm.producers import is_producer
 
@@ -23,6 +26,36 @@ def weight_norm(conv: nn.Module) -> nn.Module:
 
 def spectral_norm(conv: nn.Module) -> nn.Module:
     return parametrizations.spectral_norm(conv)
+
+
+class EfficientNetDepthwiseConv2d(nn.Conv2d):
+    """As in Hugging Face's transformers: nothing but a constructor."""
+
+    def __init__(self, in_channels: int, depth_multiplier: int = 1, kernel_size: int = 3, stride: int = 1) -> None:
+        out_channels = in_channels * depth_multiplier
+        super().__init__(in_channels, out_channels, kernel_size, stride, 1, groups=in_channels, bias=False)
+
+
+class Named(nn.Conv2d):
+    """With an attribute that means something in timm's classes only."""
+
+    same_pad = True
+
+
+class NamedLinear(nn.Linear):
+    pass
+
+
+class NamedSame(Conv2dSame):
+    pass
+
+
+class NamedStd(ScaledStdConv2dSame):
+    pass
+
+
+class NamedTransposed(nn.ConvTranspose2d):
+    pass
 
 
 PRODUCERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -40,6 +73,14 @@ PRODUCERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "spectral-norm": (lambda: spectral_norm(nn.Conv2d(4, 6, 3)), (2, 4, 6, 6)),
     "spectral-norm-linear": (lambda: spectral_norm(nn.Linear(5, 6)), (8, 5)),
     "circular": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 6, 6)),
+    "sub-depthwise": (lambda: EfficientNetDepthwiseConv2d(3, 2, stride=2), (2, 3, 8, 7)),
+    "sub-conv": (lambda: Named(4, 6, 3, stride=2), (2, 4, 8, 7)),
+    "sub-linear": (lambda: NamedLinear(5, 6), (8, 5)),
+    "sub-same": (lambda: NamedSame(4, 6, 3, stride=2), (2, 4, 8, 7)),
+    "sub-std": (lambda: NamedStd(4, 6, 3, stride=2), (2, 4, 8, 7)),
+    "sub-transposed": (lambda: NamedTransposed(4, 6, 3, stride=2, groups=2), (2, 4, 5, 6)),
+    "sub-weight-norm": (lambda: weight_norm(Named(4, 6, 3)), (2, 4, 6, 6)),
+    "timm-linear": (lambda: TimmLinear(5, 6), (8, 5)),
     "replicate-1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="replicate"), (2, 4, 9)),
 }
 NORMS = {
@@ -140,16 +181,101 @@ def test_linear_with_more_than_two_dimensions(arrange: Callable[[Tensor], Tensor
         torch.testing.assert_close(layer(arrange(linear(new))).movedim(1, -1), expected)
 
 
-def test_subclasses_are_no_producers() -> None:
-    class Doubled(nn.Conv2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return 2 * super().forward(input)
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
-    assert not is_producer(Doubled(3, 4, 3))
+
+class DoubledInside(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2 * super()._conv_forward(input, weight, bias)
+
+
+class DoubledAround(nn.Linear):
+    def __call__(self, input: Tensor) -> Tensor:
+        return 2 * super().__call__(input)
+
+
+class PlainAgain(StdConv2d):
+    """Neither a StdConv2d, nor by its own function what its base class is."""
+
+    forward = nn.Conv2d.forward
+
+
+class NoisyWeight(nn.Linear):
+    """Whoever reads the weight gets another one."""
+
+    @property
+    def weight(self) -> Tensor:
+        if "weight" not in self._parameters:
+            raise AttributeError
+        return self._parameters["weight"] + torch.randn(())
+
+
+def of_its_own(module: nn.Module, name: str) -> nn.Module:
+    function = getattr(module, name)
+    setattr(module, name, lambda *args: 2 * function(*args))
+    return module
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "forward": lambda: Doubled(3, 4, 1),
+    "conv-forward": lambda: DoubledInside(3, 4, 1),
+    "call": lambda: DoubledAround(3, 4),
+    "base-of-base": lambda: PlainAgain(3, 4, 1),
+    "weight": lambda: NoisyWeight(3, 4),
+    "instance": lambda: of_its_own(nn.Conv2d(3, 4, 1), "forward"),
+    "instance-inside": lambda: of_its_own(nn.Conv2d(3, 4, 1), "_conv_forward"),
+    "parametrised": lambda: weight_norm(Doubled(3, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_what_computes_in_a_way_of_its_own_is_named_and_neither_compensated_nor_folded(kind: str) -> None:
+    """A fold would be right for a factor of 2, but for nothing that adds or is no linear map."""
+    producer = OTHERS[kind]()
+    linear = isinstance(producer, nn.Linear)
+    x = torch.randn(6, 3, *() if linear else (5, 5))
+    model = randomize_norms(nn.Sequential(producer, nn.BatchNorm1d(4) if linear else nn.BatchNorm2d(4))).eval()
+    assert not is_producer(producer)
+    with pytest.raises(TypeError, match="cannot bind"):
+        CrossIterationBatchNorm2d(4).bind(producer)
+    torch.manual_seed(3)
+    expected = model(x)
+    folded = cbn.fold(model, "conv", example_input=x)
+    torch.manual_seed(3)
+    assert torch.equal(folded(x), expected)
+    (row,) = cbn.convert(model, example_input=x)
+    assert row.status == "window"
+    of = "Doubled" if kind == "parametrised" else type(producer).__name__
+    origin = "mul" if kind == "call" else f"{of}, whose forward is its own"
+    assert row.reason.startswith(f"input comes from {origin}")
+
+
+def test_layers_of_other_libraries_are_producers_by_what_they_compute() -> None:
     assert not is_producer(nn.ReLU())
     parametrized = nn.Conv2d(3, 4, 3)
     parametrize.register_parametrization(parametrized, "weight", nn.Identity())
     assert is_producer(parametrized)
+    assert is_producer(nn.modules.linear.NonDynamicallyQuantizableLinear(3, 4))
+    lazy = nn.LazyConv2d(4, 3)
+    lazy(torch.zeros(1, 3, 4, 4))
+    assert is_producer(lazy)
+
+
+def test_a_layer_that_hands_on_what_one_inside_of_it_made_is_looked_through() -> None:
+    class Adapter(nn.Linear):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__(inner.in_features, inner.out_features)
+            self.inner = inner
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.inner(input)
+
+    model = nn.Sequential(Adapter(nn.Linear(3, 4)), nn.BatchNorm1d(4))
+    (row,) = cbn.convert(model, example_input=torch.zeros(2, 3))
+    assert (row.status, row.fed_by) == ("compensated", "0.inner")
 
 
 def test_one_conv_may_feed_several_norms() -> None:
