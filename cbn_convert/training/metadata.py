@@ -33,9 +33,13 @@ def upright(image: Image.Image, exif: bytes = b"") -> Image.Image:
     Pillow's exif_transpose would also write the block anew, which fails if anything in it is damaged.
     """
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation) or _orientation(exif))
+        tags = image.getexif()
+        orientation, readable = tags.get(ExifTags.Base.Orientation), len(tags) > 0
     except Exception:  # of many types
-        turn = _TURNS.get(_orientation(image.info.get("exif", b"")))
+        readable = False
+    if not readable:
+        orientation = _orientation(exif or image.info.get("exif", b""))
+    turn = _TURNS.get(orientation or 0)
     return image if turn is None else image.transpose(turn)
 
 

@@ -166,6 +166,7 @@ def test_damaged_exif_costs_no_pixels(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("damage", [b"Exif", b"MM\0*", b"\0\x08", b"\x01\x1a\0\x05"])
 def test_the_orientation_of_a_damaged_block_counts(damage: bytes, suffix: str, tmp_path: Path) -> None:
     block = exif_block(6)

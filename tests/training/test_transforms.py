@@ -77,7 +77,7 @@ def test_memory_of_a_long_image() -> None:
     code = (
         "import resource; from timm.data import resolve_data_config; from PIL import Image\n"
         "from cbn_convert.training.transforms import PlainTransform\n"
-        "transform = PlainTransform(resolve_data_config({}))\n"
+        "transform = PlainTransform(resolve_data_config({'img_size': 224}))\n"
         "transform(Image.new('RGB', (300, 300)))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "transform(Image.new('RGB', (60_000, 40)))\n"
