@@ -1,8 +1,16 @@
 """Errors that a user can cause. Each message is one sentence: what is wrong, where, and what to do."""
 
 
+def printable(text: str) -> str:
+    r"""The same with \udcNN for what is no UTF-8 in the name of a file, which can be neither printed nor stored."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class CbnError(Exception):
     """Base of all errors that end in one sentence on the command line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class ConversionError(CbnError, ValueError):

@@ -14,11 +14,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import RunError
+from .errors import RunError, printable
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises RunError if `path` is a file, or a folder with something in it and `overwrite` is False."""
+    """Raises RunError if `path` is a file, or a folder with something in it and `overwrite` is False.
+
+    Also if its name is not UTF-8, which could be neither stored nor printed.
+    """
+    if printable(str(path)) != str(path):
+        raise RunError(f"the name of {path} is not UTF-8; choose another output folder")
     if path.is_file():
         raise RunError(f"{path} is a file; choose a folder as output")
     if path.is_dir() and not overwrite and not all(_is_litter(entry.name) for entry in path.iterdir()):

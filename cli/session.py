@@ -30,8 +30,8 @@ class Session:
 
     def __init__(self, as_json: bool, debug: bool, quiet: bool) -> None:
         # of the processes that torchrun starts, the first one speaks
-        first = os.environ.get("RANK", "0") == "0"
-        self.as_json, self.debug, self.quiet = as_json and first, debug, quiet or not first
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.as_json, self.debug, self.quiet = as_json and self.first, debug, quiet or not self.first
 
     def __enter__(self) -> Session:
         self._show = warnings.showwarning
@@ -40,7 +40,8 @@ class Session:
 
     def _warn(self, message: Any, category: Any, *where: Any) -> None:
         if issubclass(category, CbnWarning):
-            print(f"warning: {message}", file=sys.stderr)
+            if self.first:
+                print(f"warning: {message}", file=sys.stderr)
         else:
             self._show(message, category, *where)
 

@@ -109,7 +109,7 @@ def evaluate(
         typer.Argument(help="Folder of images, CLASS/* or with splits; or hfds/NAME, wds/FOLDER.", show_default=False),
     ],
     split: Annotated[
-        str | None, typer.Option(help="Subfolder of DATA, such as test. Default: val if there is one.")
+        str | None, typer.Option(help="Subfolder of DATA. Default: the first of val, valid, validation, test.")
     ] = None,
     batch_size: o.BatchSize = 32,
     workers: o.Workers = 2,

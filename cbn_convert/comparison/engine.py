@@ -56,9 +56,9 @@ def compare(
     """Fine-tunes with every norm and batch size of the grid, and writes results, table, plots and report.
 
     Every run sees the same number of images, but for the incomplete last step of an epoch. A rate is chosen by
-    validation top-1; where the data are a folder with train/ and test/, the accuracies reported are of the latter.
-    `resume` goes on with what `config.run.output` holds; norms, batch sizes, rates and seeds may be others. Raises
-    RunError, DataError or ModelError, ComparisonInterrupted after a signal.
+    validation top-1; where the data are a folder with train/ and test/, and the latter does not serve for validation,
+    the accuracies reported are of test/. `resume` goes on with what `config.run.output` holds; norms, batch sizes,
+    rates and seeds may be others. Raises RunError, DataError or ModelError, ComparisonInterrupted after a signal.
     """
     output = Path(config.run.output)
     images = check(config, resume=resume, overwrite=overwrite)
@@ -93,9 +93,10 @@ def check(config: ComparisonConfig, *, resume: bool, overwrite: bool) -> Images:
     elif not output.is_dir():
         raise RunError(f"{output} does not exist; leave --resume out to start a comparison")
     training, validation = read_splits(config.run.data, config.run.val_fraction, config.run.seed)
-    splits = {"train": training, "val": validation, "test": test_split(config.run.data, training.classes)}
+    test = test_split(config.run.data, training.classes, config.run.val_fraction)
+    splits = {"train": training, "val": validation, "test": test}
     counts = {name: split.counts() for name, split in splits.items() if split is not None}
-    images = Images({"classes": training.classes, **counts}, len(training.samples), splits["test"] is not None)
+    images = Images({"classes": training.classes, **counts}, len(training.samples), test is not None)
     if resume:
         stored, seen, _ = read_comparison(output)
         check_same(config, stored, output)

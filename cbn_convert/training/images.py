@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import DataError
+from .metadata import upright, without_metadata
 
 _SIXTEEN_BIT = 65535 / 255
+# formats that Pillow only recognizes, or that hold drawings, measurements, films, or (.pcd) mostly clouds of points
+_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "WMF"}
+
+
+def endings() -> set[str]:
+    """Endings, in lower case and with their dot, of the files that `open_image` reads; Pillow's plugins count."""
+    kinds = Image.registered_extensions()
+    pictures = {ending for ending, kind in kinds.items() if kind in Image.OPEN and kind not in _NO_PICTURES}
+    return (pictures | {".mpo"}) - {".pfm"}  # the latter's floating-point values have no known range
 
 
 def open_image(path: str, file: IO[bytes] | None = None) -> Image.Image:
@@ -19,19 +31,40 @@ def open_image(path: str, file: IO[bytes] | None = None) -> Image.Image:
 
     With `file`, what is open already, `path` is only its name.
 
-    Images of any size are read; the memory for one is 3 bytes a pixel. Raises DataError naming the file if it cannot be
-    read or holds floating-point values.
+    Images of any size are read; the memory for one is 3 bytes a pixel. Metadata may be damaged. Raises DataError naming
+    the file if its pixels cannot be read or are floating-point values.
     """
     try:
-        with _any_size(), Image.open(path if file is None else file) as image:
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+        with _any_size():
+            return _read(path if file is None else file)
     except Exception as error:  # Pillow's decoders raise many types, all of them about this file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
         raise DataError(
             f"cannot read the image {path} ({type(error).__name__}: {reason}); repair or remove it, or pass "
             "--skip-bad-images"
         ) from error
+
+
+def _read(source: str | IO[bytes]) -> Image.Image:
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return _rgb(upright(image))
+    except Exception:
+        if isinstance(source, str):
+            content = Path(source).read_bytes()
+        else:
+            source.seek(0)
+            content = source.read()
+        if (bare := without_metadata(content)) is None:
+            raise
+        try:
+            with Image.open(BytesIO(bare.content)) as image:
+                image.load()
+                return _rgb(upright(image, bare.exif))
+        except Exception:
+            pass  # it is the pixels that are damaged
+        raise
 
 
 def _rgb(image: Image.Image) -> Image.Image:

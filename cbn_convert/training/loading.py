@@ -20,9 +20,10 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import DataError
+from ..errors import DataError, printable
 from .config import FinetuneConfig
 from .data import Split
+from .transforms import PlainTransform
 
 Item = tuple[int, int | None]  # the index of an image, and the seed of its changes
 
@@ -107,7 +108,7 @@ class ImageList(Dataset[Any]):
             except DataError:
                 if not self.skip_bad:
                     raise
-                bad.append(path)
+                bad.append(printable(path))
                 if seed is not None:
                     continue  # another image in its place, so that every step has as many
                 image, label = open_blank(), IGNORED
@@ -153,13 +154,17 @@ def training_loader(
         len(split.samples), config.batch_size, config.seed, accumulate=config.accumulate, rank=rank, ranks=ranks,
         weights=weights,
     )  # fmt: skip
-    changes = {} if config.no_aug else {
+    changes = {
         "scale": (config.min_scale, 1.0), "hflip": config.hflip, "vflip": config.vflip,
         "color_jitter": config.color_jitter or None, "auto_augment": config.auto_augment,
         "re_prob": config.random_erasing, "re_mode": "pixel",
     }  # fmt: skip
     try:
-        transform = create_transform(**data_config, is_training=not config.no_aug, **changes)
+        transform = (
+            PlainTransform(data_config)
+            if config.no_aug
+            else create_transform(**data_config, is_training=True, **changes)
+        )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise DataError(
             f"timm makes no augmentation of auto_augment {config.auto_augment!r} ({error}); "
@@ -181,7 +186,7 @@ def plain_loader(
 ) -> DataLoader[Any]:
     """Every image once, unchanged, in order; each of `ranks` processes gets every so many-th. `indices`: only those."""
     chosen = (range(len(split.samples)) if indices is None else indices)[rank::ranks]
-    images = ImageList(split, create_transform(**data_config, is_training=False), skip_bad)
+    images = ImageList(split, PlainTransform(data_config), skip_bad)
     return _loader(images, workers, batch_size=batch_size, sampler=[(i, None) for i in chosen])
 
 

@@ -17,6 +17,7 @@ from .images import open_image
 
 Images = tuple[list[tuple[str, int]], list[str], Callable[[str], Image.Image]]
 
+VALIDATION = ("validation", "val", "valid", "test")  # splits that may serve for validation, the first that is there
 _HUB, _SHARDS = "hfds/", "wds/"
 _STREAMS = ("hfids/", "tfds/")
 
@@ -31,28 +32,38 @@ def is_name(data: str) -> bool:
     return data.startswith((_HUB, _SHARDS))
 
 
-def read(name: str, split: str) -> Images:
-    """Names of the images with class indices, the classes, and what opens an image of that name.
+def read(name: str, splits: tuple[str, ...]) -> tuple[str, Images]:
+    """The first of these splits that is there, names of its images with class indices, classes, what opens an image.
 
     "hfds/NAME" is read through timm's create_dataset and the package `datasets`, "wds/FOLDER" by an index of its .tar
     files. Raises DataError if that package is not installed, or there is no such data set or split.
     """
     if name.startswith(_SHARDS):
-        return shards.read(Path(name.removeprefix(_SHARDS)), split)
+        return shards.read(Path(name.removeprefix(_SHARDS)), splits)
     try:
         import_module("datasets")  # without it timm prints, and raises
     except ImportError:
         raise DataError(f"{name} needs the package datasets; pip install datasets") from None
-    try:
-        reader = create_dataset(name, root=None, split=split).reader
-        classes = [label for label, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
-        labels = [int(label) for label in reader.iter_targets()]
-    except Exception as error:  # whatever the package and its hub raise
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"the split {split} of {name} cannot be read ({reason}); check the name, or hold a part of the images out "
-            "with --val-fraction 0.2"
-        ) from error
+    absent: Exception | None = None
+    for split in splits:
+        try:
+            return split, _read_hub(name, split)
+        except Exception as error:  # whatever the package and its hub raise
+            absent = absent or error
+            if not (isinstance(error, ValueError) and "Unknown split" in str(error)):
+                absent = error
+                break
+    reason = str(absent).strip().splitlines()[0].rstrip(".") if str(absent).strip() else type(absent).__name__
+    raise DataError(
+        f"the split {splits[0]} of {name} cannot be read ({reason}); check the name, or hold a part of the images out "
+        "with --val-fraction 0.2"
+    ) from absent
+
+
+def _read_hub(name: str, split: str) -> Images:
+    reader = create_dataset(name, root=None, split=split).reader
+    classes = [label for label, _ in sorted(reader.class_to_idx.items(), key=lambda item: item[1])]
+    labels = [int(label) for label in reader.iter_targets()]
     samples = [(f"{name}/{split}/{number}", label) for number, label in enumerate(labels)]
     return samples, classes, partial(_open, reader)
 

@@ -9,38 +9,44 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+import warnings
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..errors import DataError
-from .images import open_image
+from ..errors import CbnWarning, DataError, printable
+from .images import endings, open_image
 
 _INFO = ("_info.json", "info.json")
-_SPLITS = {"validation": ("validation", "val")}
+_ALIASES = {"validation": ("validation", "val")}
+_ORDER = ("jpg", "png", "webp")  # in which timm takes the image of a key that has several
 _LAYOUT = "KEY.jpg and KEY.cls, the latter holding the number of the class"
 
 Member = tuple[str, int, int]  # the shard, and where in it the image begins and how many bytes it has
 
 
-def read(folder: Path, split: str) -> tuple[list[tuple[str, int]], list[str], partial[Image.Image]]:
-    """Names of the images with class indices, the classes, and what opens an image of that name.
+Images = tuple[list[tuple[str, int]], list[str], partial[Image.Image]]
+
+
+def read(folder: Path, splits: tuple[str, ...]) -> tuple[str, Images]:
+    """The first of these splits that is there, names of its images with class indices, classes, what opens an image.
 
     The shards are those that `_info.json` lists for the split, as timm has it, or SPLIT-*.tar. Labels are in KEY.cls,
     or in the field of KEY.json that `_info.json` calls the split's alt_label; the classes are named by their numbers.
     Raises DataError if the folder has no such split, or a shard cannot be indexed.
     """
-    shards, field = _shards(folder, split)
+    split, shards, field = _shards(folder, splits)
     members: dict[str, Member] = {}
     samples: list[tuple[str, int]] = []
+    left_out: list[str] = []
     for shard, length in shards:
         before = len(samples)
-        for key, member, label in _indexed(shard, field):
+        found, unseen = _indexed(shard, field)
+        left_out += unseen
+        for key, member, label in found:
             name = f"{shard}/{key}"
             members[name] = member
             samples.append((name, label))
@@ -51,38 +57,43 @@ def read(folder: Path, split: str) -> tuple[list[tuple[str, int]], list[str], pa
             )
     if not samples:
         raise DataError(f"the shards of {split} in {folder} hold no images; they should hold {_LAYOUT}")
+    if left_out:
+        text = f"{len(left_out)} labels of {split} in {folder} belong to no image that can be read here, such as "
+        warnings.warn(printable(f"{text}{left_out[0]}; convert the images to .png or .jpg"), CbnWarning, stacklevel=2)
     classes = [str(number) for number in range(max(label for _, label in samples) + 1)]
-    return samples, classes, partial(_open, members)
+    return split, (samples, classes, partial(_open, members))
 
 
-def _shards(folder: Path, split: str) -> tuple[list[tuple[Path, int | None]], str | None]:
-    """The shards with the images that each should hold, if that is known, and the field of the labels."""
+def _shards(folder: Path, splits: tuple[str, ...]) -> tuple[str, list[tuple[Path, int | None]], str | None]:
+    """The split, its shards with the images that each should hold, if that is known, and the field of the labels."""
     if not folder.is_dir():
         raise DataError(f"folder {folder} does not exist; give wds/FOLDER with a folder of .tar files")
-    names = _SPLITS.get(split, (split,))
+    names = [(split, name) for split in splits for name in _ALIASES.get(split, (split,))]
     info = next((folder / name for name in _INFO if (folder / name).is_file()), None)
     if info is not None:
         try:
-            splits: dict[str, Any] = json.loads(info.read_text(encoding="utf-8"))["splits"]
-            own = next((splits[name] for name in names if name in splits), None)
-            if own is not None:
-                lengths = own.get("shard_lengths") or [None] * len(own["filenames"])
-                files = [folder / file for file in own["filenames"]]
-                return list(zip(files, lengths, strict=True)), own.get("alt_label") or None
+            listed: dict[str, Any] = json.loads(info.read_text(encoding="utf-8"))["splits"]
+            for split, name in names:
+                if (own := listed.get(name)) is not None:
+                    lengths = own.get("shard_lengths") or [None] * len(own["filenames"])
+                    files = [folder / file for file in own["filenames"]]
+                    return split, list(zip(files, lengths, strict=True)), own.get("alt_label") or None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{info} is not as timm writes it ({error}); repair or remove it") from error
-    for name in names:
+    for split, name in names:
         if files := sorted(folder.glob(f"{name}-*.tar")) or sorted(folder.glob(f"{name}.tar")):
-            return [(file, None) for file in files], None
+            return split, [(file, None) for file in files], None
+    short = _ALIASES.get(splits[0], splits)[-1]
     raise DataError(
-        f"{folder} has no {names[-1]}-*.tar and no {_INFO[0]} with the split {split}; add them, or hold a part of the "
+        f"{folder} has no {short}-*.tar and no {_INFO[0]} with the split {splits[0]}; add them, or hold a part of the "
         "images out with --val-fraction 0.2"
     )
 
 
-def _indexed(shard: Path, field: str | None) -> Iterator[tuple[str, Member, int]]:
-    """Key, place and label of each image of a shard."""
-    places: dict[str, Member] = {}
+def _indexed(shard: Path, field: str | None) -> tuple[list[tuple[str, Member, int]], list[str]]:
+    """Key, place and label of each image of a shard, and the keys that have a label but no image."""
+    readable = endings()
+    places: dict[str, tuple[int, Member]] = {}
     labels: dict[str, int] = {}
     try:
         with tarfile.open(shard, "r:") as archive:  # refuses compressed files, in which a place means nothing
@@ -92,8 +103,10 @@ def _indexed(shard: Path, field: str | None) -> Iterator[tuple[str, Member, int]
                 parent, slash, name = item.name.rpartition("/")
                 key, _, extension = name.partition(".")
                 key, extension = parent + slash + key, extension.lower()
-                if f".{extension}" in IMG_EXTENSIONS:
-                    places[key] = (str(shard), item.offset_data, item.size)
+                if f".{extension}" in readable:
+                    rank = _ORDER.index(extension) if extension in _ORDER else len(_ORDER)
+                    if key not in places or rank < places[key][0]:
+                        places[key] = (rank, (str(shard), item.offset_data, item.size))
                 elif extension == ("json" if field else "cls"):
                     text = archive.extractfile(item).read()  # type: ignore[union-attr]  # None for what is no file
                     labels[key] = _label(json.loads(text)[field] if field else text, shard, key)
@@ -103,10 +116,10 @@ def _indexed(shard: Path, field: str | None) -> Iterator[tuple[str, Member, int]
         raise DataError(
             f"{shard} cannot be read as an uncompressed tar file of {_LAYOUT} ({error}); write or fetch it again"
         ) from error
-    for key, place in places.items():
-        if key not in labels:
-            raise DataError(f"{shard} has no label for {key}; each image needs {_LAYOUT}")
-        yield key, place, labels[key]
+    if missing := [key for key in places if key not in labels]:
+        raise DataError(f"{shard} has no label for {missing[0]}; each image needs {_LAYOUT}")
+    found = [(key, place, labels[key]) for key, (_, place) in places.items()]
+    return found, [f"{shard}/{key}" for key in labels if key not in places]
 
 
 def _label(value: Any, shard: Path, key: str) -> int:

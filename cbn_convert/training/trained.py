@@ -67,7 +67,9 @@ def evaluate(
     device: str = "auto",
     skip_bad_images: bool = False,
 ) -> Evaluation:
-    """Evaluates a run's best model, or an exported folder, on data/`split` (default: val/ if there, else `data`).
+    """Evaluates a run's best model, or an exported folder, on data/`split`.
+
+    By default that is the first of val/, valid/, validation/ and test/ that is there, else `data` itself.
 
     Raises RunError, ModelError or DataError, each naming the folder or file.
     """

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 from conftest import write_image
+from PIL import Image
+from test_engine import config
 from timm.data import resolve_data_config
 
-from cbn_convert.errors import DataError
-from cbn_convert.training.data import evaluation_split, read_classes, read_splits
+import cbn_convert as cbn
+from cbn_convert.errors import CbnWarning, DataError, RunError
+from cbn_convert.training.data import evaluation_split, read_classes, read_splits, refuse_among_images
+from cbn_convert.training.data import test_split as held_back
 from cbn_convert.training.loading import batches, plain_loader
 
 
@@ -132,3 +140,209 @@ def test_a_link_to_nowhere_is_named_when_it_is_read(colors: Path) -> None:
     training, _ = read_splits(str(colors), None, 0)
     with pytest.raises(DataError, match=r"cannot read the image .*train/blue/lost\.png \(FileNotFoundError"):
         list(batches(plain_loader(training, resolve_data_config({"img_size": 32}), 4, 0)))
+
+
+def test_one_class_is_nothing_to_learn_but_may_be_evaluated(colors: Path) -> None:
+    for split in ("train", "val"):
+        shutil.rmtree(colors / split / "blue")
+    with pytest.raises(DataError, match=r"train has only one class, 'red', .*each class into a folder of its own"):
+        read_splits(str(colors), None, 0)
+    (colors / "photos").mkdir()
+    (colors / "train/red").rename(colors / "photos/red")
+    with pytest.raises(DataError, match="photos has only one class, 'red'"):
+        read_splits(str(colors / "photos"), 0.2, 0)
+    alone = evaluation_split(str(colors / "photos"), ["blue", "red"], None)
+    assert {label for _, label in alone.samples} == {1}
+
+
+@pytest.mark.parametrize(
+    ("moves", "message"),
+    [
+        ({"train": "set/train", "val": "set/val"}, r"seem to lie deeper, in DATA/set; give that folder instead$"),
+        ({"train": "a/b/images", "val": None}, r"seem to lie deeper, in DATA/a/b/images; give that folder instead$"),
+        ({"train": "images", "val": "labels"}, r"seem to lie deeper, in DATA/images; give"),
+        ({"train": "train/all"}, r"classes in DATA/train seem to lie deeper, in DATA/train/all; move its folders up"),
+        ({"train": "train/train", "val": "train/val"}, r"^DATA/train has splits where classes should be; give DATA/tr"),
+        ({"train": "training", "val": "validation"}, r"^DATA/training looks like a split, not like a class; call the"),
+        ({"val": "val/all"}, r"classes in DATA/val seem to lie deeper, in DATA/val/all; move"),
+        ({"train": "cats", "val": "dogs"}, r"^class folder DATA/cats holds no images of its own, only in .*/cats/blue"),
+        ({"train/blue": "train/blue/2020/05"}, r"^class folder DATA/train/blue holds no images of its own, only in"),
+    ],
+)  # fmt: skip
+def test_images_that_lie_deeper_are_no_classes(moves: dict[str, str | None], message: str, colors: Path) -> None:
+    for old, new in moves.items():
+        (colors / old).rename(colors / "aside")
+        if new == "labels":  # of another kind of data set
+            (colors / new).mkdir()
+            (colors / new / "0.txt").write_text("0 0.5 0.5 1 1")
+        elif new is not None:
+            (colors / new).parent.mkdir(parents=True, exist_ok=True)
+            (colors / "aside").rename(colors / new)
+        shutil.rmtree(colors / "aside", ignore_errors=True)
+    with pytest.raises(DataError) as error:
+        read_splits(str(colors), None if (colors / "val").is_dir() else 0.2, 0)
+    assert re.search(message, str(error.value).replace(str(colors), "DATA"))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_look_like_images_and_are_not_read_are_counted(colors: Path) -> None:
+    jpeg = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
+    for name in ("red/IMG_0001.HEIC", "blue/x.dcm", "blue/noending", "red/deep/x.jpg_large", "red/y.dat"):
+        (colors / "train" / name).parent.mkdir(exist_ok=True)
+        (colors / "train" / name).write_bytes(jpeg.getvalue())
+    for name in ("blue/0.txt", "blue/0.xml", "red/README", "red/Thumbs.db", "red/._0.heic", "red/z.dat"):
+        (colors / "train" / name).write_bytes(b"no image")
+    with pytest.warns(CbnWarning) as caught:
+        training, _ = read_splits(str(colors), None, 0)
+    (text,) = [str(warning.message) for warning in caught]
+    assert text.startswith(f"5 files in {colors}/train are not read ")
+    assert f"such as {colors}/train/blue/noending; convert" in text
+    assert training.counts() == [16, 16]
+    shutil.rmtree(colors / "train/blue")
+    (colors / "train/blue").mkdir()
+    (colors / "train/blue/0.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train/blue holds no images but files such as .*blue/0\.heic, which are not"):
+        read_splits(str(colors), None, 0)
+
+
+@pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
+def test_every_kind_that_pillow_writes_and_opens_is_read(tmp_path: Path) -> None:
+    kinds = {ending: kind for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    drawn = {"EPS", "WMF", "BUFR", "GRIB", "HDF5"}
+    pictures = {ending for ending, kind in kinds.items() if kind in Image.OPEN and kind not in drawn}
+    for ending in pictures - {".pfm"}:
+        (tmp_path / "set/a").mkdir(parents=True, exist_ok=True)
+        modes = {"XBM": "1", "MSP": "1", "XPM": "P", "BLP": "P"}
+        Image.new(modes.get(kinds[ending], "RGB"), (32, 32)).save(tmp_path / f"set/a/x{ending.upper()}", kinds[ending])
+    write_image(tmp_path / "set/b/0.png", (9, 9, 9), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CbnWarning)
+        split = read_classes(tmp_path / "set")
+    found = {Path(path).suffix.lower() for path, label in split.samples if label == 0}
+    assert found >= pictures - {".pfm"} >= {".jpg", ".jfif", ".jp2", ".gif", ".tga", ".webp", ".avif", ".bmp", ".tiff"}
+    sizes = {Path(path).suffix.lower(): split.open(path).size for path, _ in split.samples}
+    assert {size for ending, size in sizes.items() if ending != ".icns"} == {(32, 32)}  # which Pillow writes in many
+
+
+def test_folders_of_systems_and_drives_hold_no_images(colors: Path) -> None:
+    for name in (
+        "@eaDir",
+        "#recycle",
+        "__MACOSX",
+        ".thumbnails",
+        "$RECYCLE.BIN",
+        "lost+found",
+        "System Volume Information",
+    ):
+        for place in ("train", "train/red", "train/red/@eaDir/0.png", "val", "."):
+            write_image(colors / place / name / "SYNOPHOTO_THUMB_M.jpg", (9, 9, 9), 0)
+    write_image(colors / "train/blue/._0.jpg", (9, 9, 9), 0)
+    training, validation = read_splits(str(colors), None, 0)
+    assert (training.classes, training.counts(), validation.counts()) == (["blue", "red"], [16, 16], [6, 6])
+
+
+def test_names_that_look_the_same_are_one_class(colors: Path) -> None:
+    one, two = "caf\u00e9", "cafe\u0301"  # as Linux and macOS write it
+    (colors / "train/red").rename(colors / "train" / two)
+    (colors / "val/red").rename(colors / "val" / one)
+    training, validation = read_splits(str(colors), None, 0)
+    assert (training.counts(), validation.counts()) == ([16, 16], [6, 6])
+    assert evaluation_split(str(colors), [one, "blue"], None).counts() == [6, 6]
+    (colors / "train" / one).mkdir()
+    if len(list((colors / "train").iterdir())) == 2:
+        pytest.skip("this file system does not tell them apart")
+    write_image(colors / "train" / one / "0.png", (9, 9, 9), 0)
+    with pytest.raises(DataError, match=r"two class folders 'caf\u00e9', 'cafe\\u0301' and 'caf\\xe9' in Unicode; put"):
+        read_splits(str(colors), None, 0)
+
+
+@pytest.fixture
+def latin(colors: Path) -> Path:
+    """`colors` with a file whose name is of another age than UTF-8."""
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        shutil.copy(colors / "train/red/0.png", colors / "train/red" / name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    return colors
+
+
+def test_images_whose_names_are_not_utf8(latin: Path, tmp_path: Path) -> None:
+    training, _ = read_splits(str(latin), None, 0)
+    (path,) = [path for path, _ in training.samples if "caf" in path]
+    assert training.open(path).size == (32, 32)
+    Path(path).write_bytes(b"damaged")
+    shutil.copytree(latin / "train", latin / "val", dirs_exist_ok=True)
+    with pytest.raises(DataError) as error:
+        training.open(path)
+    assert r"red/caf\udce9.png (Unidentified" in str(error.value).encode().decode()
+    result = cbn.finetune(config(latin, tmp_path / "run", skip_bad_images=True, max_steps=4), quiet=True)
+    assert [Path(bad).name for bad in result.bad_images if "/val/" in bad] == [r"caf\udce9.png"]
+    assert json.loads((tmp_path / "run/results.json").read_text())["bad_images"] == [
+        bad for bad in result.bad_images if "/val/" in bad
+    ]
+    assert cbn.finetune(config(latin, tmp_path / "run", skip_bad_images=True, max_steps=4), resume=True).steps == 4
+
+
+def test_folders_whose_names_are_not_utf8(latin: Path) -> None:
+    name = os.fsdecode(b"gr\xfcn")
+    (latin / "train/red").rename(latin / "train" / name)
+    with pytest.raises(DataError) as error:
+        read_splits(str(latin), None, 0)
+    assert str(error.value).encode().decode().endswith(r"train/gr\udcfcn is not UTF-8; rename it")
+    shutil.copytree(latin / "val", latin / name)
+    with pytest.raises(DataError, match=r"gr\\udcfcn is not UTF-8, so that it cannot be stored in a run; rename it"):
+        read_splits(str(latin / name), 0.2, 0)
+    with pytest.raises(RunError, match=r"gr\\udcfcn is not UTF-8; choose another output folder"):
+        cbn.finetune(config(latin, latin / name))
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_other_names_serve_for_validation_and_it_is_said(name: str, colors: Path, tmp_path: Path) -> None:
+    (colors / "val").rename(colors / name)
+    with pytest.warns(CbnWarning, match=f"has no val/ folder, so {name}/ serves for validation"):
+        _, validation = read_splits(str(colors), None, 0)
+    assert validation.counts() == [6, 6]
+    assert all(f"/{name}/" in path for path, _ in validation.samples)
+    with pytest.warns(CbnWarning, match=f"so the evaluation is of {name}/"):
+        assert evaluation_split(str(colors), ["blue", "red"], None) == validation
+    assert held_back(str(colors), ["blue", "red"], None) is None
+    with pytest.raises(DataError, match="lies among the images"):
+        refuse_among_images(colors / name / "run", str(colors))
+    if name == "test":  # it stays what it is where other images serve
+        assert sum(len(split.samples) for split in read_splits(str(colors), 0.25, 0)) == 32
+        assert held_back(str(colors), ["blue", "red"], 0.25) == validation
+    else:
+        with pytest.raises(DataError, match=rf"has a {name}/ folder, so --val-fraction has no use; leave it out"):
+            read_splits(str(colors), 0.25, 0)
+
+
+def test_of_several_folders_for_validation_the_first_is_taken(colors: Path) -> None:
+    for name, wanted in (("test", "val"), ("validation", "val"), ("valid", "val"), (None, "valid")):
+        if name is None:
+            shutil.rmtree(colors / "val")
+        else:
+            shutil.copytree(colors / "val", colors / name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, validation = read_splits(str(colors), None, 0)
+        assert {Path(path).parents[1].name for path, _ in validation.samples} == {wanted}
+        assert [f"{wanted}/ is taken for validation" in str(warning.message) for warning in caught] == (
+            [] if name == "test" else [True]
+        )
+
+
+def test_an_evaluation_of_a_folder_with_training_images_alone_asks_which(colors: Path) -> None:
+    shutil.rmtree(colors / "val")
+    with pytest.raises(DataError, match=r"has train/ but no val/; say which images are meant, such as --split train"):
+        evaluation_split(str(colors), ["blue", "red"], None)
+    (colors / "train/red").rename(colors / "train/test")  # without splits it is a class
+    assert evaluation_split(str(colors / "train"), ["blue", "test"], None).counts() == [16, 16]
+
+
+def test_validation_by_the_training_images_is_said(colors: Path) -> None:
+    shutil.rmtree(colors / "val")
+    (colors / "val").symlink_to(colors / "train")
+    with pytest.warns(CbnWarning, match=r"train/blue holds training images and validation images alike"):
+        read_splits(str(colors), None, 0)

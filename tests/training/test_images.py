@@ -137,6 +137,59 @@ def test_exif_that_makes_no_sense_is_ignored(tmp_path: Path) -> None:
         assert read(tmp_path / "x.jpg").shape == NOISE.shape
 
 
+def exif_block(orientation: int) -> bytes:
+    """What a camera writes: numbers, texts, fractions, folders for the exposure and for the place."""
+    exif = Image.Exif()
+    exif.update({0x010F: "Camera", 0x0112: orientation, 0x011A: 72.0, 0x011B: 72.0, 0x0132: "2020:01:01 00:00:00"})
+    exif.get_ifd(0x8769).update({0x829A: (1, 100), 0x9003: "2020:01:01 00:00:00", 0x927C: b"maker" * 8})
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_costs_no_pixels(suffix: str, tmp_path: Path) -> None:
+    """Any damage to the block, with the checksum that a writer of the damaged block would give it."""
+    generator = np.random.default_rng(0)
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(NOISE).save(path, quality=100, lossless=True)
+    pixels = read(path)
+    possible = {turn(pixels).tobytes() for turn in TURNED.values()}
+    for number in range(400):
+        block = bytearray(exif_block(6))
+        for place in generator.integers(0, len(block), 1 + number % 6):
+            block[place] = generator.choice([0, 1, 255, generator.integers(256)])
+        if number % 10 == 0:
+            del block[generator.integers(8, len(block)) :]
+        Image.fromarray(NOISE).save(path, quality=100, lossless=True, exif=bytes(block))
+        assert read(path).tobytes() in possible
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("damage", [b"Exif", b"MM\0*", b"\0\x08", b"\x01\x1a\0\x05"])
+def test_the_orientation_of_a_damaged_block_counts(damage: bytes, suffix: str, tmp_path: Path) -> None:
+    block = exif_block(6)
+    assert block.count(damage) >= 1
+    Image.fromarray(NOISE).save(tmp_path / f"x.{suffix}", lossless=True, exif=block.replace(damage, b"\xfe\xfd", 1))
+    assert np.array_equal(read(tmp_path / f"x.{suffix}"), TURNED[6](NOISE))
+
+
+def test_bytes_that_a_disk_has_changed_beside_the_pixels(tmp_path: Path) -> None:
+    for suffix in ("png", "jpg"):
+        path = tmp_path / f"x.{suffix}"
+        Image.fromarray(NOISE).save(path, exif=exif_block(6), icc_profile=b"profile" * 9)
+        content, whole = path.read_bytes(), read(path)
+        begin = content.index(b"Camera")
+        for place in range(begin, begin + 60):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+            assert np.array_equal(read(path), whole)
+    content = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(content.replace(b"IDAT", b"IDBT"))
+    with pytest.raises(DataError, match=r"cannot read the image .*x\.png"):
+        open_image(str(tmp_path / "x.png"))
+
+
 def test_the_first_of_several_frames(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ((200, 0, 0), (0, 200, 0))]
     frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_engine import config
 from timm.data import create_dataset
 
 import cbn_convert as cbn
-from cbn_convert.errors import DataError
-from cbn_convert.training.data import read_splits
+from cbn_convert.errors import CbnWarning, DataError
+from cbn_convert.training.data import evaluation_split, read_splits
 
 
 def test_a_data_set_is_as_good_as_its_folder(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,3 +168,65 @@ def test_an_image_in_a_shard_that_cannot_be_read_is_named(colors: Path, tmp_path
         cbn.finetune(config(name, tmp_path / "run", max_steps=8), quiet=True)
     result = cbn.finetune(config(name, tmp_path / "run2", max_steps=8, skip_bad_images=True), quiet=True)
     assert result.steps == 8
+
+
+@pytest.mark.parametrize("name", ["valid", "test"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_other_splits_of_shards_serve_for_validation(name: str, listed: bool, colors: Path, tmp_path: Path) -> None:
+    data = _shards(colors, tmp_path / "shards")
+    for path in (tmp_path / "shards").glob("val-*"):
+        path.rename(path.with_name(path.name.replace("val", name)))
+    if listed:
+        splits = {
+            split: {"filenames": sorted(path.name for path in (tmp_path / "shards").glob(f"{split}-*"))}
+            for split in ("train", name)
+        }
+        (tmp_path / "shards" / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.warns(CbnWarning, match=f"has no split validation, so {name} serves for it"):
+        _, validation = read_splits(data, None, 0)
+    assert validation.counts() == [6, 6]
+    with pytest.warns(CbnWarning, match=f"so {name} serves for it"):
+        assert evaluation_split(data, ["0", "1"], None).samples == validation.samples
+    with pytest.raises(DataError, match=r"no _info\.json with the split validation"):
+        evaluation_split(data, ["0", "1"], "validation")
+
+
+def test_other_splits_of_a_data_set_serve_for_validation(colors: Path) -> None:
+    pytest.importorskip("datasets")
+    (colors / "val").rename(colors / "test")
+    with pytest.warns(CbnWarning, match="has no split validation, so test serves for it"):
+        _, validation = read_splits(f"hfds/{colors}", None, 0)
+    assert validation.counts() == [6, 6]
+
+
+def test_shards_of_one_class_and_labels_without_an_image(colors: Path, tmp_path: Path) -> None:
+    paths = sorted((colors / "train").rglob("*.png"))
+    _shard(tmp_path / "train.tar", [(f"{i}", path, 1) for i, path in enumerate(paths)])
+    with pytest.raises(DataError, match=r"has only one class, '1', so that"):
+        read_splits(f"wds/{tmp_path}", 0.25, 0)
+    (tmp_path / "x.heic").write_bytes(b"none that is read")
+    more = [("a", tmp_path / "x.heic", 0), ("b", tmp_path / "x.heic", 0)]
+    _shard(tmp_path / "train.tar", [*((f"{i}", path, i % 2) for i, path in enumerate(paths)), *more])
+    with pytest.warns(CbnWarning, match=r"^2 labels of train in .* belong to no image .*, such as .*train\.tar/a;"):
+        training, _ = read_splits(f"wds/{tmp_path}", 0.25, 0)
+    assert training.counts() == [12, 12]
+
+
+def test_of_several_images_of_a_key_timms_is_taken(colors: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        orders = ((".jpg", ".png", ".webp", ".gif"), (".gif", ".webp", ".png", ".jpg"), (".gif", ".webp"))
+        for number, order in enumerate(orders):
+            for place, suffix in enumerate(order):
+                image = io.BytesIO()
+                Image.new("RGB", (8 + place, 8)).save(image, Image.registered_extensions()[suffix])
+                for end, content in ((suffix, image.getvalue()), (".cls", str(number % 2).encode())):
+                    if end != ".cls" or not place:
+                        item = tarfile.TarInfo(f"{number}{end}")
+                        item.size = len(content)
+                        archive.addfile(item, io.BytesIO(content))
+    info = {"name": "train", "filenames": ["train-0.tar"], "shard_lengths": [3], "num_samples": 3}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": info}}))
+    streamed = create_dataset("wds/any", root=str(tmp_path), split="train", is_training=False)
+    split = evaluation_split(f"wds/{tmp_path}", ["0", "1"], "train")
+    assert [split.open(path).size for path, _ in split.samples] == [image.size for image, _ in streamed.reader]
