@@ -23,6 +23,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .norm import damaged_value
 
 _SOURCES = ("hf-hub:", "local-dir:")
 
@@ -50,8 +51,8 @@ class ModelSpec:
 def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     """Builds the model with its weights, for `num_classes` classes (None: as many as the weights have).
 
-    Raises ModelError for an unknown name, missing or damaged weights, weights of another architecture, arguments that
-    the architecture does not take, or a hub that cannot be reached.
+    Raises ModelError for an unknown name, missing or damaged weights (not finite, or a running variance below zero),
+    weights of another architecture, arguments that the architecture does not take, or a hub that cannot be reached.
     """
     name, checkpoint = _resolve(spec)
     kwargs = dict(spec.model_kwargs)
@@ -62,6 +63,8 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     from_source = name.startswith(_SOURCES)
     if checkpoint is None and (spec.pretrained or from_source):
         model = _create(name, {**kwargs, "pretrained": True}, spec)
+        folder = name.removeprefix("local-dir:")
+        _check_weights(model, name if folder == name else f"{folder}/model.safetensors")
     else:
         model = _create(name, {**kwargs, "pretrained": False}, spec)
         if checkpoint is not None:
@@ -125,6 +128,12 @@ def load_weights(model: Any, checkpoint: str | Path, new_head: bool = False) -> 
             "check the model name and --model-kwargs"
         )
     model.load_state_dict(state, strict=False)
+    _check_weights(model, str(checkpoint))
+
+
+def _check_weights(model: nn.Module, source: str) -> None:
+    if (fault := damaged_value(model)) is not None:
+        raise ModelError(f"{source} is damaged: {fault}; fetch or export the weights again")
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
