@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,21 +20,25 @@ import timm
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from timm.models import load_state_dict
+from timm.data import resolve_input_data_config
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .errors import ModelError
+from .checkpoints import find_weights, read_checkpoint, refuse_other_files
+from .errors import CbnWarning, ModelError
+from .norm import damaged_value
 
 _SOURCES = ("hf-hub:", "local-dir:")
+RGB = 3  # channels of the images that weights are for unless they say otherwise
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Which model, and where its weights come from.
 
-    model: a timm name, "hf-hub:OWNER/NAME", "local-dir:DIR" or DIR (what `export` writes), or a .safetensors file.
-    arch: the timm name for a .safetensors file; by default the "architecture" in the file's metadata.
-    checkpoint: a .safetensors file, or a .pth file that loads with weights_only=True.
+    model: a timm name, "hf-hub:OWNER/NAME", "local-dir:DIR" or DIR (what `export` writes), or a file of weights.
+    arch: the timm name for such a file; by default the "architecture" in the metadata of a .safetensors file.
+    checkpoint: a .safetensors file, or one of torch.save that loads with weights_only=True, as in `load_weights`.
     model_kwargs: passed to timm.create_model. mean, std, img_size: override the model's data config.
     """
 
@@ -50,8 +55,8 @@ class ModelSpec:
 def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     """Builds the model with its weights, for `num_classes` classes (None: as many as the weights have).
 
-    Raises ModelError for an unknown name, missing or damaged weights, weights of another architecture, arguments that
-    the architecture does not take, or a hub that cannot be reached.
+    Raises ModelError for an unknown name, missing or damaged weights (not finite, or a running variance below zero),
+    weights of another architecture, arguments that the architecture does not take, or a hub that cannot be reached.
     """
     name, checkpoint = _resolve(spec)
     kwargs = dict(spec.model_kwargs)
@@ -62,6 +67,8 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
     from_source = name.startswith(_SOURCES)
     if checkpoint is None and (spec.pretrained or from_source):
         model = _create(name, {**kwargs, "pretrained": True}, spec)
+        folder = name.removeprefix("local-dir:")
+        _check_weights(model, name if folder == name else f"{folder}/model.safetensors")
     else:
         model = _create(name, {**kwargs, "pretrained": False}, spec)
         if checkpoint is not None:
@@ -94,15 +101,22 @@ def _check_data_config(cfg: dict[str, Any], name: str) -> None:
 def load_weights(model: Any, checkpoint: str | Path, new_head: bool = False) -> None:
     """Loads a file into the model. All must fit, but with `new_head` a classifier of another size is left out.
 
-    Without `new_head` the model's classifier is first made of the size in the file. Raises ModelError if the file is
-    missing, damaged, would need unpickling, or is of another architecture.
+    The weights may be an entry of the file, beside others, with a prefix before their names: the part is taken under
+    which the most of the model's tensors are, and a CbnWarning says which. A stem for 3 channels is adapted to the
+    model's number of them as timm does it. Without `new_head` the model's classifier is first made of the size in the
+    file. Raises ModelError if the file is missing, damaged, no checkpoint, would need unpickling, or is of another
+    architecture.
     """
-    state = read_weights(checkpoint)
+    found = find_weights(read_checkpoint(Path(checkpoint)), model.state_dict())
+    if found is None:
+        raise ModelError(f"cannot load weights from {checkpoint}: it holds no state_dict of tensors; check the file")
+    state = found.state
     classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
     weight = state.get(f"{heads[0]}weight") if heads else None
     if not new_head and heads and (weight is None or len(weight) != model.num_classes):
         model.reset_classifier(0 if weight is None else len(weight))
+    adapted = _adapt_stem(model, state)
     own = model.state_dict()
     for key in [k for k in state if new_head and heads and k.startswith(heads)]:
         if key not in own or own[key].shape != state[key].shape:
@@ -114,40 +128,54 @@ def load_weights(model: Any, checkpoint: str | Path, new_head: bool = False) -> 
     ]
     unexpected = [k for k in state if k not in own]
     shapes = [k for k in state if k in own and own[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
+    # integers stand for weights in quantized files, with scales beside them
+    kinds = [k for k in state if k in own and own[k].is_floating_point() and not state[k].is_floating_point()]
+    if missing or unexpected or shapes or kinds:
         problems = [
             f"{len(keys)} {what} (such as {keys[0]})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            for what, keys in (
+                ("missing", missing), ("unexpected", unexpected), ("of another shape", shapes), ("of integers", kinds),
+            )
             if keys
-        ]
+        ]  # fmt: skip
+        where = f" ({report})" if (report := found.report()) else ""
         raise ModelError(
-            f"{checkpoint} does not hold the weights of this architecture: {', '.join(problems)}; "
+            f"{checkpoint} does not hold the weights of this architecture{where}: {', '.join(problems)}; "
             "check the model name and --model-kwargs"
         )
     model.load_state_dict(state, strict=False)
+    _check_weights(model, str(checkpoint))
+    if report := ", ".join(filter(None, (found.report(), adapted))):
+        warnings.warn(f"the weights of {checkpoint} are {report}", CbnWarning, stacklevel=2)
 
 
-def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
-    """The state_dict in a .safetensors or .pth file, without unpickling. Raises ModelError."""
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise ModelError(f"checkpoint {path} does not exist; check the path")
-    try:
-        with _quiet():
-            state = load_state_dict(str(path), device="cpu", weights_only=True)
-        if not state or not all(isinstance(t, Tensor) for t in state.values()):
-            raise ValueError("it holds no state_dict of tensors")
-    except Exception as error:  # the parsers raise a dozen types, all of them about this file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if path.suffix != ".safetensors" and "weights_only" in str(error).lower():
-            reason = "it holds more than tensors, and nothing is unpickled here"
-        elif " " not in reason:
-            reason = "the file is damaged or no checkpoint"
-        raise ModelError(
-            f"cannot load weights from {path}: {reason[:200].rstrip('.')}; "
-            "give a .safetensors file or a state_dict saved with torch.save"
-        ) from error
-    return state
+def _adapt_stem(model: Any, state: dict[str, Tensor]) -> str:
+    """Makes a stem for 3 channels one for as many as the model takes, in place, as timm does; says so."""
+    stems, said = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or (), ""
+    for name in [stems] if isinstance(stems, str) else stems:
+        key, stem = f"{name}.weight", dict(model.named_modules()).get(name)
+        weight = state.get(key)
+        if weight is None or not isinstance(stem, nn.Conv2d):
+            continue
+        channels = input_channels(model)
+        expected = list(stem.weight.shape)
+        expected[1] = expected[1] * RGB // channels  # some see pixels in groups: so many times the channels
+        if channels != RGB and list(weight.shape) == expected:
+            state[key] = adapt_input_conv(channels, weight, base_chans=RGB)
+            said = f"with {key} adapted from {RGB} channels to {channels}"
+    return said
+
+
+def input_channels(model: Any) -> int:
+    """How many channels the images have that a timm model takes."""
+    # about mean and std, of no interest here, timm would warn
+    known = {**model.pretrained_cfg, "mean": 0.5, "std": 0.5}
+    return int(resolve_input_data_config(model, pretrained_cfg=known)["input_size"][0])
+
+
+def _check_weights(model: nn.Module, source: str) -> None:
+    if (fault := damaged_value(model)) is not None:
+        raise ModelError(f"{source} is damaged: {fault}; fetch or export the weights again")
 
 
 def reset_head(model: Any) -> None:
@@ -165,7 +193,7 @@ def reset_head(model: Any) -> None:
 def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
     """The name for timm.create_model, and the checkpoint file."""
     name, checkpoint = spec.model, spec.checkpoint
-    if name.endswith(".safetensors"):
+    if name.endswith(".safetensors") or (not timm.is_model(name) and Path(name).is_file()):
         if checkpoint is not None:
             raise ModelError(f"give either the file {name} as model or --checkpoint {checkpoint}, not both")
         checkpoint, name = name, spec.arch or _architecture_in(Path(name))
@@ -179,6 +207,7 @@ def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
                 raise ModelError(
                     f"{folder} is not an exported model: it has no {file}; give a timm name or such a folder"
                 )
+        refuse_other_files(folder / "model.safetensors")
     elif not name.startswith("hf-hub:") and not timm.is_model(name):
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() names all"
@@ -187,13 +216,14 @@ def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
 
 
 def _architecture_in(path: Path) -> str:
-    if not path.is_file():
-        raise ModelError(f"checkpoint {path} does not exist; check the path")
+    refuse_other_files(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"cannot load weights from {path}: {error}; give a .safetensors file") from error
+        if path.suffix == ".safetensors":
+            raise ModelError(f"cannot load weights from {path}: {error}; give a .safetensors file") from error
+        metadata = {}
     try:
         about = json.loads(metadata["cbn_convert"]) if "cbn_convert" in metadata else metadata
     except ValueError:

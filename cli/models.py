@@ -32,12 +32,13 @@ def inspect(
     """
     spec = o.parse_model(model, arch, checkpoint, False, model_kwargs, img_size=img_size)
     with Session(as_json, debug, quiet) as session:
+        import timm
         import torch
 
         import cbn_convert as cbn
         from cbn_convert.models import ModelSpec, create_model
 
-        named = checkpoint is None and ":" not in model and "/" not in model and not model.endswith(".safetensors")
+        named = checkpoint is None and timm.is_model(model)
         with torch.device("meta" if named else "cpu"):  # the structure of the largest model takes no memory
             inspected = create_model(ModelSpec(**spec))
         report = cbn.convert(inspected, window=window, compensation=compensation, history=history)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from ..norm import (
     OutputChannels,
     adopt,
     check_window_options,
+    damaged_statistic,
     frozen_eps,
     is_frozen,
     modes_kept,
@@ -104,8 +105,9 @@ def convert(
     64 images; with compensation "none", which makes all layers such, any window is left to them. `sync` shares the
     statistics of each batch among the ranks of a process group.
 
-    Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded,
-    for an argument out of range, or if the model cannot run; the model is then left as it was.
+    Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded, for
+    running statistics that are not finite or a variance below zero, for an argument out of range, or if the model
+    cannot run; the model is then left as it was.
     """
     if moments_every is None:
         moments_every = MOMENTS_EVERY if history == "ema" else 1
@@ -128,6 +130,7 @@ def convert(
     chosen = {n: m for n, m in norms.items() if _selected(n, m, include, True) and not _selected(n, m, exclude, False)}
     for name, norm in chosen.items():
         _check_known(name, norm)
+        _check_statistics(name, norm)
     todo = {n: m for n, m in chosen.items() if not isinstance(m, CrossIterationMixin) and not _is_scripted(m)}
     calls = _calls(model, todo, example_input)
     plans = {name: _plan(model, name, norm, calls[name], compensation) for name, norm in todo.items()}
@@ -196,8 +199,11 @@ def warm_up(model: nn.Module, batches: Iterable[Any]) -> None:
 
     `batches` yields what the model takes: a tensor, a dict of keyword arguments, or a tuple or list whose first element
     is the images (labels are ignored). Runs in training mode under no_grad; modes, parameters and the running
-    statistics of every norm layer are afterwards what they were.
+    statistics of every norm layer are afterwards what they were. Raises ConversionError for running statistics that are
+    not finite or a variance below zero.
     """
+    for name, norm in norm_layers(model).items():
+        _check_statistics(name, norm)
     buffers = [(b, b.clone()) for m in norm_layers(model).values() for b in m.buffers(recurse=False)]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with modes_kept(model):
@@ -225,6 +231,13 @@ def _check_known(name: str, norm: nn.Module) -> None:
         raise ConversionError(
             f"layer {name!r} is a {kind}, a kind of BatchNorm that is not known here and whose behaviour a conversion "
             f"could lose; leave it as it is with exclude={name!r}"
+        )
+
+
+def _check_statistics(name: str, norm: nn.Module) -> None:
+    if (fault := damaged_statistic(norm)) is not None:
+        raise ConversionError(
+            f"{name}.{fault}; load weights that are not damaged, or measure the statistics anew on your images"
         )
 
 

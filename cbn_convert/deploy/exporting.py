@@ -18,6 +18,7 @@ from .. import __version__
 from ..conversion import norm_layers
 from ..errors import ExportError
 from ..files import new_directory, read_json
+from ..norm import damaged_value
 from .card import write_card
 from .features import FEATURE_ARGS, in_original_form
 from .folding import FoldTarget
@@ -70,6 +71,8 @@ def export(
     damaged = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if damaged:
         raise ExportError(f"{damaged[0]} holds values that are not finite; the model is damaged and was not exported")
+    if (fault := damaged_value(model)) is not None:
+        raise ExportError(f"{fault}; the model is damaged and was not exported")
     about = {**(metadata or {}), "version": __version__, "architecture": cfg["architecture"], "fold": fold}
     output = Path(output)
     with new_directory(output, overwrite) as folder:

@@ -16,6 +16,7 @@ from .classes import (
     is_frozen,
     load_history_state,
 )
+from .damage import damaged_statistic, damaged_value
 from .layer import CrossIterationMixin
 from .modes import modes_kept
 from .options import check_window_options
@@ -34,6 +35,8 @@ __all__ = [
     "OutputChannels",
     "adopt",
     "check_window_options",
+    "damaged_statistic",
+    "damaged_value",
     "drop_and_act",
     "frozen_eps",
     "history_state",

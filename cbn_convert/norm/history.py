@@ -222,13 +222,16 @@ class History:
         self._slots = Moments(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if what `state_dict` returned is of another kind, or a ring of another window."""
+        """Raises ValueError if what `state_dict` returned is of another kind, a ring of another window, or damaged."""
         own = self.window if self.kind == "ring" or 1 in (self.window, state["window"]) else state["window"]
         if (state["window"], state["kind"]) != (own, self.kind):
             raise ValueError(
                 f"history was saved with window {state['window']} ({state['kind']}), "
                 f"but the layer has window {self.window} ({self.kind}); use the same settings to resume"
             )
+        for name, value in state["slots"].items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"history holds a {name} that is not finite; it is damaged")
 
 
 def _map(fn: Callable[[Tensor], Tensor], moments: Moments) -> Moments:

@@ -387,8 +387,8 @@ class _Trainer:
             return int(shared["records"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(
-                f"the checkpoint in {self.run} is of another model or version ({str(error).splitlines()[0]}); "
-                "start again with --overwrite"
+                f"the checkpoint in {self.run} is damaged, or of another model or version "
+                f"({str(error).splitlines()[0]}); start again with --overwrite"
             ) from error
 
     def _resume_with_other_ranks(self, before: int, updates: int) -> None:

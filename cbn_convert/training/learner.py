@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import DivergedError
-from ..norm import CrossIterationMixin, history_state, load_history_state
+from ..norm import CrossIterationMixin, damaged_value, history_state, load_history_state
 from .checkpoint import random_states, restore_random_states
 from .config import FinetuneConfig
 from .faults import first_non_finite
@@ -167,7 +167,10 @@ class Learner:
         }  # fmt: skip
 
     def load(self, shared: dict[str, Any], own: dict[str, Any], same_ranks: bool) -> None:
-        """Puts back what `state` and `own_state` gave; random states and sums only for as many processes."""
+        """Puts back what `state` and `own_state` gave; random states and sums only for as many processes.
+
+        Raises ValueError, KeyError or RuntimeError if they are of another model or damaged.
+        """
         self.model.load_state_dict(shared["model"])
         _load_buffers(self.model, own["buffers"])
         load_history_state(self.model, own["history"])
@@ -178,6 +181,9 @@ class Learner:
         if self.ema is not None:
             self.ema.module.load_state_dict(shared["ema"])
             _load_buffers(self.ema.module, own.get("ema", {}))  # older checkpoints have none
+        for model in (self.model, *([] if self.ema is None else [self.ema.module])):
+            if (fault := damaged_value(model)) is not None:
+                raise ValueError(fault)
         self.updates = shared["updates"]
         if same_ranks:
             self.totals.load(own["totals"])
