@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,14 @@ def shared_data() -> Path:
     if not (SHARED / "clothing").is_dir():
         pytest.skip(f"real data are not at {SHARED}")
     return SHARED
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
+    """Returns as soon as the condition holds, and fails if it does not within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing came of it in {seconds:.0f} s"
+        time.sleep(0.02)
 
 
 def randomize_norms(model: nn.Module) -> nn.Module:

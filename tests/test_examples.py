@@ -16,6 +16,7 @@ def test_detection(tmp_path: Path) -> None:
         [sys.executable, ROOT / "examples/detection.py", *arguments],
         capture_output=True,
         text=True,
+        timeout=280,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,8 @@ from .plan import Cell
 
 # the same package as here, whatever lies in the current folder
 _ROOT = str(Path(__file__).parents[2])
+# seconds; a run that is told to stop finishes its step and writes a checkpoint
+LONGEST_STOP, LONGEST_EXIT = 300.0, 30.0
 _PROGRAM = f"import sys; sys.path[0] = {_ROOT!r}; from {__package__}.worker import main; main()"
 
 
@@ -55,7 +57,7 @@ class Workers:
             assert process.stdin is not None
             process.stdin.close()
         for process in processes:
-            process.wait()
+            _ended(process, LONGEST_EXIT)
 
     @property
     def free(self) -> bool:
@@ -107,8 +109,8 @@ class Workers:
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
-            code = process.wait()
-            _kill(process)
+            code = _ended(process, LONGEST_EXIT)
+            _kill(process)  # what it has started
             raise WorkerDiedError(
                 f"the process that ran {cell.name} has ended (exit code {code}), perhaps for want of memory; see "
                 f"{self.log}, and go on with --resume"
@@ -119,12 +121,21 @@ class Workers:
         return cell, answer
 
     def stop(self) -> None:
-        """Lets every run save a checkpoint, and ends the processes."""
+        """Lets every run save a checkpoint, and ends the processes; one that hangs goes on from its last checkpoint."""
         for process in self.running.values():
             assert process.stdin is not None
             process.stdin.close()
         for process in self.running.values():
-            process.wait()
+            _ended(process, LONGEST_STOP)
+
+
+def _ended(process: subprocess.Popen[str], seconds: float) -> int:
+    """The exit code of a process that ends within so many seconds; after them it is killed."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return process.wait(LONGEST_EXIT)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

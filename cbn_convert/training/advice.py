@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -66,15 +66,24 @@ def _divergence(norm: Any, count: Tensor, first: Tensor, second: Tensor) -> Tens
     return (ratio - 1 - ratio.log() + step.square() / expected) / 2
 
 
-def measure(model: nn.Module, setup: Setup, config: FinetuneConfig, device: torch.device) -> float | None:
-    """`statistics_shift` on some training images, as evaluation sees them; the same ones for the same seed."""
+def measure(
+    model: nn.Module,
+    setup: Setup,
+    config: FinetuneConfig,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """`statistics_shift` on some training images, as evaluation sees them; the same ones for the same seed.
+
+    Raises DataError where images have to be waited for and `interrupted()`.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.randperm(len(setup.training.samples), generator=generator)[:SHIFT_IMAGES].tolist()
     size = min(evaluation_batch(config.batch_size, setup.data_config), SHIFT_IMAGES)
     loader = plain_loader(
         setup.training, setup.data_config, size, config.workers, skip_bad=config.skip_bad_images, indices=chosen
     )
-    readable = (batch.images[batch.labels >= 0] for batch in batches(loader))
+    readable = (batch.images[batch.labels >= 0] for batch in batches(loader, interrupted))
     return statistics_shift(model, (images.to(device) for images in readable if len(images)))
 
 

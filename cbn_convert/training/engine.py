@@ -53,10 +53,10 @@ def finetune(
     that of the run; on a CPU it then ends in the same weights as without the interruption. Under torchrun or
     `accelerate launch` all processes call this.
 
-    The first SIGINT or SIGTERM ends the run after the step that is under way, with a checkpoint and
-    TrainingInterrupted, a KeyboardInterrupt. Raises RunError, DataError, ModelError or ConversionError, each naming the
-    argument or the file; RunError also if a gradient is not finite, the memory of the GPU is not enough, or nothing can
-    be written.
+    The first SIGINT or SIGTERM ends the run after the step that is under way, or before it where its images have to be
+    waited for, with a checkpoint and TrainingInterrupted, a KeyboardInterrupt. Raises RunError, DataError, ModelError
+    or ConversionError, each naming the argument or the file; RunError also if a gradient is not finite, the memory of
+    the GPU is not enough, or nothing can be written.
     """
     run = Path(config.output)
     config.check()
@@ -169,6 +169,9 @@ class _Trainer:
                     self._train_epoch()
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(self.config.batch_size, self.device) from error
+            finally:
+                self.loader.end()
+                self.val_loader.end()
         if self.best_top1 < 0:
             raise DivergedError(
                 f"no evaluation gave a finite loss; start again with a lower --lr (it was {self.learner.lr:g})"
@@ -180,7 +183,7 @@ class _Trainer:
     def _advise(self) -> None:
         """Says what the study knows of this norm on images like these."""
         with self.accelerator.autocast():
-            self.shift = measure(self.model, self.setup, self.config, self.device)
+            self.shift = measure(self.model, self.setup, self.config, self.device, self._interrupted)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # which is to be that of training
         if text := advice(self.config, self.shift):
@@ -193,10 +196,14 @@ class _Trainer:
             count = -(-WARM_UP_IMAGES // self.config.batch_size)
             images = (
                 self.learner.on_device(batch.images)
-                for batch in islice(batches(self.loader), min(self.config.window or count, count))
+                for batch in islice(batches(self.loader, self._interrupted), min(self.config.window or count, count))
             )
             with self.accelerator.autocast():
                 warm_up(self.model, images)
+
+    def _interrupted(self) -> bool:
+        """Whether a signal came that this process may heed in the middle: several must agree, after an update."""
+        return self.ranks.count == 1 and bool(self.signals.received)
 
     @property
     def stopped_early(self) -> bool:
@@ -218,7 +225,7 @@ class _Trainer:
     def _train_epoch(self) -> None:
         """From the update that the run is at to the end of the epoch or to the next evaluation."""
         self.sampler.start(*divmod(self.step, self.sampler.updates))
-        images = batches(self.loader)
+        images = batches(self.loader, self._interrupted)
         self.learner.wrapped.train()
         started = time.perf_counter()
         for _ in range(min(self.sampler.updates - self.sampler.first, self.steps - self.step)):
@@ -270,17 +277,16 @@ class _Trainer:
         if self.learner.ema is not None:
             self.candidate = self.learner.ema.module
             self.ranks.average_statistics(self.candidate)
-        # the processes must agree, so only one that is alone gives up in the middle
-        interrupted = (lambda: bool(self.signals.received)) if self.ranks.count == 1 else lambda: False
         try:
             with self.accelerator.autocast():
                 if self.config.recalibration_batches:
                     self.candidate = deepcopy(self.candidate)
                     restore_norm(self.candidate)
                     recalibrate(self.candidate, self._recalibration_images(), self.setup.frozen)
-                return accuracy(self.candidate, batches(self.val_loader), self.device, self.ranks, interrupted)
+                images = batches(self.val_loader, self._interrupted)
+                return accuracy(self.candidate, images, self.device, self.ranks, self._interrupted)
         except DataError:
-            if interrupted():  # the signal was for the processes that load images, too
+            if self._interrupted():  # the signal was for the processes that load images, too
                 return None
             raise
 
@@ -295,7 +301,7 @@ class _Trainer:
             self.setup.training, self.setup.data_config, size, self.config.workers,
             skip_bad=self.config.skip_bad_images, indices=chosen,
         )  # fmt: skip
-        for batch in batches(loader):
+        for batch in batches(loader, self._interrupted):
             read = batch.images[batch.labels >= 0]
             if len(read) >= min(size, 2):  # the rest could not be read, and one image is no batch
                 yield self.learner.on_device(read)

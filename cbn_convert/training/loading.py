@@ -6,11 +6,13 @@ after an interruption sees the same images, changed in the same way, with any nu
 
 from __future__ import annotations
 
+import multiprocessing
+import queue
 import random
 import signal
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..errors import DataError, printable
 from .config import FinetuneConfig
@@ -29,6 +31,8 @@ Item = tuple[int, int | None]  # the index of an image, and the seed of its chan
 
 IGNORED = -100  # the label of an image that could not be read, as torch's losses know it
 PREFETCH = 4  # batches that each worker is ahead; at one or two images a batch torch's 2 are soon used up
+LONGEST_WAIT = 600.0  # seconds without a batch, after which a run takes its loading processes for stuck
+POLL = 0.2  # seconds between two looks at whether a wait should end
 # Activations without gradients of so many images of 224 px fit wherever two of a training step do.
 EVALUATION_PIXELS = 32 * 224**2
 
@@ -39,6 +43,9 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     bad: list[str]
+
+
+Answers = queue.SimpleQueue[tuple[Batch | None, BaseException | None]]
 
 
 class StepSampler(Sampler[list[Item]]):
@@ -144,7 +151,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 def training_loader(
     split: Split, data_config: dict[str, Any], config: FinetuneConfig, rank: int = 0, ranks: int = 1
-) -> tuple[DataLoader[Any], StepSampler]:
+) -> tuple[ImageLoader, StepSampler]:
     """The loader of one process's share, and the sampler that says which epoch it is."""
     weights = None
     if config.class_balance == "sample":
@@ -183,7 +190,7 @@ def plain_loader(
     rank: int = 0,
     ranks: int = 1,
     indices: list[int] | None = None,
-) -> DataLoader[Any]:
+) -> ImageLoader:
     """Every image once, unchanged, in order; each of `ranks` processes gets every so many-th. `indices`: only those."""
     chosen = (range(len(split.samples)) if indices is None else indices)[rank::ranks]
     images = ImageList(split, PlainTransform(data_config), skip_bad)
@@ -196,11 +203,38 @@ def evaluation_batch(batch_size: int, data_config: dict[str, Any]) -> int:
     return max(batch_size, min(32, EVALUATION_PIXELS // (height * width)))
 
 
-def _loader(images: ImageList, workers: int, **batching: Any) -> DataLoader[Any]:
+class ImageLoader(DataLoader[Any]):
+    """torch's loader, which knows the processes that it has started."""
+
+    processes: frozenset[Any] = frozenset()
+
+    def __iter__(self) -> Any:
+        before = multiprocessing.active_children()
+        try:
+            return super().__iter__()
+        finally:  # those of an earlier iteration go on
+            self.processes |= frozenset(multiprocessing.active_children()).difference(before)
+
+    def end(self) -> None:
+        """Ends the processes at once, even those that do not answer; the loader is of no use after it."""
+        in_main = threading.current_thread() is threading.main_thread()
+        # torch's handler, which another loader of this process may have set, would take it for a fault
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+        try:
+            for process in self.processes:
+                process.kill()
+            for process in self.processes:
+                process.join(5)
+        finally:
+            if in_main:
+                signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _loader(images: ImageList, workers: int, **batching: Any) -> ImageLoader:
     ahead: dict[str, Any] = (
         {"prefetch_factor": PREFETCH, "persistent_workers": True, "worker_init_fn": _in_worker} if workers else {}
     )
-    return DataLoader(
+    return ImageLoader(
         images,
         num_workers=workers,
         collate_fn=_joined,
@@ -213,7 +247,21 @@ def _loader(images: ImageList, workers: int, **batching: Any) -> DataLoader[Any]
 
 def _joined(items: list[tuple[Tensor, int, list[str]]]) -> Batch:
     images, labels, bad = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), [path for paths in bad for path in paths])
+    batch = Batch(torch.stack(images), torch.tensor(labels), [path for paths in bad for path in paths])
+    if get_worker_info() is not None:
+        # here, where a failure is an exception; the thread that hands batches over would only print it
+        try:
+            batch.images.share_memory_()
+            batch.labels.share_memory_()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].rstrip(". ")
+            if "Too many open files" in reason:
+                raise _too_many_files() from error
+            raise DataError(
+                f"a batch of {len(images)} images does not fit into the shared memory of processes, /dev/shm "
+                f"({reason}); use --workers 0, or make it larger, in a container with docker run --shm-size=8g"
+            ) from error
+    return batch
 
 
 def _in_worker(number: int) -> None:
@@ -221,30 +269,92 @@ def _in_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
-    """Iterates; an error about an image arrives as one sentence even from a worker process."""
+def batches(loader: ImageLoader, interrupted: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+    """Iterates; an error about an image arrives as one sentence even from a worker process.
+
+    Raises DataError also where a batch has to be waited for and `interrupted()`, or none comes for LONGEST_WAIT.
+    """
     try:
-        yield from _iterator(loader)
+        yield from _awaited(loader, interrupted) if loader.num_workers else loader
     except DataError as error:
         # a worker wraps the message into its traceback
         last = str(error).strip().splitlines()[-1]
         raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
     except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two if it dies while it hands images over
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+        if "Too many open files" in reason or "ancdata" in reason:  # which is how that arrives from a socket
+            raise _too_many_files() from error
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in reason:
+            raise
         raise DataError(
-            f"a process that loads images has died ({reason}), perhaps for want of memory; use fewer --workers"
+            f"a process that loads images has died ({reason}), perhaps for want of memory or of space in /dev/shm; "
+            "use fewer --workers"
         ) from error
 
 
-def _iterator(loader: DataLoader[Any]) -> Iterator[Batch]:
-    """Without torch's handler of SIGCHLD, which raises in the middle of whatever is under way; the queue tells, too."""
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
-    return iterator
+def _too_many_files() -> DataError:
+    return DataError(
+        "the limit of open files is too low for what loading processes hand over; raise it with ulimit -n, or use "
+        "--workers 0"
+    )
+
+
+def _awaited(loader: ImageLoader, interrupted: Callable[[], bool]) -> Iterator[Batch]:
+    """The batches of loading processes; a thread waits for them, so that the wait can have an end."""
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    answers: Answers = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(loader, asked, answers), daemon=True).start()
+    try:
+        while True:
+            asked.put(True)
+            try:
+                batch, error = _answer(answers, interrupted)
+            except BaseException:
+                loader.end()  # for they do not answer
+                raise
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        asked.put(False)
+
+
+def _read(loader: ImageLoader, asked: queue.SimpleQueue[bool], answers: Answers) -> None:
+    """A batch each time that one is asked for, None at the end, or the error in its place."""
+    images = None
+    while asked.get():
+        try:
+            if images is None:
+                images = _started(loader)
+            answers.put((next(images, None), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+
+def _started(loader: ImageLoader) -> Iterator[Batch]:
+    try:
+        return iter(loader)
+    except OSError as error:
+        raise DataError(
+            f"cannot start {loader.num_workers} processes that load images ({error.strerror or error}; what they share "
+            "lies in /dev/shm); use fewer --workers, or --workers 0"
+        ) from error
+
+
+def _answer(answers: Answers, interrupted: Callable[[], bool]) -> tuple[Batch | None, BaseException | None]:
+    # in looks, not by the clock, which goes on while all processes are stopped
+    for _ in range(round(LONGEST_WAIT / POLL)):
+        try:
+            return answers.get(timeout=POLL)
+        except queue.Empty:
+            if interrupted():
+                raise DataError("a signal came while images were waited for") from None
+    raise DataError(
+        f"no images have come from the loading processes for {LONGEST_WAIT / 60:.0f} minutes, though they live; see "
+        "whether the disk that holds the images answers, or use --workers 0"
+    )
 
 
 def _mixed(*numbers: int) -> int:

@@ -193,7 +193,7 @@ def test_help_needs_no_torch() -> None:
         "import sys; from cbn_convert.cli.main import app; "
         "app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert "finetune" in done.stdout
 
@@ -207,7 +207,7 @@ def test_every_help_has_an_example(command: str) -> None:
 
 def test_demo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cbn_convert.cli", "demo", "-o", "demo", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["largest_difference"] == 0

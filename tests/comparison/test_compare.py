@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_colors
+from conftest import wait_until, write_colors
 
 import cbn_convert as cbn
+from cbn_convert.comparison import workers
 from cbn_convert.comparison.config import ComparisonConfig
-from cbn_convert.comparison.engine import check, compare
+from cbn_convert.comparison.engine import ComparisonInterrupted, check, compare
 from cbn_convert.comparison.plan import Cell
 from cbn_convert.comparison.store import read_comparison
 from cbn_convert.errors import DataError, RunError
@@ -57,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     shutil.copytree(folder / "colors" / "val", folder / "colors" / "test")
     done = subprocess.run(
         [*COMMAND, str(folder / "colors"), *SMALL, "--reference", "8", "-o", str(folder / "out"), "--json"],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
@@ -101,10 +102,7 @@ def test_interrupted_and_resumed_is_the_same(
     out = tmp_path / "out"
     call = [*COMMAND, str(data), *SMALL, "--batch-sizes", "2", "--reference", "8", "-o", str(out)]
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("cells/*/checkpoints/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert list(out.glob("cells/*/checkpoints/step-*"))
+    wait_until(lambda: list(out.glob("cells/*/checkpoints/step-*")))
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == code
@@ -115,7 +113,7 @@ def test_interrupted_and_resumed_is_the_same(
     (interrupted,) = (path for path in (out / "cells").iterdir() if path.name not in {cell.name for cell in done})
     begun = (interrupted / "config.json").stat().st_mtime_ns
     resumed = subprocess.run(
-        [*COMMAND, str(data), "--resume", str(out), "-q"], capture_output=True, text=True, check=False
+        [*COMMAND, str(data), "--resume", str(out), "-q"], capture_output=True, text=True, timeout=280, check=False
     )
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert (interrupted / "config.json").stat().st_mtime_ns == begun  # it went on, and did not start again
@@ -272,10 +270,7 @@ def test_a_process_that_dies(colors: Path, tmp_path: Path) -> None:
     """The processes that load its images must not keep the comparison waiting, nor live on."""
     call = [*COMMAND, str(colors), *SMALL, "--workers", "2", "--epochs", "500", "-o", str(tmp_path / "out")]
     process = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").glob("cells/*/curves.png")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert list((tmp_path / "out").glob("cells/*/curves.png"))  # it has evaluated
+    wait_until(lambda: list((tmp_path / "out").glob("cells/*/curves.png")))  # it has evaluated
     (worker,) = children(process.pid)
     own = children(worker)
     assert len(own) >= 2
@@ -284,6 +279,25 @@ def test_a_process_that_dies(colors: Path, tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "error: the process that ran bn_b2_lr0.01_s0 has ended (exit code -9), perhaps for want of memory" in err
     assert not any(Path(f"/proc/{pid}").exists() and "(zombie)" not in status(pid) for pid in own)
+
+
+def test_a_process_that_does_not_stop_is_killed(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(colors, tmp_path / "out")
+    config.run.epochs = 500
+    started: list[Any] = []
+    start = workers.Workers.start
+
+    def stopping(self: Any, cell: Cell, *arguments: Any) -> None:
+        start(self, cell, *arguments)
+        started.append(self.running[cell])
+        os.kill(started[0].pid, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(workers.Workers, "start", stopping)
+    monkeypatch.setattr(workers, "LONGEST_STOP", 0.5)
+    with pytest.raises(ComparisonInterrupted, match="stopped by SIGINT; go on with --resume"):
+        compare(config, quiet=True)
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
 
 
 def children(pid: int) -> list[int]:
@@ -308,7 +322,7 @@ def test_another_package_in_the_current_folder(finished: tuple[Path, Path], tmp_
     done = subprocess.run(
         [sys.executable, "-c", program, "compare", str(data), *SMALL, "--norms", "bn", "--batch-sizes",
          "4", "--reference", "0", "-o", str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -316,7 +330,7 @@ def test_another_package_in_the_current_folder(finished: tuple[Path, Path], tmp_
 def test_a_dry_run_writes_nothing(colors: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [*COMMAND, str(colors), *SMALL, "-o", str(tmp_path / "out"), "--dry-run", "--json"],
-        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"},
+        capture_output=True, text=True, timeout=280, check=True, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     assert len(json.loads(done.stdout.splitlines()[-1])["cells"]) == 5
     assert "5 runs at least" in done.stderr

@@ -25,7 +25,7 @@ def test_a_few_kills_and_damaged_files(tmp_path: Path) -> None:
     """In a process of its own: it forks, which a process with torch's threads must not."""
     options = ["--kills", "2", "--fuzz", str(len(TARGETS)), "--output", tmp_path / "chaos.json"]
     command = [sys.executable, BENCHMARKS / "chaos.py", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "chaos.json").read_text())
     assert report["failures"] == []

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import wait_until
 from test_engine import config
 from test_resume import assert_equal, final_state
 from torch import Tensor, nn
@@ -178,8 +179,7 @@ def test_a_signal_to_all_processes_of_the_command(number: int, code: int, colors
     process = subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not checkpoint.checkpoints(tmp_path / "run") and process.poll() is None:
-        time.sleep(0.1)
+    wait_until(lambda: checkpoint.checkpoints(tmp_path / "run") or process.poll() is not None)
     time.sleep(1)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
@@ -201,7 +201,9 @@ def test_a_full_disk(colors: Path, tmp_path: Path) -> None:
 
     run = tmp_path / "run"
     arguments = [str(colors), *SMALL, "--workers", "0", "--max-steps", "4", "-o", str(run), "--quiet"]
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, preexec_fn=limit, check=False)
+    done = subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, preexec_fn=limit, timeout=120, check=False
+    )
     assert done.returncode == 1
     assert done.stderr.startswith(
         f"error: cannot write {run}/checkpoints/step-00000000: training.pt could not be written whole; free"
@@ -223,7 +225,7 @@ def test_two_processes_do_not_write_to_one_run(colors: Path, tmp_path: Path) -> 
     cbn.finetune(config(colors, tmp_path / "run", max_steps=1), quiet=True)
     command = [*COMMAND, str(colors), "--resume", str(tmp_path / "run")]
     with owned(tmp_path / "run"):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: another process is writing to the run in")
 

@@ -270,7 +270,7 @@ def test_a_killed_worker_is_one_sentence_about_memory(training: Split, monkeypat
         list(batches(loader))
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("a process that loads images has died (DataLoader worker (pid")
-    assert str(error.value).endswith("perhaps for want of memory; use fewer --workers")
+    assert str(error.value).endswith("perhaps for want of memory or of space in /dev/shm; use fewer --workers")
 
 
 def test_a_worker_killed_while_the_main_process_computes(

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import write_image
+from conftest import wait_until, write_image
 from test_engine import config
 from test_resume import assert_equal, final_state
 
@@ -110,8 +109,7 @@ def test_the_command_under_a_launcher(launcher: list[str], uneven: Path, tmp_pat
         [*launcher, "-m", "cbn_convert.cli", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
-    while len(checkpoint.checkpoints(tmp_path / "run")) < 2 and process.poll() is None:
-        time.sleep(0.1)
+    wait_until(lambda: len(checkpoint.checkpoints(tmp_path / "run")) > 1 or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0
