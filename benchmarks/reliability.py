@@ -26,7 +26,8 @@ any more.
 A checkpoint is written into a temporary folder, flushed to the disk (fsync) and renamed, so that it is there as a whole or
 not at all. Only then are the oldest deleted, so that `--keep` of them (2) are left. `best/` and the exports are written in
 the same way. Temporary files that a killed run has left are deleted by the next one. Nothing is unpickled when a
-checkpoint is read (`weights_only=True`), and nothing is read that does not fit the manifest.
+checkpoint is read (`weights_only=True`), and nothing is read that does not fit the manifest. Of several
+processes each writes and reads its own file, so all must see the folder; the first one chooses where to go on.
 
 ## What happens when
 
@@ -38,6 +39,7 @@ checkpoint is read (`weights_only=True`), and nothing is read that does not fit 
 | any of them before the first checkpoint | | `--resume` begins anew; without a `config.json` there, give the first command again |
 | a damaged checkpoint | `--resume` renames it to `damaged-step-..`, warns, and takes the one before | |
 | all of them damaged | one sentence, code 1 | `--overwrite` begins anew |
+| a checkpoint cannot be read (a disk error, permissions, too little memory), or only by another version of torch | one sentence, code 1; nothing is renamed | `--resume` when that is mended |
 | the disk is full | one sentence, code 1; the temporary folder is deleted, earlier checkpoints are whole | `--resume` after making room |
 | a loading process dies | one sentence, code 1 | `--resume`, with fewer `--workers` if it was for want of memory |
 | a loss or gradient is not finite | that update is never made; one sentence with the layer that it comes from, code 1 | a new run with a lower `--lr`: a resumed one would come to the same |

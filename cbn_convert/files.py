@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -60,31 +61,68 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     """Yields a temporary folder that takes the place of `path` at the end, or vanishes on an error.
 
     Raises RunError as `check_output` does, if `overwrite` would delete a file that this package did not write, or if
-    the folder cannot be written.
+    the folder cannot be written. Errors of the caller's code that are not of writing there pass as they are.
     """
     path = path.resolve()
     check_output(path, overwrite)
     check_replaceable(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror}; choose an output folder that you may write to"
-        ) from error
     try:
-        yield temporary
-        _open_to_umask(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        _fsync(temporary)
-        replace_directory(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
+        with writing(path, temporary):
+            yield temporary
+        with writing(path):
+            _open_to_umask(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            _fsync(temporary)
+            replace_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turns an error of writing into a RunError that says that `path` cannot be written, and why.
+
+    With `temporary`, the file or folder written to, every other error that the block may have passes as it is: one of
+    another file, of the network, and so on.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        told = _as_os_error(error)
+        if told is None or (temporary is not None and not _is_of(told, temporary)):
+            raise
+        if told.errno in _NO_SPACE:
+            advice = "free some space or choose another folder"
+        elif told.errno in _NOT_ALLOWED:
+            advice = "choose an output folder that you may write to"
+        else:
+            advice = "check the disk or choose another folder"
+        raise RunError(f"cannot write {path}: {told.strerror or told}; {advice}") from error
+
+
+def _as_os_error(error: Exception) -> OSError | None:
+    """The operating system's error that safetensors has in its message, and torch.save before its own error."""
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)(?: at path \"(.*)\")?", str(error))
+        return OSError(int(found[1]), os.strerror(int(found[1])), found[2]) if found else None
+    cause = error if isinstance(error, OSError) else error.__context__
+    return cause if isinstance(cause, OSError) else None
+
+
+def _is_of(error: OSError, temporary: Path) -> bool:
+    """Whether it is about that file or folder; an error of writing to an open file names none."""
+    if isinstance(error.filename, (str, bytes, os.PathLike)):
+        return Path(os.fsdecode(error.filename)).is_relative_to(temporary)
+    return error.errno in (*_NO_SPACE, errno.EROFS, errno.EIO)
 
 
 def replace_directory(new: Path, path: Path) -> None:
@@ -136,21 +174,19 @@ def replaced_file(path: Path, binary: bool = False) -> Iterator[Any]:
 
     Raises RunError if it cannot be written.
     """
-    try:
+    with writing(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
-        try:
+    temporary = Path(name)
+    try:
+        with writing(path, temporary):
             with os.fdopen(descriptor, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        with writing(path):
+            _fsync(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,10 @@ def _trace(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
 
 
 def _write_pt2(program: ExportedProgram, path: Path) -> None:
+    content = BytesIO()  # given a path, torch ends the process when the disk is full
     with _no_warnings():
-        torch.export.save(program, path)
+        torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _load_pt2(path: Path) -> Callable[[Tensor], _Outputs]:

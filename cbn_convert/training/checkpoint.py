@@ -10,9 +10,12 @@ Nothing is unpickled: torch.load reads with weights_only=True, and only what the
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,26 +23,59 @@ import numpy as np
 import torch
 
 from ..errors import CbnWarning, RunError
-from ..files import new_directory, read_json, remove_directory, write_json
+from ..files import new_directory, remove_directory, write_json, writing
+from .parallel import Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
 _SHARED, _MANIFEST = "training.pt", "manifest.json"
 
 
-def save(run: Path, step: int, shared: dict[str, Any], ranks: list[dict[str, Any]], keep: int) -> None:
-    """Writes the checkpoint of `step`, then deletes the oldest ones, so that `keep` are left."""
-    with new_directory(run / "checkpoints" / f"step-{step:08d}", overwrite=True) as folder:
-        contents = {_SHARED: shared, **{f"rank-{number}.pt": state for number, state in enumerate(ranks)}}
-        for name, state in contents.items():
-            with (folder / name).open("wb") as file:
-                try:
-                    torch.save(state, file)
-                except RuntimeError as error:  # torch's own words for a disk that is full
-                    raise OSError(f"{name} could not be written whole") from error
-        files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in contents}
-        write_json(folder / _MANIFEST, {"step": step, "files": files})
-    for old in checkpoints(run)[keep:]:
-        remove_directory(old)
+def save(
+    run: Path, step: int, shared: dict[str, Any] | None, own: dict[str, Any], keep: int, ranks: Ranks | None = None
+) -> None:
+    """Writes the checkpoint of `step`, then deletes the oldest ones, so that `keep` are left.
+
+    All processes call it. Each writes `own`, the first one `shared` too, which is None elsewhere. Raises RunError in
+    all of them if one cannot write; there is no new checkpoint then.
+    """
+    ranks = ranks or Ranks(alone=True)
+    path = run / "checkpoints" / f"step-{step:08d}"
+    contents = {_rank_file(ranks.rank): own, **({} if shared is None else {_SHARED: shared})}
+    with ExitStack() as stack:
+        folder = ranks.told(lambda: stack.enter_context(new_directory(path, overwrite=True)))
+        ranks.agreed(lambda: _write(path, folder, contents))
+
+        def finish() -> None:
+            files = {
+                name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+                for name in (_SHARED, *map(_rank_file, range(ranks.count)))
+            }
+            write_json(folder / _MANIFEST, {"step": step, "files": files})
+            stack.close()  # gives the folder its name
+            for old in checkpoints(run)[keep:]:
+                with _moving(old):
+                    remove_directory(old)
+
+        ranks.told(finish)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank}.pt"
+
+
+def _write(path: Path, folder: Path, contents: dict[str, dict[str, Any]]) -> None:
+    for name, state in contents.items():
+        with writing(path, folder), (folder / name).open("wb") as file:
+            torch.save(state, file)
+
+
+@contextmanager
+def _moving(path: Path) -> Iterator[None]:
+    """Raises RunError if the folder cannot be deleted or renamed."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot move {path}: {error.strerror or error}; allow it, and go on with --resume") from error
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -49,50 +85,100 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def load(run: Path, rank: int = 0) -> tuple[dict[str, Any], dict[str, Any], int] | None:
-    """The newest checkpoint that is whole: what is shared, the state of process `rank`, and how many processes it has.
+def load(run: Path, ranks: Ranks | None = None) -> tuple[dict[str, Any], dict[str, Any], int] | None:
+    """The newest checkpoint that is whole: what is shared, this process's own state, how many processes it has.
 
-    With fewer processes in it, that of `rank` modulo their number. None if there is no checkpoint. A damaged one is
-    moved aside, with a CbnWarning. Raises RunError if all are damaged.
+    The first process chooses it, and moves aside those whose files are not what their manifest says, with a
+    CbnWarning. With fewer processes in it, the state is that of its rank modulo their number. None if there is no
+    checkpoint. Raises RunError in all processes if all checkpoints are damaged, or if the chosen one cannot be read in
+    one of them; it is left as it is then.
     """
+    ranks = ranks or Ranks(alone=True)
+    path = ranks.told(lambda: _newest(run))
+    return None if path is None else ranks.agreed(lambda: _read(path, ranks.rank))
+
+
+def _newest(run: Path) -> Path | None:
     found = checkpoints(run)
     for path in found:
-        try:
-            return _read(path, rank)
-        except Exception as error:  # whatever is wrong with it, the older ones may be good
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            _set_aside(path, reason)
+        damage = _damage(path)
+        if damage is None:
+            return path
+        _set_aside(path, damage)
     if found:
         raise RunError(f"all checkpoints in {run / 'checkpoints'} are damaged; start again with --overwrite")
     return None
 
 
+def _damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are those that were written."""
+    with _reading(path):
+        try:
+            manifest = json.loads((path / _MANIFEST).read_bytes())
+            files = {name: (about["bytes"], about["sha256"]) for name, about in manifest["files"].items()}
+        except FileNotFoundError:
+            return f"it has no {_MANIFEST}"
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return f"its {_MANIFEST} says {type(error).__name__}: {str(error).splitlines()[0]}"
+        if sorted(files) != sorted([_SHARED, *map(_rank_file, range(len(files) - 1))]):
+            return f"its {_MANIFEST} names {', '.join(files)}"
+        for name, (expected, digest) in files.items():
+            try:
+                size = (path / name).stat().st_size
+            except FileNotFoundError:
+                return f"{name} is missing"
+            if size != expected:
+                return f"{name} has {size} bytes instead of {expected}"
+            if _sha256(path / name) != digest:
+                return f"{name} is not the file that was written"
+    return None
+
+
 def _read(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Any], int]:
-    manifest = read_json(path / _MANIFEST, "the manifest")
-    ranks = len(manifest["files"]) - 1
-    names = [_SHARED, *(f"rank-{number}.pt" for number in range(ranks))]
-    if sorted(manifest["files"]) != sorted(names):
-        raise ValueError(f"its manifest names {', '.join(manifest['files'])}")
-    for name, expected in manifest["files"].items():
-        size = (path / name).stat().st_size
-        if size != expected["bytes"]:
-            raise ValueError(f"{name} has {size} bytes instead of {expected['bytes']}")
-        if _sha256(path / name) != expected["sha256"]:
-            raise ValueError(f"{name} is not the file that was written")
-    wanted = (_SHARED, f"rank-{rank % ranks}.pt")
-    shared, own = (torch.load(path / name, map_location="cpu", weights_only=True) for name in wanted)
+    with _reading(path):
+        ranks = len(json.loads((path / _MANIFEST).read_bytes())["files"]) - 1
+        try:
+            shared, own = (
+                torch.load(path / name, map_location="cpu", weights_only=True)
+                for name in (_SHARED, _rank_file(rank % ranks))
+            )
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # torch.load has many, about files that are as they were written
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            if "not enough memory" in reason[0] or "can't allocate memory" in reason[0]:
+                raise MemoryError from error
+            raise RunError(
+                f"{path} is whole but cannot be read here ({reason[0]}); use the versions of torch and cbn_convert in "
+                f"{path.parents[1]}/config.json, or start again with --overwrite"
+            ) from error
     return shared, own, ranks
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises RunError if the machine does not give what the files of a checkpoint hold, which says nothing of them."""
+    try:
+        yield
+    except MemoryError as error:
+        raise RunError(f"the memory of this machine is not enough to read {path}; free some and try again") from error
+    except OSError as error:
+        raise RunError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; allow it and try again, or move {path} "
+            "away to go on from the checkpoint before it"
+        ) from error
 
 
 def _set_aside(path: Path, reason: str) -> None:
     aside = path.with_name(f"damaged-{path.name}")
-    if aside.exists():
-        remove_directory(aside)
-    path.rename(aside)
+    with _moving(path):
+        if aside.exists():
+            remove_directory(aside)
+        path.rename(aside)
     warnings.warn(
         f"checkpoint {path} is damaged ({reason}); it is now {aside.name}, and the one before it is used",
         CbnWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

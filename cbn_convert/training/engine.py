@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -66,8 +66,8 @@ def finetune(
     ranks = Ranks()
     if resume:
         read_run(run)
-    elif ranks.main:
-        check_new(run, config.data, overwrite)
+    else:
+        ranks.told(lambda: check_new(run, config.data, overwrite))
     # a run that was killed before its first checkpoint starts again
     setup = build(config, resumed=resume and bool(checkpoint.checkpoints(run)))
     if resume:
@@ -78,10 +78,14 @@ def finetune(
                 f"{config.data} has other images than the run in {run}; resume with the data it was started with"
             )
     trainer = _Trainer(config, run, setup, accelerator, ranks)
-    with owned(run) if ranks.main else nullcontext():
-        if ranks.main and not resume:
-            prepare_folder(run, config, setup, ranks.count)
-        ranks.wait()
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(owned(run))
+            if not resume:
+                prepare_folder(run, config, setup, ranks.count)
+
+        ranks.told(begin)
         return trainer.train(resume, quiet or not ranks.main)
 
 
@@ -355,7 +359,7 @@ class _Trainer:
         """Writes a checkpoint of this moment."""
         self.learner.stop_if_bad()
         self.bad_images = self.ranks.union(self.bad_images)
-        states = self.ranks.gather(self.learner.own_state())
+        shared = None
         if self.ranks.main:
             shared = {
                 **self.learner.state(),
@@ -364,33 +368,34 @@ class _Trainer:
                 "bad_images": self.bad_images,
                 "records": self.log.records,
             }
-            checkpoint.save(self.run, self.step, shared, states, self.config.keep)
-        self.ranks.wait()
+        checkpoint.save(self.run, self.step, shared, self.learner.own_state(), self.config.keep, self.ranks)
 
     def _restore(self) -> int | None:
         """Puts everything back as it was at the newest good checkpoint; the records of metrics.jsonl that it knows of.
 
         None if there is no checkpoint: the run begins anew.
         """
-        loaded = checkpoint.load(self.run) if self.ranks.main else None
-        self.ranks.wait()  # until damaged ones are set aside
-        if not self.ranks.main:
-            loaded = checkpoint.load(self.run, self.ranks.rank)
+        loaded = checkpoint.load(self.run, self.ranks)
         if loaded is None:
             return None
-        shared, own, count = loaded
+        records = self.ranks.agreed(lambda: self._put_back(*loaded))
+        lost = self.best_step > 0 and not (self.run / "best" / "model.safetensors").is_file()
+        if self.ranks.largest(int(lost)):
+            self.best_top1, self.evaluated = -1.0, -1
+            warnings.warn(f"{self.run}/best is lost; the next evaluation writes it anew", CbnWarning, stacklevel=2)
+        return records
+
+    def _put_back(self, shared: dict[str, Any], own: dict[str, Any], count: int) -> int:
         try:
             self.learner.load(shared, own, count == self.ranks.count)
             for name, value in shared["progress"].items():
                 setattr(self, name, value)
             self.bad_images = list(shared["bad_images"])
-            lost = self.best_step > 0 and not (self.run / "best" / "model.safetensors").is_file()
-            if self.ranks.largest(int(lost)):
-                self.best_top1, self.evaluated = -1.0, -1
-                warnings.warn(f"{self.run}/best is lost; the next evaluation writes it anew", CbnWarning, stacklevel=2)
             if count != self.ranks.count:
                 self._resume_with_other_ranks(count, shared["updates_per_epoch"])
             return int(shared["records"])
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise out_of_memory(self.config.batch_size, self.device) from error
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"the checkpoint in {self.run} is damaged, or of another model or version "

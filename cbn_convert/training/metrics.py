@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from ..files import replaced_file
+from ..files import replaced_file, writing
 
 
 class MetricsLog:
@@ -26,13 +26,9 @@ class MetricsLog:
 
     def write(self, **record: Any) -> None:
         """Appends one record. Raises RunError if it cannot be written."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self.path}: {error.strerror}; free some space and go on with --resume"
-            ) from error
+        line = json.dumps(record) + "\n"
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
         self.records += 1
         if self.track:
             event = record["event"]

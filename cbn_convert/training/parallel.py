@@ -5,13 +5,17 @@ Collectives go through torch.distributed's default group, objects and flags thro
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import CbnError, RunError
 from ..norm import CrossIterationMixin
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -38,13 +42,24 @@ class Ranks:
         dist.all_reduce(t, dist.ReduceOp.MAX, group=self._cpu)
         return float(t)
 
-    def gather(self, thing: Any) -> list[Any]:
-        """The things of all processes in rank 0, in order; an empty list elsewhere."""
+    def told(self, act: Callable[[], T]) -> T:
+        """What `act` gives in the first process, which alone calls it; if it fails there, a RunError in the others."""
         if self.count == 1:
-            return [thing]
-        things = [None] * self.count if self.main else None
-        dist.gather_object(thing, things, group=self._cpu)
-        return things or []
+            return act()
+        outcome = _Outcome(act if self.main else lambda: None)
+        answer = [outcome.result, outcome.sentence]
+        dist.broadcast_object_list(answer, src=0, group=self._cpu)
+        outcome.result = answer[0]
+        return outcome.get(answer[1:])
+
+    def agreed(self, act: Callable[[], T]) -> T:
+        """What `act` gives in this process; if it fails in any, a RunError in those where it does not."""
+        if self.count == 1:
+            return act()
+        outcome = _Outcome(act)
+        sentences: list[Any] = [None] * self.count
+        dist.all_gather_object(sentences, outcome.sentence, group=self._cpu)
+        return outcome.get(sentences)
 
     def union(self, names: list[str]) -> list[str]:
         """The sorted union of the lists of all processes, in all of them."""
@@ -53,11 +68,6 @@ class Ranks:
         lists: list[Any] = [None] * self.count
         dist.all_gather_object(lists, names, group=self._cpu)
         return sorted({name for own in lists for name in own})
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            dist.barrier(group=self._cpu)
 
     def average_statistics(self, model: nn.Module) -> None:
         """The same running statistics in all processes: the mean of theirs, as timm's distribute_bn gives."""
@@ -68,3 +78,25 @@ class Ranks:
                 for buffer in (module.running_mean, module.running_var):
                     if isinstance(buffer, Tensor):
                         buffer.copy_(self.sum(buffer.clone()) / self.count)
+
+
+class _Outcome:
+    """What a call gave, or the error that it raised, and this as a sentence for other processes."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.sentence: str | None = None
+        try:
+            self.result = act()
+        except Exception as error:
+            self.error = error
+            self.sentence = str(error) if isinstance(error, CbnError) else f"{type(error).__name__}: {error}"
+
+    def get(self, said: Sequence[str | None]) -> Any:
+        """The result; raises this process's own error, or the first that others `said`."""
+        if self.error is not None:
+            raise self.error
+        if sentence := next(filter(None, said), None):
+            raise RunError(sentence)
+        return self.result

@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 from .. import __version__
 from ..conversion import norm_layers
 from ..errors import ModelError, RunError
-from ..files import check_output, check_replaceable, clean_up, remove_directory, write_json
+from ..files import check_output, check_replaceable, clean_up, remove_directory, write_json, writing
 from ..models import ModelSpec, create_model, reset_head
 from .checkpoint import checkpoints
 from .config import FinetuneConfig, read_run
@@ -135,19 +135,16 @@ def owned(run: Path) -> Iterator[None]:
     """
     import fcntl
 
-    try:
+    with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         file = (run / ".lock").open("w")
-    except OSError as error:
-        raise RunError(
-            f"cannot write {run}: {error.strerror}; choose an output folder that you may write to"
-        ) from error
     with file as lock:
         try:
             # unlike with flock, the processes that load images do not inherit it, and live on without their parent
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is writing to the run in {run}; wait for it or stop it") from None
-        for folder in (run, run / "checkpoints"):
-            clean_up(folder)
+        with writing(run):
+            for folder in (run, run / "checkpoints"):
+                clean_up(folder)
         yield

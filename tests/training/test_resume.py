@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -193,9 +194,74 @@ def test_nothing_in_a_checkpoint_is_unpickled(finished: tuple[Path, Path], tmp_p
     path = newest / "training.pt"
     manifest["files"]["training.pt"] = {"bytes": path.stat().st_size, "sha256": checkpoint._sha256(path)}
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.warns(CbnWarning, match="damaged"):
-        assert checkpoint.load(run) is not None
+    with pytest.raises(
+        RunError, match=r"step-00000032 is whole but cannot be read here \(.*; use the versions of torch"
+    ):
+        checkpoint.load(run)
+    assert len(checkpoint.checkpoints(run)) == 2
     assert not (tmp_path / "owned").exists()
+
+
+def failing(error: Exception) -> Any:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
+READING = {
+    "a file's disk error": (checkpoint, "_sha256", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    "no permission": (checkpoint, "_sha256", PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    "the manifest's disk error": (Path, "read_bytes", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    "no memory": (torch, "load", MemoryError(), "memory of this machine is not enough to read"),
+    "no memory for a tensor": (
+        torch, "load",
+        # torch's words
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: not enough memory: you tried to .."),
+        "memory of this machine is not enough to read",
+    ),
+    "a disk error at the second reading": (torch, "load", OSError(errno.EIO, "Input/output error"), "Input/output"),
+    "another version": (torch, "load", ValueError("unknown\nformat"), r"whole but cannot be read here \(unknown\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READING)
+def test_what_fails_while_a_good_checkpoint_is_read_says_nothing_of_it(
+    case: str, finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, name, error, message = READING[case]
+    before = sorted(finished[1].rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, failing(error))
+        with pytest.raises(RunError, match=rf"step-00000032\b.*{message}|{message}.*step-00000032\b") as raised:
+            checkpoint.load(finished[1])
+    assert "\n" not in str(raised.value)
+    assert sorted(finished[1].rglob("*")) == before
+    assert checkpoint.load(finished[1])[0]["updates"] == 32
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"[]", b'{"files": []}', b'{"files": {"training.pt": {}}}', b'{"files": {"rank-0.pt": 3}}', b"\xff",
+        b"[" * 99999,
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_damage(content: bytes, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    (run / "checkpoints/step-00000032/manifest.json").write_bytes(content)
+    with pytest.warns(CbnWarning, match=r"step-00000032 is damaged \(its manifest"):
+        loaded = checkpoint.load(run)
+    assert loaded is not None
+    assert loaded[0]["updates"] == 16
+
+
+def test_too_little_memory_of_the_gpu_to_resume(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Learner, "load", failing(torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(RunError, match="is not enough for batch size 2; try --batch-size 1"):
+        cbn.finetune(FinetuneConfig.of_run(finished[1]), resume=True, quiet=True)
+    assert len(checkpoint.checkpoints(finished[1])) == 2
 
 
 def test_as_many_checkpoints_as_asked_for(colors: Path, tmp_path: Path) -> None:
