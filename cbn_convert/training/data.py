@@ -78,7 +78,12 @@ def _validation(root: Path, val_fraction: float | None) -> Path | None:
     if not (root / "train").is_dir():
         return None
     names = VALIDATION if val_fraction is None else [name for name in VALIDATION if name != "test"]
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    return next((root / name for name in names if _may_validate(root / name)), None)
+
+
+def _may_validate(folder: Path) -> bool:
+    """A test/ without class folders, as competitions have it, does not."""
+    return folder.is_dir() and (folder.name == "val" or bool(class_folders(folder)))
 
 
 def _say_which(root: Path, val: Path) -> None:
@@ -87,7 +92,7 @@ def _say_which(root: Path, val: Path) -> None:
             f"{root} has no val/ folder, so test/ serves for validation, and is no test any more of the model that it "
             "chooses; hold out a part of the training images with --val-fraction 0.2 to keep it"
         )
-    elif others := [name for name in VALIDATION if name not in (val.name, "test") and (root / name).is_dir()]:
+    elif others := [name for name in VALIDATION if name not in (val.name, "test") and _may_validate(root / name)]:
         _warn(f"{root} has {val.name}/ and {others[0]}/; {val.name}/ is taken for validation")
     elif val.name != "val":
         _warn(f"{root} has no val/ folder, so {val.name}/ serves for validation")
@@ -97,10 +102,8 @@ def _several(split: Split, where: str) -> Split:
     """The split. Raises DataError if it has no two classes with images."""
     classes = [name for name, count in zip(split.classes, split.counts(), strict=True) if count]
     if len(classes) < 2:
-        raise DataError(
-            f"{where} has only one class, {classes[0]!r}, so that there is nothing to tell apart; put the images of "
-            "each class into a folder of its own"
-        )
+        what = f"only one class, {classes[0]!r}, so that there is nothing to tell apart" if classes else "no images"
+        raise DataError(f"{where} has {what}; put the images of each class into a folder of its own")
     return split
 
 
@@ -154,7 +157,7 @@ def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:
         return read_classes(root / split, classes)
     trained = (root / "train").is_dir() and "train" not in classes
     # without train/, a folder with the name of a class is that class
-    names = [name for name in VALIDATION if (root / name).is_dir() and (trained or name not in classes)]
+    names = [name for name in VALIDATION if _may_validate(root / name) and (trained or name not in classes)]
     if names:
         if names[0] != "val":
             _warn(f"{root} has no val/ folder, so the evaluation is of {names[0]}/")

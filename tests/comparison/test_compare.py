@@ -21,7 +21,7 @@ from cbn_convert.comparison.config import ComparisonConfig
 from cbn_convert.comparison.engine import ComparisonInterrupted, check, compare
 from cbn_convert.comparison.plan import Cell
 from cbn_convert.comparison.store import read_comparison
-from cbn_convert.errors import DataError, RunError
+from cbn_convert.errors import CbnWarning, DataError, RunError
 
 pytestmark = pytest.mark.xdist_group("compare")  # one process makes what most of these tests start from
 
@@ -337,3 +337,17 @@ def test_a_dry_run_writes_nothing(colors: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match="does not exist"):
         check(small(tmp_path / "nowhere", tmp_path / "out"), resume=False, overwrite=False)
+
+
+def test_test_images_that_serve_for_validation_are_no_test(tmp_path: Path) -> None:
+    colors = write_colors(tmp_path / "colors")
+    (colors / "val").rename(colors / "test")
+    with pytest.warns(CbnWarning, match="test/ serves for validation, and is no test any more"):
+        images = check(small(colors, tmp_path / "out"), resume=False, overwrite=False)
+    assert not images.tested
+    assert images.counts == {"classes": ["blue", "red"], "train": [16, 16], "val": [6, 6]}
+    config = small(colors, tmp_path / "out")
+    config.run.val_fraction = 0.25
+    images = check(config, resume=False, overwrite=False)
+    assert images.tested
+    assert images.counts == {"classes": ["blue", "red"], "train": [12, 12], "val": [4, 4], "test": [6, 6]}

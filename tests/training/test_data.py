@@ -333,6 +333,13 @@ def test_of_several_folders_for_validation_the_first_is_taken(colors: Path) -> N
         )
 
 
+def test_a_test_folder_without_classes_does_not_serve_for_validation(colors: Path) -> None:
+    shutil.rmtree(colors / "val")
+    write_image(colors / "test/0.png", (9, 9, 9), 0)
+    with pytest.raises(DataError, match=r"has no val/ folder; add one, or hold out .* --val-fraction 0\.2"):
+        read_splits(str(colors), None, 0)
+
+
 def test_an_evaluation_of_a_folder_with_training_images_alone_asks_which(colors: Path) -> None:
     shutil.rmtree(colors / "val")
     with pytest.raises(DataError, match=r"has train/ but no val/; say which images are meant, such as --split train"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -71,17 +69,3 @@ def test_a_long_image_is_never_much_larger_than_it_was(
     (batch,) = list(loader)
     assert tuple(batch.images.shape[1:]) == data_config["input_size"]
     assert max(made) <= 2 * 128 * 160
-
-
-def test_memory_of_a_long_image() -> None:
-    code = (
-        "import resource; from timm.data import resolve_data_config; from PIL import Image\n"
-        "from cbn_convert.training.transforms import PlainTransform\n"
-        "transform = PlainTransform(resolve_data_config({'img_size': 224}))\n"
-        "transform(Image.new('RGB', (300, 300)))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "transform(Image.new('RGB', (60_000, 40)))\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    assert int(done.stdout) < 150  # MB; the strip as timm resizes it has 393
