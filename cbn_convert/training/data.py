@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DataError
 from . import named
+from .channels import ARRAY
 from .images import open_image
 
 _IMAGES = "such as .jpg or .png"
@@ -24,7 +26,7 @@ class Split:
 
     samples: list[tuple[str, int]]
     classes: list[str]
-    open: Callable[[str], Image.Image] = open_image
+    open: Callable[..., Image.Image | Tensor] = open_image  # of a name, and the number of channels
 
     def counts(self) -> list[int]:
         """Images of each class."""
@@ -88,7 +90,7 @@ def _images(folder: Path) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
+            if name.lower().endswith((*IMG_EXTENSIONS, ARRAY)) and not name.startswith("."):
                 yield str(Path(root, name))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DataError
@@ -28,7 +29,7 @@ _LAYOUT = "KEY.jpg and KEY.cls, the latter holding the number of the class"
 Member = tuple[str, int, int]  # the shard, and where in it the image begins and how many bytes it has
 
 
-def read(folder: Path, split: str) -> tuple[list[tuple[str, int]], list[str], partial[Image.Image]]:
+def read(folder: Path, split: str) -> tuple[list[tuple[str, int]], list[str], partial[Image.Image | Tensor]]:
     """Names of the images with class indices, the classes, and what opens an image of that name.
 
     The shards are those that `_info.json` lists for the split, as timm has it, or SPLIT-*.tar. Labels are in KEY.cls,
@@ -116,7 +117,7 @@ def _label(value: Any, shard: Path, key: str) -> int:
     return label
 
 
-def _open(members: dict[str, Member], name: str) -> Image.Image:
+def _open(members: dict[str, Member], name: str, channels: int = 3) -> Image.Image | Tensor:
     shard, start, size = members[name]
     try:
         with Path(shard).open("rb") as file:
@@ -126,4 +127,4 @@ def _open(members: dict[str, Member], name: str) -> Image.Image:
         raise DataError(
             f"cannot read {shard} ({error.strerror}); the folder must not change while a run lasts"
         ) from error
-    return open_image(name, BytesIO(content))
+    return open_image(name, BytesIO(content), channels)
