@@ -20,7 +20,7 @@ import timm
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from timm.data import resolve_input_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_input_data_config
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -39,7 +39,8 @@ class ModelSpec:
     model: a timm name, "hf-hub:OWNER/NAME", "local-dir:DIR" or DIR (what `export` writes), or a file of weights.
     arch: the timm name for such a file; by default the "architecture" in the metadata of a .safetensors file.
     checkpoint: a .safetensors file, or one of torch.save that loads with weights_only=True, as in `load_weights`.
-    model_kwargs: passed to timm.create_model. mean, std, img_size: override the model's data config.
+    model_kwargs: passed to timm.create_model. mean, std, img_size: override the model's data config; mean and std have
+    one value for each channel of the images, or one for all.
     """
 
     model: str
@@ -73,15 +74,30 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
         model = _create(name, {**kwargs, "pretrained": False}, spec)
         if checkpoint is not None:
             load_weights(model, checkpoint, new_head=num_classes is not None)
-    cfg = dict(model.pretrained_cfg)
-    if spec.img_size is not None:
-        cfg["input_size"] = (cfg.get("input_size", (3,))[0], spec.img_size, spec.img_size)
-    for key, value in (("mean", spec.mean), ("std", spec.std)):
-        if value is not None:
-            cfg[key] = value
-    _check_data_config(cfg, name)
-    model.pretrained_cfg = cfg
+    model.pretrained_cfg = _data_config(model, spec, name)
     return model
+
+
+def _data_config(model: Any, spec: ModelSpec, name: str) -> dict[str, Any]:
+    """The model's pretrained_cfg, with the images that it takes in this form and as `spec` has them."""
+    cfg = dict(model.pretrained_cfg)
+    given = {key: tuple(value) for key, value in (("mean", spec.mean), ("std", spec.std)) if value is not None}
+    _check_data_config(cfg, name)
+    channels = input_channels(model)
+    for key, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        values = given.get(key) or cfg.get(key) or default
+        if len(values) not in (1, channels):
+            if key in given:
+                raise ModelError(
+                    f"{key} has {len(values)} values, but {name} takes images with {channels} "
+                    f"channel{'s' * (channels > 1)}; give one for each, or one for all"
+                )
+            values = [sum(values) / len(values)]  # what timm does
+        cfg[key] = tuple(values) * (channels if len(values) == 1 else 1)
+    _check_data_config({**cfg, "input_size": (channels, 1, 1)}, name)
+    size = cfg.get("input_size", (RGB, 224, 224))[1:]
+    cfg["input_size"] = (channels, *(size if spec.img_size is None else (spec.img_size, spec.img_size)))
+    return cfg
 
 
 def _check_data_config(cfg: dict[str, Any], name: str) -> None:

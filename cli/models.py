@@ -18,6 +18,7 @@ def inspect(
     arch: o.Arch = None,
     checkpoint: o.Checkpoint = None,
     model_kwargs: o.ModelKwargs = None,
+    in_chans: o.InChans = None,
     img_size: o.ImgSize = None,
     window: o.Window = None,
     compensation: o.Compensation = "projection",
@@ -30,7 +31,7 @@ def inspect(
 
     A timm name is looked at without weights, so nothing is downloaded.
     """
-    spec = o.parse_model(model, arch, checkpoint, False, model_kwargs, img_size=img_size)
+    spec = o.parse_model(model, arch, checkpoint, False, model_kwargs, in_chans, img_size=img_size)
     with Session(as_json, debug, quiet) as session:
         import timm
         import torch
@@ -54,6 +55,7 @@ def convert(
     checkpoint: o.Checkpoint = None,
     pretrained: o.Pretrained = True,
     model_kwargs: o.ModelKwargs = None,
+    in_chans: o.InChans = None,
     mean: o.Mean = None,
     std: o.Std = None,
     img_size: o.ImgSize = None,
@@ -72,7 +74,9 @@ def convert(
     The folder holds model.safetensors and config.json as timm loads them, since a converted model has the same weights
     and the same outputs, and conversion.json, the report. `cbn finetune --model local-dir:DIR` goes on from there.
     """
-    spec = o.parse_model(model, arch, checkpoint, pretrained, model_kwargs, mean, std, img_size)
+    spec = o.parse_model(
+        model, arch, checkpoint, pretrained, model_kwargs, in_chans, mean=mean, std=std, img_size=img_size
+    )
     window_options: dict[str, Any] = {
         **({} if window is None else {"window": window}), "compensation": compensation, "gradient": gradient,
         "history": history,

@@ -34,17 +34,17 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
 
 
 def parse_channels(text: str | None, name: str) -> tuple[float, ...] | None:
-    """Reads "0.5" or "0.5,0.5,0.5" as three numbers. Raises typer.BadParameter."""
+    """Reads "0.5" or "0.5,0.5,0.5" as one number for all channels, or one for each. Raises typer.BadParameter."""
     if text is None:
         return None
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) == 1:
-        values *= 3
-    if len(values) != 3 or (name == "--std" and min(values) <= 0):
-        raise typer.BadParameter(f"{text!r} is not one or three numbers such as 0.485,0.456,0.406", param_hint=name)
+    if not values or (name == "--std" and min(values) <= 0):
+        raise typer.BadParameter(
+            f"{text!r} is not one number, or one for each channel, such as 0.485,0.456,0.406", param_hint=name
+        )
     return values
 
 
@@ -54,20 +54,24 @@ def parse_model(
     checkpoint: Path | None,
     pretrained: bool,
     model_kwargs: str | None,
-    mean: str | None = None,
-    std: str | None = None,
-    img_size: int | None = None,
+    in_chans: int | None,
+    **images: Any,
 ) -> dict[str, Any]:
-    """The arguments of cbn_convert.models.ModelSpec."""
+    """The arguments of cbn_convert.models.ModelSpec; `images`: mean, std, img_size as they were given."""
+    kwargs = parse_kwargs(model_kwargs)
+    if in_chans is not None:
+        if "in_chans" in kwargs:
+            raise typer.BadParameter("in_chans is in --model-kwargs, too; leave it out there", param_hint="--in-chans")
+        kwargs["in_chans"] = in_chans
     return {
         "model": model,
         "arch": arch,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "pretrained": pretrained,
-        "model_kwargs": parse_kwargs(model_kwargs),
-        "mean": parse_channels(mean, "--mean"),
-        "std": parse_channels(std, "--std"),
-        "img_size": img_size,
+        "model_kwargs": kwargs,
+        "mean": parse_channels(images.get("mean"), "--mean"),
+        "std": parse_channels(images.get("std"), "--std"),
+        "img_size": images.get("img_size"),
     }
 
 
@@ -86,6 +90,9 @@ ModelKwargs = Annotated[
 ]
 Mean = Annotated[str | None, typer.Option(help="Channel means, e.g. 0.5,0.5,0.5.", rich_help_panel=WEIGHTS)]
 Std = Annotated[str | None, typer.Option(help="Channel standard deviations.", rich_help_panel=WEIGHTS)]
+InChans = Annotated[
+    int | None, typer.Option(min=1, help="Channels of the images; default: as the model has.", rich_help_panel=WEIGHTS)
+]
 ImgSize = Annotated[int | None, typer.Option(min=1, help="Height and width of the input.", rich_help_panel=WEIGHTS)]
 
 Window = Annotated[

@@ -61,6 +61,7 @@ def write_card(
         *_classes(config.get("label_names", [])),
         f"- **input:** {' × '.join(map(str, data['input_size']))}, mean {_text(data['mean'])}, "
         f"std {_text(data['std'])}, {data['interpolation']} interpolation",
+        *_images(data["input_size"][0]),
         f"- **normalization:** {'GroupNorm' if group_norm else _FOLDS[fold]}",
         *(f"- **{_NAMES.get(key, key.replace('_', ' '))}:** {_text(value)}" for key, value in about.items()),
         f"- **versions:** cbn_convert {version}, timm {timm.__version__}, torch {torch.__version__}",
@@ -69,6 +70,13 @@ def write_card(
     if graphs:
         lines += ["", "The same model, folded into the convs, for any number of images:", "", *graphs]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _images(channels: int) -> list[str]:
+    """What timm's transforms are to be given, where that is not an RGB image."""
+    if channels == 1:
+        return ['- **images:** greyscale, `PIL.Image.open(FILE).convert("L")`']
+    return [f"- **images:** tensors [{channels}, H, W] with values from 0 to 1"] * (channels != 3)
 
 
 def _classes(names: list[str]) -> list[str]:

@@ -69,9 +69,12 @@ class FinetuneConfig:
         },
     )  # fmt: skip
     mean: tuple[float, ...] | None = _setting(
-        None, MODEL, "Channel means, e.g. 0.5,0.5,0.5.", type=str, metavar="M,M,M"
+        None, MODEL, "Channel means, e.g. 0.5,0.5,0.5, or one for all.", type=str, metavar="M,M,M"
     )
     std: tuple[float, ...] | None = _setting(None, MODEL, "Channel standard deviations.", type=str, metavar="S,S,S")
+    in_chans: int | None = _setting(
+        None, MODEL, "Channels of the images, e.g. 1 for greyscale; default: as the model has.", least=1
+    )
     img_size: int | None = _setting(None, MODEL, "Height and width of the input.", least=1)
     drop_path: float = _setting(0.0, MODEL, "Stochastic depth rate.", least=0, below=1)
     freeze: str | None = _setting(
@@ -173,6 +176,8 @@ class FinetuneConfig:
             raise RunError(f"lr has no automatic value for opt {self.opt!r}, only for sgd and adamw; give a rate")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise RunError(f"lr must be above 0, got {self.lr}")
+        if self.in_chans is not None and "in_chans" in self.model_kwargs:
+            raise RunError("in_chans is in model_kwargs, too; leave it out there")
         if self.norm == "gn" and self.freeze:
             raise RunError("freeze keeps BatchNorm's statistics, and a GroupNorm run has none; leave out norm 'gn'")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
@@ -210,7 +215,9 @@ class FinetuneConfig:
         """The part that describes the model."""
         from ..models import ModelSpec
 
-        return ModelSpec(**{f.name: getattr(self, f.name) for f in fields(ModelSpec)})
+        channels = {} if self.in_chans is None else {"in_chans": self.in_chans}
+        settings = {f.name: getattr(self, f.name) for f in fields(ModelSpec)}
+        return ModelSpec(**{**settings, "model_kwargs": {**self.model_kwargs, **channels}})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

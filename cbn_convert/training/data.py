@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..errors import CbnWarning, DataError, printable
 from . import named
@@ -25,7 +26,7 @@ class Split:
 
     samples: list[tuple[str, int]]
     classes: list[str]
-    open: Callable[[str], Image.Image] = open_image
+    open: Callable[..., Image.Image | Tensor] = open_image  # of a name, and the number of channels
 
     def counts(self) -> list[int]:
         """Images of each class."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError, printable
+from .channels import ARRAY
 from .images import endings
 
 # where the images may be by which a run is judged, in the order in which they are looked for
@@ -27,7 +28,7 @@ _FOREIGN = {
     ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".rwl", ".raf", ".pef", ".srw", ".3fr", ".iiq", ".x3f",
 }  # fmt: skip
 # what lies beside images by the thousand and need not be looked into
-_SIDECARS = {".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".npy", ".npz", ".db"}
+_SIDECARS = {".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".npz", ".db"}
 _BEGINS_LIKE_AN_IMAGE = re.compile(
     rb"(?s)\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|II\*\0|MM\0\*|RIFF....WEBP|....ftyp(heic|heix|mif1|avif)|.{128}DICM"
 )
@@ -66,10 +67,11 @@ def composed(name: str) -> str:
 def find_images(folder: Path) -> Found:
     """What is below the folder, links followed, each folder once though links may lead round in a circle.
 
-    Raises DataError if a folder cannot be read.
+    Arrays are images where there are no others; beside pictures they are what somebody has made of them. Raises
+    DataError if a folder cannot be read.
     """
     readable = endings()
-    found = Found([], [])
+    found, arrays = Found([], []), []
     seen = {os.path.realpath(parent) for parent in folder.parents}
     for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         if (real := os.path.realpath(root)) in seen:
@@ -83,9 +85,11 @@ def find_images(folder: Path) -> Found:
             path, ending = os.path.join(root, name), os.path.splitext(name)[1].lower()  # noqa: PTH118, PTH122
             if ending in readable:
                 found.images.append(path)
+            elif ending == ARRAY:
+                arrays.append(path)
             elif ending in _FOREIGN or (ending not in _SIDECARS and _looks_like_an_image(path)):
                 found.left_out.append(path)
-    return Found(sorted(found.images), sorted(found.left_out))
+    return Found(sorted(found.images or arrays), sorted(found.left_out))
 
 
 def _is_system(name: str) -> bool:

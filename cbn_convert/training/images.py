@@ -1,4 +1,4 @@
-"""Reading image files, whatever they hold, as 8-bit RGB."""
+"""Reading image files, whatever they hold, as 8-bit RGB or in as many channels as a model takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import IO
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ..errors import DataError
+from .channels import ARRAY, MODES, read_array, read_planes
 from .metadata import upright, without_metadata
 
 _SIXTEEN_BIT = 65535 / 255
@@ -26,48 +28,61 @@ def endings() -> set[str]:
     return (pictures | {".mpo"}) - {".pfm"}  # the latter's floating-point values have no known range
 
 
-def open_image(path: str, file: IO[bytes] | None = None) -> Image.Image:
+def open_image(path: str, file: IO[bytes] | None = None, channels: int = 3) -> Image.Image | Tensor:
     """Reads an image as RGB: turned as its EXIF data say, on white where it is transparent, 16 bits scaled to 8.
 
-    With `file`, what is open already, `path` is only its name.
+    With `file`, what is open already, `path` is only its name. For a model that takes 1 of `channels` it is greyscale,
+    for another number a tensor [C, H, W] in [0, 1] of all that the file has, be it RGBA, CMYK, a TIFF with a page for
+    each, or an array as in `read_array`.
 
     Images of any size are read; the memory for one is 3 bytes a pixel. Metadata may be damaged. Raises DataError naming
-    the file if its pixels cannot be read or are floating-point values.
+    the file if its pixels cannot be read, are floating-point values or have another number of channels.
     """
     try:
+        if file is None and path.lower().endswith(ARRAY):
+            return read_array(path, channels)
         with _any_size():
-            return _read(path if file is None else file)
+            return _read(path, file, channels)
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders raise many types, all of them about this file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
+        remedy = "repair or remove it" if channels in MODES else f"store it as an array in a {ARRAY} file"
         raise DataError(
-            f"cannot read the image {path} ({type(error).__name__}: {reason}); repair or remove it, or pass "
-            "--skip-bad-images"
+            f"cannot read the image {path} ({type(error).__name__}: {reason}); {remedy}, or pass --skip-bad-images"
         ) from error
 
 
-def _read(source: str | IO[bytes]) -> Image.Image:
+def _read(path: str, file: IO[bytes] | None, channels: int) -> Image.Image | Tensor:
     try:
-        with Image.open(source) as image:
-            image.load()
-            return _rgb(upright(image))
+        with Image.open(path if file is None else file) as image:
+            return _pixels(path, image, channels, image.info.get("exif", b""))
+    except DataError:
+        raise
     except Exception:
-        if isinstance(source, str):
-            content = Path(source).read_bytes()
+        if file is None:
+            content = Path(path).read_bytes()
         else:
-            source.seek(0)
-            content = source.read()
+            file.seek(0)
+            content = file.read()
         if (bare := without_metadata(content)) is None:
             raise
         try:
             with Image.open(BytesIO(bare.content)) as image:
-                image.load()
-                return _rgb(upright(image, bare.exif))
+                return _pixels(path, image, channels, bare.exif)
         except Exception:
             pass  # it is the pixels that are damaged
         raise
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _pixels(path: str, image: Image.Image, channels: int, exif: bytes) -> Image.Image | Tensor:
+    """Those of an open image; `exif`: the block of its metadata."""
+    image.load()
+    return read_planes(path, image, channels) if channels not in MODES else _rgb(upright(image, exif), MODES[channels])
+
+
+def _rgb(image: Image.Image, mode: str) -> Image.Image:
+    """In the mode "RGB", or from there in "L"."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # Pillow's own conversion cuts everything above 255 off
@@ -80,7 +95,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+    return image if image.mode == mode else image.convert("RGB").convert(mode)
 
 
 @contextmanager

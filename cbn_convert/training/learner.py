@@ -131,7 +131,7 @@ class Learner:
         return bad
 
     def on_device(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] where and how the model wants them."""
+        """Images [N, C, H, W] where and how the model wants them."""
         memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
         return images.to(self.device, non_blocking=True, memory_format=memory_format)
 

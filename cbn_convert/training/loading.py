@@ -11,6 +11,7 @@ import queue
 import random
 import signal
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ..errors import DataError, printable
+from ..errors import CbnWarning, DataError, RunError, printable
+from .channels import MODES, blank
 from .config import FinetuneConfig
 from .data import Split
 from .transforms import PlainTransform
@@ -38,7 +40,7 @@ EVALUATION_PIXELS = 32 * 224**2
 
 
 class Batch(NamedTuple):
-    """Images [N, 3, H, W], labels [N], and the files among them that could not be read."""
+    """Images [N, C, H, W], labels [N], and the files among them that could not be read."""
 
     images: Tensor
     labels: Tensor
@@ -97,10 +99,13 @@ class StepSampler(Sampler[list[Item]]):
 
 
 class ImageList(Dataset[Any]):
-    """A split with a transform; items are a tensor, a label and the paths of files that could not be read."""
+    """A split with a transform; items are a tensor, a label and the paths of files that could not be read.
 
-    def __init__(self, split: Split, transform: Any, skip_bad: bool = False) -> None:
-        self.split, self.transform, self.skip_bad = split, transform, skip_bad
+    Images have as many `channels` before they are transformed.
+    """
+
+    def __init__(self, split: Split, transform: Any, channels: int, skip_bad: bool = False) -> None:
+        self.split, self.transform, self.channels, self.skip_bad = split, transform, channels, skip_bad
 
     def __len__(self) -> int:
         return len(self.split.samples)
@@ -111,24 +116,17 @@ class ImageList(Dataset[Any]):
         for place in range(index, index + len(self)):
             path, label = self.split.samples[place % len(self)]
             try:
-                image = self.split.open(path)
+                image = self.split.open(path, channels=self.channels)
             except DataError:
                 if not self.skip_bad:
                     raise
                 bad.append(printable(path))
                 if seed is not None:
                     continue  # another image in its place, so that every step has as many
-                image, label = open_blank(), IGNORED
+                image, label = blank(self.channels), IGNORED
             with seeded(seed):
                 return self.transform(image), label, bad
         raise DataError(f"none of the {len(self)} images can be read, the first is {self.split.samples[0][0]}")
-
-
-def open_blank() -> Any:
-    """What stands for an image that cannot be read, where it is counted as none."""
-    from PIL import Image
-
-    return Image.new("RGB", (1, 1))
 
 
 @contextmanager
@@ -161,9 +159,10 @@ def training_loader(
         len(split.samples), config.batch_size, config.seed, accumulate=config.accumulate, rank=rank, ranks=ranks,
         weights=weights,
     )  # fmt: skip
+    channels = data_config["input_size"][0]
     changes = {
         "scale": (config.min_scale, 1.0), "hflip": config.hflip, "vflip": config.vflip,
-        "color_jitter": config.color_jitter or None, "auto_augment": config.auto_augment,
+        "color_jitter": _color_jitter(config, channels), "auto_augment": config.auto_augment,
         "re_prob": config.random_erasing, "re_mode": "pixel",
     }  # fmt: skip
     try:
@@ -177,7 +176,29 @@ def training_loader(
             f"timm makes no augmentation of auto_augment {config.auto_augment!r} ({error}); "
             "give a policy such as rand-m9-mstd0.5"
         ) from error
-    return _loader(ImageList(split, transform, config.skip_bad_images), config.workers, batch_sampler=sampler), sampler
+    images = ImageList(split, transform, channels, config.skip_bad_images)
+    return _loader(images, config.workers, batch_sampler=sampler), sampler
+
+
+def _color_jitter(config: FinetuneConfig, channels: int) -> float | None:
+    """Its strength; None, with a CbnWarning, for images of which nobody knows what their channels are.
+
+    Raises RunError if it was asked for, or a policy of colour changes.
+    """
+    if channels in MODES or not (config.color_jitter or config.auto_augment):
+        return config.color_jitter or None
+    for name in ("auto_augment", "color_jitter"):
+        if getattr(config, name) not in (0, getattr(FinetuneConfig, name)):
+            raise RunError(
+                f"{name} changes colours, which images with {channels} channels do not have; leave "
+                f"--{name.replace('_', '-')} out"
+            )
+    warnings.warn(
+        f"images with {channels} channels have no colours to change, so --color-jitter is left out",
+        CbnWarning,
+        stacklevel=3,
+    )
+    return None
 
 
 def plain_loader(
@@ -193,7 +214,7 @@ def plain_loader(
 ) -> ImageLoader:
     """Every image once, unchanged, in order; each of `ranks` processes gets every so many-th. `indices`: only those."""
     chosen = (range(len(split.samples)) if indices is None else indices)[rank::ranks]
-    images = ImageList(split, PlainTransform(data_config), skip_bad)
+    images = ImageList(split, PlainTransform(data_config), data_config["input_size"][0], skip_bad)
     return _loader(images, workers, batch_size=batch_size, sampler=[(i, None) for i in chosen])
 
 

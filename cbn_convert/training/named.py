@@ -10,12 +10,13 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
+from torch import Tensor
 
 from ..errors import DataError
 from . import shards
 from .images import open_image
 
-Images = tuple[list[tuple[str, int]], list[str], Callable[[str], Image.Image]]
+Images = tuple[list[tuple[str, int]], list[str], Callable[..., Image.Image | Tensor]]
 
 VALIDATION = ("validation", "val", "valid", "test")  # splits that may serve for validation, the first that is there
 _HUB, _SHARDS = "hfds/", "wds/"
@@ -68,7 +69,7 @@ def _read_hub(name: str, split: str) -> Images:
     return samples, classes, partial(_open, reader)
 
 
-def _open(reader: Any, name: str) -> Image.Image:
+def _open(reader: Any, name: str, channels: int = 3) -> Image.Image | Tensor:
     file, _ = reader[int(name.rpartition("/")[2])]
     with file:
-        return open_image(name, file)
+        return open_image(name, file, channels)

@@ -81,7 +81,7 @@ def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
     described = {
         "architecture": model.pretrained_cfg["architecture"],
         "spec": {
-            "model_kwargs": config.model_kwargs, "mean": data_config["mean"], "std": data_config["std"],
+            "model_kwargs": config.model_spec().model_kwargs, "mean": data_config["mean"], "std": data_config["std"],
             "img_size": data_config["input_size"][-1],
         },
     }  # fmt: skip

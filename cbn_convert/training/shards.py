@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from ..errors import CbnWarning, DataError, printable
 from .images import endings, open_image
@@ -28,7 +29,7 @@ _LAYOUT = "KEY.jpg and KEY.cls, the latter holding the number of the class"
 Member = tuple[str, int, int]  # the shard, and where in it the image begins and how many bytes it has
 
 
-Images = tuple[list[tuple[str, int]], list[str], partial[Image.Image]]
+Images = tuple[list[tuple[str, int]], list[str], partial[Image.Image | Tensor]]
 
 
 def read(folder: Path, splits: tuple[str, ...]) -> tuple[str, Images]:
@@ -129,7 +130,7 @@ def _label(value: Any, shard: Path, key: str) -> int:
     return label
 
 
-def _open(members: dict[str, Member], name: str) -> Image.Image:
+def _open(members: dict[str, Member], name: str, channels: int = 3) -> Image.Image | Tensor:
     shard, start, size = members[name]
     try:
         with Path(shard).open("rb") as file:
@@ -139,4 +140,4 @@ def _open(members: dict[str, Member], name: str) -> Image.Image:
         raise DataError(
             f"cannot read {shard} ({error.strerror}); the folder must not change while a run lasts"
         ) from error
-    return open_image(name, BytesIO(content))
+    return open_image(name, BytesIO(content), channels)

@@ -24,8 +24,10 @@ class PlainTransform:
         self.steps = create_transform(**data_config, is_training=False).transforms
         self.filter = str_to_pil_interp(data_config["interpolation"])
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """The image as a tensor [C, H, W]."""
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """The image as a tensor [C, H, W]; one that is a tensor in [0, 1] goes all of timm's way."""
+        if isinstance(image, Tensor):
+            return Compose(self.steps)(image)
         resize, crop, *rest = self.steps
         height, width = self._resized(resize, image)
         if not (height and width):  # kept whole, it would be thinner than a pixel

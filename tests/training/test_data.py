@@ -353,3 +353,14 @@ def test_validation_by_the_training_images_is_said(colors: Path) -> None:
     (colors / "val").symlink_to(colors / "train")
     with pytest.warns(CbnWarning, match=r"train/blue holds training images and validation images alike"):
         read_splits(str(colors), None, 0)
+
+
+def test_arrays_are_images_where_there_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("a/0.npy", "a/1.NPY", "b/2.npy"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    write_image(tmp_path / "b/3.png", (9, 9, 9), 0)
+    split = read_classes(tmp_path)
+    assert split.samples == [
+        (str(tmp_path / name), label) for name, label in (("a/0.npy", 0), ("a/1.NPY", 0), ("b/3.png", 1))
+    ]
