@@ -155,9 +155,12 @@ def load_weights(model: Any, checkpoint: str | Path, new_head: bool = False) -> 
             if keys
         ]  # fmt: skip
         where = f" ({report})" if (report := found.report()) else ""
+        remedy = "check the model name and --model-kwargs"
+        if shapes and not (missing or unexpected or kinds) and set(shapes) <= set(_stems(model)):
+            channels = state[shapes[0]].shape[1] * input_channels(model) // own[shapes[0]].shape[1]
+            remedy = f"they are for images with another number of channels: pass --in-chans {channels}"
         raise ModelError(
-            f"{checkpoint} does not hold the weights of this architecture{where}: {', '.join(problems)}; "
-            "check the model name and --model-kwargs"
+            f"{checkpoint} does not hold the weights of this architecture{where}: {', '.join(problems)}; {remedy}"
         )
     model.load_state_dict(state, strict=False)
     _check_weights(model, str(checkpoint))
@@ -167,19 +170,25 @@ def load_weights(model: Any, checkpoint: str | Path, new_head: bool = False) -> 
 
 def _adapt_stem(model: Any, state: dict[str, Tensor]) -> str:
     """Makes a stem for 3 channels one for as many as the model takes, in place, as timm does; says so."""
-    stems, said = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or (), ""
-    for name in [stems] if isinstance(stems, str) else stems:
-        key, stem = f"{name}.weight", dict(model.named_modules()).get(name)
-        weight = state.get(key)
-        if weight is None or not isinstance(stem, nn.Conv2d):
+    said = ""
+    for key, stem in _stems(model).items():
+        weight, channels = state.get(key), input_channels(model)
+        if weight is None:
             continue
-        channels = input_channels(model)
         expected = list(stem.weight.shape)
         expected[1] = expected[1] * RGB // channels  # some see pixels in groups: so many times the channels
         if channels != RGB and list(weight.shape) == expected:
             state[key] = adapt_input_conv(channels, weight, base_chans=RGB)
             said = f"with {key} adapted from {RGB} channels to {channels}"
     return said
+
+
+def _stems(model: Any) -> dict[str, nn.Conv2d]:
+    """The convs that see the images, by the names of their weights."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    modules = dict(model.named_modules())
+    stems = {f"{name}.weight": modules.get(name) for name in ([names] if isinstance(names, str) else names)}
+    return {key: stem for key, stem in stems.items() if isinstance(stem, nn.Conv2d)}
 
 
 def input_channels(model: Any) -> int:

@@ -68,7 +68,7 @@ def test_every_flag_sets_its_field(read: Reader) -> None:
     options, defaults = parameters(), FinetuneConfig("d", "m", "o").to_dict()
     special: dict[str, tuple[str, Any]] = {
         "lr": ("0.25", 0.25), "model_kwargs": ("a=1,b=same,c=False", {"a": 1, "b": "same", "c": False}),
-        "mean": ("0.5", (0.5, 0.5, 0.5)), "std": ("0.1,0.2,0.3", (0.1, 0.2, 0.3)), "pretrained": ("", False),
+        "mean": ("0.5", (0.5,)), "std": ("0.1,0.2,0.3", (0.1, 0.2, 0.3)), "pretrained": ("", False),
     }  # fmt: skip
     for f in fields(FinetuneConfig):
         if f.name in cli_settings.GIVEN:
@@ -108,7 +108,7 @@ def test_mappings_lists_and_numbers_as_yaml_has_them(read: Reader) -> None:
         "mean: [0.5, 0.25, 0.125]\nstd: 0.5\nlr: 1e-3\nweight_decay: 1e-5\nfreeze: [stem, stage1]\nema: 0.99\n"
     )
     assert got.model_kwargs == {"pad_type": "same", "drop_rate": 0.5, "zero_init_last": False, "act_layer": None}
-    assert (got.mean, got.std) == ((0.5, 0.25, 0.125), (0.5, 0.5, 0.5))
+    assert (got.mean, got.std) == ((0.5, 0.25, 0.125), (0.5,))
     assert (got.lr, got.weight_decay, got.freeze, got.ema) == (1e-3, 1e-5, "stem,stage1", 0.99)
     assert read("lr: auto\nmodel_kwargs: pad_type=same\n").model_kwargs == {"pad_type": "same"}
 
@@ -195,7 +195,7 @@ def test_the_settings_of_a_run_are_a_file_for_the_next(colors: Path, tmp_path: P
     losses = [[r["loss"] for r in read_metrics(run) if r["event"] == "eval"] for run in (first, second)]
     assert losses[0] == losses[1]
     resolved = FinetuneConfig.of_run(second)
-    assert resolved.mean == (0.4, 0.4, 0.4)
+    assert resolved.mean == (0.4,)
     assert resolved.model_kwargs == {"zero_init_last": False}
 
 
