@@ -160,7 +160,7 @@ def training_loader(
         weights=weights,
     )  # fmt: skip
     channels = data_config["input_size"][0]
-    changes = {
+    changes = {} if config.no_aug else {
         "scale": (config.min_scale, 1.0), "hflip": config.hflip, "vflip": config.vflip,
         "color_jitter": _color_jitter(config, channels), "auto_augment": config.auto_augment,
         "re_prob": config.random_erasing, "re_mode": "pixel",

@@ -221,7 +221,12 @@ def test_images_that_cannot_be_read_are_left_out(channels: int, tmp_path: Path) 
         Image.new({1: "L", 3: "RGB", 4: "RGBA"}[channels], (8, 8)).save(path)
     paths[1].write_bytes(b"junk")
     split = Split([(str(path), 0) for path in paths], ["a"])
-    about = {"input_size": (channels, 8, 8), "mean": (0.5,) * channels, "std": (0.2,) * channels}
+    about = {
+        "input_size": (channels, 8, 8),
+        "interpolation": "bicubic",
+        "mean": (0.5,) * channels,
+        "std": (0.2,) * channels,
+    }
     (batch,) = batches(plain_loader(split, about, 4, 0, skip_bad=True))
     assert batch.labels.tolist() == [0, -100, 0]
     assert batch.images.shape == (3, channels, 8, 8)

@@ -62,7 +62,7 @@ def test_a_long_image_is_never_much_larger_than_it_was(
         return resize(self, new, *more, **named)
 
     monkeypatch.setattr(Image.Image, "resize", spy)
-    split = Split([("x", 0), ("x", 1)], ["a", "b"], open=lambda path: Image.new("RGB", size, (200, 100, 50)))
+    split = Split([("x", 0), ("x", 1)], ["a", "b"], open=lambda path, channels: Image.new("RGB", size, (200, 100, 50)))
     config = FinetuneConfig("d", "m", "o", batch_size=2, workers=0, no_aug=no_aug)
     data_config = settings(way)
     loader, _ = training_loader(split, data_config, config)
