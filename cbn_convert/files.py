@@ -18,7 +18,11 @@ from .errors import RunError
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises RunError if `path` is a file, or a folder with something in it and `overwrite` is False."""
+    """Raises RunError if `path` is a file, a folder with something in it and `overwrite` is False, or no UTF-8."""
+    try:
+        os.fsencode(path.absolute()).decode()
+    except UnicodeDecodeError:  # safetensors writes to no such path
+        raise RunError(f"the name of {path.absolute()} is not UTF-8; choose another output folder") from None
     if path.is_file():
         raise RunError(f"{path} is a file; choose a folder as output")
     if path.is_dir() and not overwrite and not all(_is_litter(entry.name) for entry in path.iterdir()):
@@ -134,7 +138,9 @@ def replaced_file(path: Path, binary: bool = False) -> Iterator[Any]:
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
         try:
-            with os.fdopen(descriptor, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
+            # a file name that is no UTF-8 has characters that UTF-8 lacks; escaped, they are valid in JSON
+            text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace"}
+            with os.fdopen(descriptor, "wb" if binary else "w", **text) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
