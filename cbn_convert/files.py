@@ -15,16 +15,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import RunError, printable
+from .errors import RunError
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises RunError if `path` is a file, or a folder with something in it and `overwrite` is False.
-
-    Also if its name is not UTF-8, which could be neither stored nor printed.
-    """
-    if printable(str(path)) != str(path):
-        raise RunError(f"the name of {path} is not UTF-8; choose another output folder")
+    """Raises RunError if `path` is a file, a folder with something in it and `overwrite` is False, or no UTF-8."""
+    try:
+        os.fsencode(path.absolute()).decode()
+    except UnicodeDecodeError:  # safetensors writes to no such path
+        raise RunError(f"the name of {path.absolute()} is not UTF-8; choose another output folder") from None
     if path.is_file():
         raise RunError(f"{path} is a file; choose a folder as output")
     if path.is_dir() and not overwrite and not all(_is_litter(entry.name) for entry in path.iterdir()):
@@ -177,9 +176,11 @@ def replaced_file(path: Path, binary: bool = False) -> Iterator[Any]:
     with writing(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
     temporary = Path(name)
+    # a file name that is no UTF-8 has characters that UTF-8 lacks; escaped, they are valid in JSON
+    text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace"}
     try:
         with writing(path, temporary):
-            with os.fdopen(descriptor, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
+            with os.fdopen(descriptor, "wb" if binary else "w", **text) as file:
                 yield file
         with writing(path):
             _fsync(temporary)

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from cbn_convert.comparison.summary import Comparison
 
 GRID_PANEL = "What is compared"
-_DEFAULTS = ComparisonConfig.__dataclass_fields__
+_DEFAULTS: dict[str, Any] = {name: field.default for name, field in ComparisonConfig.__dataclass_fields__.items()}
 _AXES = ("norms", "batch_sizes", "lrs", "seeds", "reference", "jobs")  # what a resumed comparison may have otherwise
 
 
 def _joined(name: str) -> str:
-    return ",".join(map(str, _DEFAULTS[name].default))
+    return ",".join(map(str, _DEFAULTS[name]))
 
 
 @with_settings(*GRID, first=(*_AXES, "images"))
@@ -55,13 +55,11 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs at the best rate.", rich_help_panel=GRID_PANEL)] = _DEFAULTS[
         "seeds"
-    ].default,
+    ],
     reference: Annotated[
         int, typer.Option(min=0, help="BN at this batch size, to measure against; 0: none.", rich_help_panel=GRID_PANEL)
-    ] = _DEFAULTS["reference"].default,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.", rich_help_panel=GRID_PANEL)] = _DEFAULTS[
-        "jobs"
-    ].default,
+    ] = _DEFAULTS["reference"],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.", rich_help_panel=GRID_PANEL)] = _DEFAULTS["jobs"],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=o.OUTPUT)
     ] = None,
@@ -89,7 +87,7 @@ def compare(
     if images is not None and given(ctx, ["epochs"]):
         raise typer.BadParameter("images and epochs say the same; give one of them", param_hint="--images")
     values = read_values(settings)
-    grid = {
+    grid: dict[str, Any] = {
         "norms": _list(norms, str, "--norms"), "batch_sizes": _list(batch_sizes, int, "--batch-sizes"),
         "lrs": None if lrs == "auto" else _list(lrs, float, "--lrs"), "images": images, "seeds": seeds,
         "reference": reference, "jobs": jobs,

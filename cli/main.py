@@ -10,12 +10,17 @@ from typer.core import TyperGroup
 from cbn_convert import __version__
 
 from . import bench, compare, demo, models, training
+from .session import printable
 
 
 class _PlainGroup(TyperGroup):
     """Lists the commands without rich, whose import takes longer than all the rest; their own help is rich."""
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        with printable():
+            return super().main(*arguments, **options)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         self.rich_markup_mode = None
         super().format_help(ctx, formatter)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +22,59 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FAILED, INTERRUPTED = 1, 130
+
+
+class OutputError(Exception):
+    """Standard output takes no more; the cause says why."""
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:  # it is about a file
+            raise
+        raise OutputError from error
+
+
+@contextmanager
+def printable() -> Iterator[None]:
+    """Context of the program, in which whatever text can be printed: what an encoding lacks is escaped.
+
+    It ends with exit code 1 where standard output takes no more: without a word if it is a pipe that was closed, as by
+    `head`, else with a sentence.
+    """
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        with _output():
+            try:
+                yield
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+    except OutputError as error:
+        # nothing that is left in its buffer, which Python would write at the end
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno != errno.EPIPE:
+            _say(f"error: cannot write to standard output: {cause.strerror}; free some space, or let it go elsewhere")
+        raise SystemExit(FAILED) from None
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            with suppress(OSError, ValueError):  # it may be closed
+                stream.reconfigure(errors=errors)
+
+
+def _say(text: str) -> None:
+    """A line on standard error, where there is one that takes it."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(text, file=sys.stderr)
 
 
 class Session:
@@ -34,41 +91,43 @@ class Session:
         self.as_json, self.debug, self.quiet = as_json and self.first, debug, quiet or not self.first
 
     def __enter__(self) -> Session:
-        self._show = warnings.showwarning
-        warnings.showwarning = self._warn
+        self._show: Any = warnings.showwarning
+        warnings.showwarning = self._warn  # type: ignore[assignment]
         return self
 
     def _warn(self, message: Any, category: Any, *where: Any) -> None:
         if issubclass(category, CbnWarning):
             if self.first:
-                print(f"warning: {message}", file=sys.stderr)
+                _say(f"warning: {message}")
         else:
             self._show(message, category, *where)
 
     def print(self, text: str | Table) -> None:
         """Prints a line or a table for people."""
-        if not self.quiet:
+        stream = sys.stderr if self.as_json else sys.stdout
+        if not self.quiet and stream is not None:
             from rich.console import Console
 
-            stream = sys.stderr if self.as_json else sys.stdout
             # a file or a pipe has no width to fit into
             console = Console(file=stream, highlight=False, emoji=False, width=None if stream.isatty() else 200)
-            console.print(text, markup=False, soft_wrap=isinstance(text, str))
+            with _output():
+                console.print(text, markup=False, soft_wrap=isinstance(text, str))
 
     def result(self, data: dict[str, Any]) -> None:
         """Prints the command's outcome for machines."""
         if self.as_json:
-            print(json.dumps(data, ensure_ascii=False), flush=True)
+            with _output():
+                print(json.dumps(data), flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         warnings.showwarning = self._show
-        if error is None or isinstance(error, typer.Exit):
+        if error is None or isinstance(error, (typer.Exit, OutputError)):
             return
         if isinstance(error, KeyboardInterrupt):
             message = str(error) or "interrupted"
-            print(message, file=sys.stderr)
+            _say(message)
             self.result({"error": message})
             raise typer.Exit(getattr(error, "exit_code", INTERRUPTED))
         if not isinstance(error, Exception) or type(error).__module__.startswith(("click", "typer")):
@@ -82,6 +141,6 @@ class Session:
                 message += "; run again with --debug for the traceback"
         if self.debug:
             traceback.print_exception(error)
-        print(f"error: {message}", file=sys.stderr)
+        _say(f"error: {message}")
         self.result({"error": message})
         raise typer.Exit(FAILED)

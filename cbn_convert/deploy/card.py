@@ -69,7 +69,7 @@ def write_card(
     graphs = [f"- `{file}`: {what}" for file, what in _GRAPHS.items() if (folder / file).exists()]
     if graphs:
         lines += ["", "The same model, folded into the convs, for any number of images:", "", *graphs]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _images(channels: int) -> list[str]:
