@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..conversion import NormCall, norm_layers, revert, run, trace_norms
 from ..conversion.example import Arguments, outputs_on
+from ..conversion.lazy import ADVICE, lazy_layers
 from ..errors import ConversionError, FoldError
 from ..norm import CONVERTED, frozen_eps, is_frozen
 from ..norm.producers import applies_stored_weight, is_producer, is_transposed, out_channels
@@ -72,6 +73,8 @@ def fold(
     """
     if into not in FOLD_TARGETS:
         raise FoldError(f"fold must be one of {', '.join(FOLD_TARGETS)}, got {into!r}")
+    if lazy := lazy_layers(model):
+        raise FoldError(f"layer {next(iter(lazy))!r} has no weights yet, so there is nothing to fold; {ADVICE}")
     folded = revert(_copy(model)).eval()
     if into == "bn":
         return folded
