@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 import torch
 from timm.data import resolve_input_data_config
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConversionError
 from ..norm import modes_kept
-from ..norm.producers import is_transposed
+from ..norm.producers import fan_in, is_conv, is_linear, is_transposed
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Result = TypeVar("Result")
@@ -140,33 +139,33 @@ def _shapes(model: nn.Module) -> list[list[Shape]]:
     """Shapes of inputs, a single sample where that will do."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     groups = [_image_shapes(model, cfg)] if cfg else []
-    linear = _first(model, nn.Linear)
     for conv in _entrances(model):
         rank = len(conv.kernel_size)
         sizes = [(size,) * rank for size in SEEDS] if is_transposed(conv) else SIZES[rank]
         groups.append([(1, conv.in_channels, *size) for size in sizes])
-    if linear is not None:
-        groups.append([(2, linear.in_features), (2, 8, linear.in_features)])
+    for linear in _first(model, is_linear):
+        groups.append([(2, fan_in(linear)), (2, 8, fan_in(linear))])
     return [*groups, [(1, 3, *size) for size in SIZES[2]]]
 
 
 def _entrances(model: nn.Module) -> list[Any]:
     """Convs that may be the first to run: that which is registered first, and the one for the fewest channels."""
-    convs: list[Any] = [m for m in model.modules() if isinstance(m, _ConvNd)]
-    return [*convs[:1], *sorted((m for m in convs if not is_transposed(m)), key=lambda m: m.in_channels)[:1]]
+    forward: list[Any] = [m for m in model.modules() if is_conv(m) and not is_transposed(m)]
+    return [*_first(model, is_conv), *sorted(forward, key=lambda m: m.in_channels)[:1]]
 
 
-def _first(model: nn.Module, kind: type[nn.Module]) -> Any:
-    """The first module of a kind, in the order in which they are registered; None if there is none."""
-    return next((module for module in model.modules() if isinstance(module, kind)), None)
+def _first(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> list[Any]:
+    """The first module of a kind in the order in which they are registered, if there is one."""
+    return [module for module in model.modules() if is_one(module)][:1]
 
 
 def _form(model: nn.Module) -> str:
     """The shape of an input as the model's first layer takes it, in a size that was not tried."""
-    if (conv := _first(model, _ConvNd)) is not None:
+    for conv in _first(model, is_conv):
         return str((1, conv.in_channels or 3, *SHOWN[len(conv.kernel_size)]))
-    linear = _first(model, nn.Linear)
-    return str((1, 3, *SHOWN[2]) if linear is None else (4, linear.in_features))
+    for linear in _first(model, is_linear):
+        return str((4, fan_in(linear)))
+    return str((1, 3, *SHOWN[2]))
 
 
 def _image_shapes(model: nn.Module, cfg: dict[str, Any]) -> list[Shape]:

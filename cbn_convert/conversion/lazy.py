@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer
 from torch.nn.parameter import is_lazy as is_uninitialized
 
 from ..errors import ConversionError
 from ..norm import modes_kept
+from ..norm.producers import is_conv, is_linear
 from .example import on_example, outputs_on
 
 ADVICE = "run the model once on one of your inputs before"
@@ -42,7 +42,7 @@ def materialize(model: nn.Module, example_input: Any | None) -> None:
     if not layers:
         return
     if example_input is None:
-        first = next((name for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))), None)
+        first = next((name for name, m in model.named_modules() if is_conv(m) or is_linear(m)), None)
         open_ = [name for name, m in layers.items() if name == first or not isinstance(m, _SIZELESS)]
         if open_:
             raise ConversionError(
@@ -58,5 +58,5 @@ def materialize(model: nn.Module, example_input: Any | None) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     buffers = [b for b in model.buffers() if isinstance(b, UninitializedBuffer)]  # which torch does not copy
-    memo: dict[int, Any] = {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in buffers}
+    memo: dict[int, Any] = {id(b): cast(Any, UninitializedBuffer)(device=b.device, dtype=b.dtype) for b in buffers}
     return deepcopy(model, memo)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..norm import modes_kept
 from ..norm.modes import tensors_kept
-from ..norm.producers import is_producer, out_channels, own_forward
+from ..norm.producers import is_linear, is_producer, out_channels, own_forward
 from .example import Arguments, copied, leaves_of, on_example, quietly
 
 OWN_FORWARD = "whose forward is its own"  # behind the class of a conv or linear layer, as the origin of a norm's input
@@ -129,7 +129,7 @@ class _Provenance(TorchDispatchMode):
 
     def produced(self, name: str, module: Any, output: Any) -> None:
         """To be called behind a producing module."""
-        last = isinstance(module, nn.Linear)
+        last = is_linear(module)
         # without a batch axis, which convs do without too, channels are on axis 0
         if isinstance(output, Tensor) and _has_memory(output) and (last or output.dim() == module.weight.dim()):
             parts = (Part(name, 0, out_channels(module)),)

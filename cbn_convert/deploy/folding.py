@@ -22,7 +22,7 @@ from ..conversion.example import Arguments, outputs_on
 from ..conversion.lazy import ADVICE, lazy_layers
 from ..errors import ConversionError, FoldError
 from ..norm import CONVERTED, frozen_eps, is_frozen
-from ..norm.producers import applies_stored_weight, is_producer, is_transposed, out_channels
+from ..norm.producers import applies_stored_weight, is_linear, is_producer, is_transposed, out_channels
 
 FoldTarget = Literal["bn", "affine", "conv"]
 FOLD_TARGETS: tuple[str, ...] = ("bn", "affine", "conv")
@@ -355,7 +355,7 @@ def _fused(producer: nn.Module, statistics: Tensor, eps: float) -> tuple[Tensor,
     bias: Any = producer.bias
     mean, var, gamma, beta = statistics
     args = (weight.double(), None if bias is None else bias.double(), mean, var, eps, gamma, beta)
-    if isinstance(producer, nn.Linear):
+    if is_linear(producer):
         return fuse_linear_bn_weights(*args)
     return fuse_conv_bn_weights(*args, transpose=is_transposed(producer))
 
