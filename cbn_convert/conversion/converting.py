@@ -6,13 +6,14 @@ same objects, as in torch.nn.utils.parametrize.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -33,8 +34,10 @@ from ..norm import (
 from ..norm.distributed import world_size
 from ..norm.functional import Compensation, Gradient, is_measured
 from ..norm.history import HistoryKind, Start
+from ..norm.modes import tensors_kept
 from ..norm.moments import exact_is_possible
 from ..norm.producers import groups_of, is_transposed, learns, out_channels
+from .lazy import ADVICE, is_lazy, materialize
 from .report import ConversionReport, ReportRow
 from .trace import OWN_FORWARD, NormCall, Part, trace_norms
 
@@ -93,8 +96,9 @@ def convert(
     """Converts the model's BatchNorm layers in place; returns one row per norm layer.
 
     The model runs on `example_input` (a tensor, a tuple or a dict of arguments; by default random images of a small
-    size, or of that in its pretrained_cfg), in training mode where it can, to find the modules that feed each layer.
-    Its eval output, state_dict keys and module tree do not change. `include` and `exclude` choose layers by glob
+    size, or of that in its pretrained_cfg, or a sequence, image or volume as its first conv takes it), in training mode
+    where it can, to find the modules that feed each layer. Lazy layers get their shapes by it. Its eval output,
+    state_dict keys and module tree do not change. `include` and `exclude` choose layers by glob
     pattern on the name, or by a predicate (name, module). Layers that are converted already stay as they are. The other
     arguments are those of CrossIterationBatchNorm2d. By default, with history "ema", layers start from their running
     statistics ("running"), but for those of a new BatchNorm ("empty"), and moments_every is 8, the layers taking turns.
@@ -121,6 +125,7 @@ def convert(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConversionError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     include, exclude = (s if s is None or isinstance(s, str) or callable(s) else tuple(s) for s in (include, exclude))
+    materialize(model, example_input)
     norms = norm_layers(model)
     if not norms:
         raise ConversionError(
@@ -191,37 +196,40 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def warm_up(model: nn.Module, batches: Iterable[Any]) -> None:
+def warm_up(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None) -> None:
     """Begins the history by forward passes under fixed weights; about 64 images are enough.
 
     A window that starts empty is filled by `window` - 1 batches; one that starts from the running statistics learns how
     these respond to the weights.
 
-    `batches` yields what the model takes: a tensor, a dict of keyword arguments, or a tuple or list whose first element
-    is the images (labels are ignored). Runs in training mode under no_grad; modes, parameters and the running
-    statistics of every norm layer are afterwards what they were. Raises ConversionError for running statistics that are
-    not finite or a variance below zero.
+    `batches` yields what the model takes: a tensor, a mapping of keyword arguments, or a tuple or list whose first
+    element is one of these (labels are ignored). For models that are called otherwise, `forward` takes the model and
+    the whole batch. Tensors, in containers too, are moved to the model's device. Runs in training mode under no_grad;
+    modes, parameters and all buffers are afterwards what they were, such as running statistics and the vectors of
+    spectral_norm. Random numbers are drawn as in any forward pass. Raises ConversionError for running statistics that
+    are not finite or a variance below zero.
     """
     for name, norm in norm_layers(model).items():
         _check_statistics(name, norm)
-    buffers = [(b, b.clone()) for m in norm_layers(model).values() for b in m.buffers(recurse=False)]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with modes_kept(model):
+    with modes_kept(model), tensors_kept(model):
         model.train()
-        try:
-            for batch in batches:
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                if isinstance(images, dict):
-                    model(**images)
-                else:
-                    model(images.to(device) if isinstance(images, Tensor) else images)
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for batch in batches:
+            (forward or _called)(model, send_to_device(batch, device))
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    images = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return model(**images) if isinstance(images, Mapping) else model(images)
 
 
 def _check_known(name: str, norm: nn.Module) -> None:
     kind = type(norm).__name__
+    if is_lazy(norm):
+        raise ConversionError(
+            f"layer {name!r}, a {kind}, has no shape yet and the example does not reach it; {ADVICE}, or use "
+            f"exclude={name!r}"
+        )
     if is_frozen(norm):
         try:
             frozen_eps(norm)
@@ -280,9 +288,10 @@ def _plan(model: nn.Module, name: str, norm: nn.Module, call: NormCall, compensa
     if call.calls == 0:
         return _row(name, norm, None, "kept", "not reached on the example input")
     if call.calls > 1:
-        return _row(
-            name, norm, None, "kept", f"called {call.calls} times per forward pass, one history cannot serve all"
-        )
+        why = ", one history cannot serve all"
+        if call.split:
+            why = f" for {call.samples} samples, a part of them each time; a smaller example_input shows it called once"
+        return _row(name, norm, None, "kept", f"called {call.calls} times per forward pass{why}")
     group = getattr(norm, "process_group", None)
     if group is not None and group is not getattr(dist.group, "WORLD", None):
         return _row(name, norm, None, "kept", "synchronises over a part of the processes only")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -13,12 +13,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConversionError
 from ..norm import modes_kept
+from ..norm.producers import fan_in, is_conv, is_linear, is_transposed
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Result = TypeVar("Result")
 
-# Small images show as much of a model's structure as large ones, where it takes them.
-QUICK_SIZES, OTHER_SIZES = (64, 128), (224, 256, 299)
+# Small inputs show as much of a model's structure as large ones, where it takes them.
+QUICK_SIZES, OTHER_SIZES = (64, 128), (224, 256, 299, 32, 28)
+SIZES: dict[int, Sequence[tuple[int, ...]]] = {  # by the number of spatial axes
+    1: [(size,) for size in (64, 256, 1024, 4096, 16384)],
+    2: [(size, size) for size in (*QUICK_SIZES, *OTHER_SIZES)],
+    3: [*((size, size, size) for size in (32, 64, 96)), (16, 112, 112), (16, 224, 224), (128, 128, 128)],
+}
+SEEDS = (1, 4, 8, 16)  # before a transposed conv
+SHOWN = {1: (32000,), 2: (512, 512), 3: (160, 160, 160)}  # in messages
+WORDS = ("vectors", "sequences", "images", "volumes")
+
+Shape = tuple[int, ...]
 
 
 def on_example(
@@ -26,22 +37,30 @@ def on_example(
 ) -> tuple[Result, Arguments]:
     """`call` of the first arguments for the model that do not make it fail, and these arguments.
 
-    `example_input` is a tensor, a tuple of positional or a dict of keyword arguments; by default random images of 64 or
-    128 px, the size in the model's pretrained_cfg or another usual size. Raises ConversionError if all fail.
+    `example_input` is a tensor, a tuple of positional or a dict of keyword arguments. By default random images of 64 or
+    128 px, the size in the model's pretrained_cfg or another usual size; or else what the model's first conv takes, one
+    sequence, image or volume with its channels, or the first linear layer, two vectors. Raises ConversionError if all
+    fail.
     """
-    failure: Exception | None = None
-    tried: list[str] = []
-    for args, kwargs in _candidates(model, example_input):
-        try:
-            return call((args, kwargs)), (args, kwargs)
-        except Exception as error:  # whatever a forward pass may raise
-            failure = error
-            shapes = [str(tuple(t.shape)) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            tried.append(" and ".join(shapes))
+    first: tuple[Exception, list[Arguments]] | None = None  # later groups are guesses that tell the caller nothing
+    for group in _candidates(model, example_input):
+        tried: list[Arguments] = []
+        for arguments in group:
+            try:
+                return call(arguments), arguments
+            except Exception as error:  # whatever a forward pass may raise
+                tried.append(arguments)
+                failure = error
+        first = first or (failure, tried)
+    assert first is not None
+    failure, tried = first
+    shapes = [[tuple(t.shape) for t in tree_leaves(arguments) if isinstance(t, Tensor)] for arguments in tried]
+    text = ", ".join(" and ".join(map(str, these)) for these in shapes)
     reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-    what = "the example input" if example_input is not None else "random images"
+    what = "the example input" if example_input is not None else f"random {WORDS[len(shapes[0][0]) - 2]}"
     raise ConversionError(
-        f"the model cannot run on {what} of shape {', '.join(tried)} ({reason}); pass an example_input that it accepts"
+        f"the model cannot run on {what} of shape {text} ({reason}); pass an example_input that it accepts, of the "
+        f"form example_input=torch.zeros{_form(model)}, or a tuple or dict of all its arguments"
     ) from failure
 
 
@@ -94,26 +113,67 @@ def leaves_of(value: Any) -> list[Any]:
     return leaves
 
 
-def _candidates(model: nn.Module, example_input: Any | None) -> Iterator[Arguments]:
+def _candidates(model: nn.Module, example_input: Any | None) -> Iterator[Iterator[Arguments]]:
+    """What the model may run on, in the order in which it should be tried; in groups, the likely ones first."""
     if isinstance(example_input, dict):
-        yield (), example_input
+        yield iter([((), example_input)])
     elif example_input is not None:
-        yield (example_input if isinstance(example_input, tuple) else (example_input,)), {}
+        yield iter([(example_input if isinstance(example_input, tuple) else (example_input,), {})])
     else:
-        reference = next(model.parameters(), torch.empty(0))
-        generator = torch.Generator().manual_seed(0)
-        for size in _image_sizes(model):
-            images = torch.randn(1, *size, generator=generator, device="cpu")
-            yield (images.to(reference.device, reference.dtype),), {}
+        groups = _shapes(model)
+        for i, group in enumerate(groups):
+            tried = {shape for earlier in groups[:i] for shape in earlier}
+            if fresh := [shape for shape in group if shape not in tried]:
+                yield _random(model, fresh)
 
 
-def _image_sizes(model: nn.Module) -> list[tuple[int, ...]]:
-    """[C, H, W] of images that the model may take, in the order in which they should be tried."""
+def _random(model: nn.Module, shapes: Iterable[Shape]) -> Iterator[Arguments]:
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        x = torch.randn(shape, generator=generator, device="cpu")
+        yield (x.to(reference.device, reference.dtype),), {}
+
+
+def _shapes(model: nn.Module) -> list[list[Shape]]:
+    """Shapes of inputs, a single sample where that will do."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
+    groups = [_image_shapes(model, cfg)] if cfg else []
+    for conv in _entrances(model):
+        rank = len(conv.kernel_size)
+        sizes = [(size,) * rank for size in SEEDS] if is_transposed(conv) else SIZES[rank]
+        groups.append([(1, conv.in_channels, *size) for size in sizes])
+    for linear in _first(model, is_linear):
+        groups.append([(2, fan_in(linear)), (2, 8, fan_in(linear))])
+    return [*groups, [(1, 3, *size) for size in SIZES[2]]]
+
+
+def _entrances(model: nn.Module) -> list[Any]:
+    """Convs that may be the first to run: that which is registered first, and the one for the fewest channels."""
+    forward: list[Any] = [m for m in model.modules() if is_conv(m) and not is_transposed(m)]
+    return [*_first(model, is_conv), *sorted(forward, key=lambda m: m.in_channels)[:1]]
+
+
+def _first(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> list[Any]:
+    """The first module of a kind in the order in which they are registered, if there is one."""
+    return [module for module in model.modules() if is_one(module)][:1]
+
+
+def _form(model: nn.Module) -> str:
+    """The shape of an input as the model's first layer takes it, in a size that was not tried."""
+    for conv in _first(model, is_conv):
+        return str((1, conv.in_channels or 3, *SHOWN[len(conv.kernel_size)]))
+    for linear in _first(model, is_linear):
+        return str((4, fan_in(linear)))
+    return str((1, 3, *SHOWN[2]))
+
+
+def _image_shapes(model: nn.Module, cfg: dict[str, Any]) -> list[Shape]:
+    """[1, C, H, W] of images for a model with a pretrained_cfg."""
     # the model's own size where it was built for another one; about mean and std, of no interest here, it would warn
     known = {**cfg, "mean": 0.5, "std": 0.5}
-    channels, *own = resolve_input_data_config(model, pretrained_cfg=known)["input_size"] if cfg else (3,)
+    channels, *own = resolve_input_data_config(model, pretrained_cfg=known)["input_size"]
     quick = [] if cfg.get("fixed_input_size") else [(size, size) for size in QUICK_SIZES]
-    sizes = [*quick, *([tuple(own)] if own else []), *((size, size) for size in OTHER_SIZES)]
-    smaller = [size for size in sizes if not own or size[0] <= own[0]]
-    return [(channels, *size) for size in dict.fromkeys([*smaller, *sizes])]
+    sizes = [*quick, tuple(own), *((size, size) for size in OTHER_SIZES)]
+    smaller = [size for size in sizes if size[0] <= own[0]]
+    return [(1, channels, *size) for size in dict.fromkeys([*smaller, *sizes])]

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..norm import modes_kept
-from ..norm.producers import is_producer, out_channels, own_forward
+from ..norm.modes import tensors_kept
+from ..norm.producers import is_linear, is_producer, out_channels, own_forward
 from .example import Arguments, copied, leaves_of, on_example, quietly
 
 OWN_FORWARD = "whose forward is its own"  # behind the class of a conv or linear layer, as the origin of a norm's input
@@ -43,6 +44,8 @@ class NormCall:
     origin: str = "the model's input"  # operation or module that made the input
     consumers: int = 0  # how many operations read one of the outputs, or a copy or view on the way to the norm
     producer_calls: int = 0  # how often a producer ran
+    samples: int = 0  # along the first axis, in all calls
+    split: bool = False  # whether these are the example's, some of them in each call
 
 
 _Key = tuple[Any, ...]
@@ -126,7 +129,7 @@ class _Provenance(TorchDispatchMode):
 
     def produced(self, name: str, module: Any, output: Any) -> None:
         """To be called behind a producing module."""
-        last = isinstance(module, nn.Linear)
+        last = is_linear(module)
         # without a batch axis, which convs do without too, channels are on axis 0
         if isinstance(output, Tensor) and _has_memory(output) and (last or output.dim() == module.weight.dim()):
             parts = (Part(name, 0, out_channels(module)),)
@@ -232,30 +235,13 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     # dynamo takes seconds to import, and nothing is compiled where nobody did
     compiling = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiling else nullcontext()
-    kept = _tensors_kept(model) if training else nullcontext()
+    kept = tensors_kept(model) if training else nullcontext()
     with modes_kept(model), kept, quietly(model), eager:
         model.train(training)
         for module in model.modules():
             if "running_mean" in module._buffers:
                 module.eval()
         yield
-
-
-@contextmanager
-def _tensors_kept(model: nn.Module) -> Iterator[None]:
-    """Undoes what a forward pass in training mode does to parameters and buffers."""
-    values = [(t, t._version, t.clone()) for t in (*model.parameters(), *model.buffers())]
-    buffers = [(m, dict(m._buffers)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    try:
-        yield
-    finally:
-        for module, own in buffers:
-            module._buffers.clear()
-            module._buffers.update(own)
-        with torch.no_grad():
-            for t, version, value in values:
-                if t._version != version:
-                    t.copy_(value)
 
 
 def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) -> dict[str, NormCall]:
@@ -278,6 +264,7 @@ def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call, x = calls[name], args[0] if args else next(iter(kwargs.values()))
             call.calls += 1
+            call.samples += len(x) if x.dim() else 0
             if (origin := provenance.origin(x)) is not None:
                 origins[name] = origin
                 call.origin = origin.label
@@ -302,7 +289,9 @@ def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) 
 
     for returned in {id(o): o for t in _tensors(leaves_of(output)) if (o := provenance.origin(t)) is not None}.values():
         returned.consumers += 1
+    given = next((len(t) for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.dim()), 0)
     for name, call in calls.items():
+        call.split = call.calls > 1 and call.samples == given
         if call.parts:
             call.producer_calls = max(runs[part.module] for part in call.parts)
             call.consumers = origins[name].consumed()

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..conversion import NormCall, norm_layers, revert, run, trace_norms
 from ..conversion.example import Arguments, outputs_on
+from ..conversion.lazy import ADVICE, lazy_layers
 from ..errors import ConversionError, FoldError
 from ..norm import CONVERTED, frozen_eps, is_frozen
-from ..norm.producers import applies_stored_weight, is_producer, is_transposed, out_channels
+from ..norm.producers import applies_stored_weight, is_linear, is_producer, is_transposed, out_channels
 
 FoldTarget = Literal["bn", "affine", "conv"]
 FOLD_TARGETS: tuple[str, ...] = ("bn", "affine", "conv")
@@ -72,6 +73,8 @@ def fold(
     """
     if into not in FOLD_TARGETS:
         raise FoldError(f"fold must be one of {', '.join(FOLD_TARGETS)}, got {into!r}")
+    if lazy := lazy_layers(model):
+        raise FoldError(f"layer {next(iter(lazy))!r} has no weights yet, so there is nothing to fold; {ADVICE}")
     folded = revert(_copy(model)).eval()
     if into == "bn":
         return folded
@@ -352,7 +355,7 @@ def _fused(producer: nn.Module, statistics: Tensor, eps: float) -> tuple[Tensor,
     bias: Any = producer.bias
     mean, var, gamma, beta = statistics
     args = (weight.double(), None if bias is None else bias.double(), mean, var, eps, gamma, beta)
-    if isinstance(producer, nn.Linear):
+    if is_linear(producer):
         return fuse_linear_bn_weights(*args)
     return fuse_conv_bn_weights(*args, transpose=is_transposed(producer))
 

@@ -22,6 +22,7 @@ from .producers import (
     as_rows,
     fan_in,
     groups_of,
+    is_linear,
     is_producer,
     is_transposed,
     padded_input,
@@ -51,8 +52,8 @@ class InputPatches:
         turn: int = 0,
     ) -> None:
         self.module = module
-        if isinstance(module, nn.Linear):
-            rows = y.reshape(-1, module.in_features)
+        if is_linear(module):
+            rows = y.reshape(-1, fan_in(module))
             self.grid = _grid([len(rows)], 1, at_most, turn)
             self.y = rows[self.grid[0]].to(dtype)
             self.positions = len(self.y)
@@ -90,7 +91,7 @@ class InputPatches:
 
     def outputs(self, x: Tensor) -> Tensor:
         """The outputs x [N, C, ...] at the positions of these patches, [N, C, ...] or [C, m]."""
-        if isinstance(self.module, nn.Linear):
+        if is_linear(self.module):
             return x.transpose(0, 1).flatten(1)[:, self.grid[0]]
         return x[(slice(None), slice(None), *self.grid)]
 
@@ -99,7 +100,7 @@ class InputPatches:
         module, y = self.module, self.y
         if not self.positions:
             return y.new_zeros(groups_of(module), fan_in(module))
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             return y.mean(0, keepdim=True)
         if is_transposed(module):
             # the mean over outputs is one more output channel per group: its weight gradient is the mean patch
@@ -115,8 +116,8 @@ class InputPatches:
         """mean(xc p) [C, F] for centred `outputs`, or for some channels of them where there is one group."""
         module, y = self.module, self.y
         if not self.positions:
-            return y.new_zeros(xc.shape[0 if isinstance(module, nn.Linear) else 1], fan_in(module))
-        if isinstance(module, nn.Linear):
+            return y.new_zeros(xc.shape[0 if is_linear(module) else 1], fan_in(module))
+        if is_linear(module):
             return (xc @ y).div_(self.positions)
         if self.pointwise and module.groups == 1:
             total = torch.bmm(xc.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
@@ -130,7 +131,7 @@ class InputPatches:
         assert not is_transposed(module)
         if not self.positions:
             return y.new_zeros(*mean.shape, mean.shape[1])
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             patches = y[None]
         elif self.pointwise and module.groups == 1:
             rows = y.flatten(2) - mean.view(1, -1, 1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
 _STANDARDISED = (StdConv2d, StdConv2dSame, *_SCALED)
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TimmLinear, Conv2dSame, *_TRANSPOSED, *_STANDARDISED)
+# Compute as nn.Linear does, but are no subclasses of it.
+_LINEAR_BY_NAME = ("torch_geometric.nn.dense.linear.Linear",)
 # What a call of these classes goes through: a subclass, or an instance, with one of these of its own may compute
 # anything.
 _FORWARD = (
@@ -45,16 +48,35 @@ def is_producer(module: nn.Module) -> TypeIs[Producer]:
     instances with a forward pass of their own.
     """
     own = type_before_parametrizations(module)
-    kind = next((cls for cls in own.__mro__ if cls in _KINDS), None)
+    kind = next((cls for cls in own.__mro__ if cls in _KINDS or _name(cls) in _LINEAR_BY_NAME), None)
     if kind is None or not module.__dict__.keys().isdisjoint(_FORWARD[:3]):
         return False
     return all(getattr(own, name, None) is getattr(kind, name, None) for name in _FORWARD)
 
 
+def _name(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_linear(module: nn.Module) -> TypeIs[nn.Linear]:
+    """Whether the module is a linear layer, of torch or another library."""
+    return isinstance(module, nn.Linear) or _is_linear_by_name(cast(Any, type(module)))
+
+
+@cache
+def _is_linear_by_name(cls: type[Any]) -> bool:
+    return any(_name(base) in _LINEAR_BY_NAME for base in cls.__mro__)
+
+
 def own_forward(module: nn.Module) -> str | None:
     """The class of a conv or linear layer that computes in a way of its own; None for all other modules."""
-    own = isinstance(module, _KINDS) and not is_producer(module)
+    own = (isinstance(module, _KINDS) or is_linear(module)) and not is_producer(module)
     return type_before_parametrizations(module).__name__ if own else None
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether the module is a convolution of any class, transposed or not, whatever its forward pass does."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED))
 
 
 def is_transposed(module: nn.Module) -> TypeIs[TransposedConv]:
@@ -71,7 +93,7 @@ def applies_stored_weight(module: nn.Module) -> bool:
 
 def groups_of(module: Producer) -> int:
     """The number of groups, 1 for a linear layer."""
-    return 1 if isinstance(module, nn.Linear) else module.groups
+    return 1 if is_linear(module) else module.groups
 
 
 def out_channels(module: Producer) -> int:
@@ -94,9 +116,10 @@ class OutputChannels(NamedTuple):
 
 def fan_in(module: Producer) -> int:
     """F, the number of weights per output channel."""
-    kernel = 1 if isinstance(module, nn.Linear) else torch.Size(module.kernel_size).numel()
-    inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels // module.groups
-    return inputs * kernel
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    inputs: int = module.in_channels // groups_of(module)
+    return inputs if is_linear(module) else inputs * torch.Size(module.kernel_size).numel()
 
 
 def learns(module: nn.Module) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .distributed import joined_mean
 from .functional import Compensation, Moments, by_group, per_channel, response
 from .history import History
 from .moments import InputPatches
-from .producers import Producer, fan_in, groups_of, theta_and_bias
+from .producers import Producer, fan_in, groups_of, is_linear, theta_and_bias
 from .tap import InputTap
 
 
@@ -94,9 +94,9 @@ class Source:
             explained = torch.linalg.vecdot(rows @ patch_covariance, rows).flatten()
             return moments._replace(patch_covariance=patch_covariance, explained=explained)
         xs = patches.outputs(x).to(dtype)
-        xc = xs - (anchor[:, None] if isinstance(module, nn.Linear) else per_channel(anchor, xs))
+        xc = xs - (anchor[:, None] if is_linear(module) else per_channel(anchor, xs))
         # what rounding left of the mean would be multiplied by a patch mean that may be large
-        axes = [1] if isinstance(module, nn.Linear) else [0, *range(2, xc.dim())]
+        axes = [1] if is_linear(module) else [0, *range(2, xc.dim())]
         rest = by_group(joined(xc.mean(axes)), len(patch_mean))
         covariance = joined(patches.covariance_with(xc))
         by_group(covariance, len(patch_mean)).baddbmm_(rest[:, :, None], patch_mean[:, None], alpha=-1)

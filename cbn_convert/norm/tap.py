@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .producers import OutputChannels, learns
+from .producers import OutputChannels, is_linear, learns
 
 if TYPE_CHECKING:
     from .layer import CrossIterationMixin
@@ -39,7 +39,7 @@ class InputTap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Runs behind the module's forward pass."""
         if self.norm.training and self.followed:
-            self.input = (args[0] if args else kwargs["input"]).detach()
+            self.input = (args[0] if args else next(iter(kwargs.values()))).detach()
             self.output = output.detach()
             self.version = _version(output)
 
@@ -63,7 +63,7 @@ class InputTap:
         if made is None or type(made) is not Tensor:  # what only stands for a tensor has no values to compare
             return
         rows = x.detach()
-        if isinstance(self.module, nn.Linear):
+        if is_linear(self.module):
             rows, made = rows.movedim(1, -1).flatten(0, -2), made.flatten(0, -2)
         if self.rows is not None:
             made = made[:, self.rows]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ import torch
 from conftest import randomize_norms
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import cbn_convert as cbn
 from cbn_convert.errors import ConversionError
@@ -269,6 +272,80 @@ def test_warm_up_makes_the_first_step_that_of_the_joined_batch() -> None:
     torch.testing.assert_close(model(images[3]), expected, rtol=1e-4, atol=1e-5)
 
 
+class Restless(nn.Module):
+    """Changes buffers and parameters in every way that a forward pass in training mode may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = spectral_norm(nn.Conv2d(3, 4, 3))
+        self.bn, self.instance = nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)
+        self.excluded, self.dropout = nn.BatchNorm2d(4), nn.Dropout()
+        self.teacher = nn.Parameter(torch.ones(4), requires_grad=False)
+        for name in ("rebound", "written", "hidden"):
+            self.register_buffer(name, torch.zeros(4))
+        self.register_buffer("center", torch.zeros(4), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.excluded(self.instance(self.bn(self.conv(images))))
+        if self.training:
+            mean = x.detach().mean((0, 2, 3)) + 1
+            self.rebound, self.center = self.rebound + mean, mean
+            self.written[:2] += 1
+            self.hidden.data.copy_(mean)
+            self.teacher.data = 0.9 * self.teacher.data + 0.1 * mean
+        return self.dropout(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_warm_up_restores_every_parameter_and_buffer_and_mode(fails: bool) -> None:
+    model = Restless()
+    model.dropout.eval()
+    cbn.convert(model, exclude="excluded")
+    tensors = {name: (t, t.clone()) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(RuntimeError, match="channels") if fails else nullcontext():
+        cbn.warm_up(model, [X, X + 1, *([X[:, :2]] if fails else [])])
+    assert model.bn.history_state()["sources"][0]["seen"] == 2
+    assert [m.training for m in model.modules()] == modes
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert after.keys() == tensors.keys()
+    for name, (t, value) in tensors.items():
+        assert after[name] is t, name
+        assert torch.equal(t, value), name
+
+
+class Batch(collections.UserDict):
+    """A mapping that is no dict, as transformers' BatchEncoding."""
+
+
+Pair = collections.namedtuple("Pair", ["inputs", "labels"])
+
+
+@pytest.mark.parametrize("form", ["mapping", "nested", "named", "forward"])
+def test_warm_up_moves_containers_to_the_models_device(form: str) -> None:
+    """On the meta device, which takes no tensors of another one."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.sums = nn.Conv2d(3, 4, 3, device="meta"), []
+
+        def forward(self, images: torch.Tensor, masks: list[torch.Tensor]) -> None:
+            self.sums.append(sum(masks, self.conv(images)))
+
+    inputs = {"images": X, "masks": [torch.ones(1), torch.ones(62)]}
+    batches = {
+        "mapping": (Batch(inputs), None),
+        "nested": ([inputs, torch.zeros(2)], None),
+        "named": (Pair(inputs, torch.zeros(2)), None),
+        "forward": ((X, {"rest": (inputs["masks"], "text")}), lambda model, b: model(b[0], masks=b[1]["rest"][0])),
+    }
+    batch, forward = batches[form]
+    model = Two()
+    cbn.warm_up(model, [batch, batch], forward=forward)
+    assert [t.shape for t in model.sums] == [(2, 4, 62, 62)] * 2
+
+
 def test_torchvision_models_convert_too() -> None:
     from torchvision.models import mobilenet_v3_small
 
@@ -307,7 +384,6 @@ def test_linear_on_tokens_is_paired_where_the_norm_sees_its_output(arrange, stat
 
 def test_every_kind_of_producer_is_paired() -> None:
     from timm.layers import ScaledStdConv2d, StdConv2dSame
-    from torch.nn.utils.parametrizations import spectral_norm
 
     convs = [
         nn.ConvTranspose2d(4, 4, 3),

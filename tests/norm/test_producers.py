@@ -181,6 +181,43 @@ def test_linear_with_more_than_two_dimensions(arrange: Callable[[Tensor], Tensor
         torch.testing.assert_close(layer(arrange(linear(new))).movedim(1, -1), expected)
 
 
+def test_a_linear_of_pyg_does_what_torchs_does() -> None:
+    """It has no base class in common with nn.Linear, and other names for its sizes and its argument."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    name = {"__module__": "torch_geometric.nn.dense.linear", "forward": forward}
+    kind = type("Linear", (nn.Module,), name)
+    models = []
+    for is_pyg in (False, True):
+        torch.manual_seed(0)
+        linear = nn.Linear(5, 4)
+        if is_pyg:
+            twin = kind()
+            twin.in_channels, twin.out_channels, twin.weight, twin.bias = 5, 4, linear.weight, linear.bias
+            linear = twin
+        models.append(randomize_norms(nn.Sequential(linear, nn.BatchNorm1d(4))).train())
+    for model in models:
+        (row,) = cbn.convert(model)
+        assert row.status == "compensated"
+    for _ in range(3):
+        x = torch.randn(6, 5)
+        expected, got = (model(x) for model in models)
+        assert torch.equal(got, expected)
+        for model, y in zip(models, (expected, got), strict=True):
+            y.square().mul(torch.arange(4)).sum().backward()
+            move_by_gradient(model)
+    expected, got = (cbn.fold(model, "conv")(x) for model in models)
+    assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def move_by_gradient(model: nn.Module) -> None:
+    for p in model.parameters():
+        p -= 0.01 * p.grad
+
+
 class Doubled(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
