@@ -276,7 +276,8 @@ class CrossIterationMixin(_BatchNorm):
         # Inside a backward pass this is activation checkpointing at work: nothing may be counted a second time.
         recomputing = torch._C._current_graph_task_id() != -1
         fused = name_of_activation(act, select(x).ACTIVATIONS)
-        taken = [source.taken(source.of_input(x)) for source in self._sources]
+        needed = self.window > 1 and not recomputing
+        taken = [source.taken(source.of_input(x), needed) for source in self._sources]
         if x.numel() == 0 and not (self.sync and world_size() > 1):
             y = self._normalize_by_running_statistics(x)
             return y if act is None else act(y)
@@ -340,6 +341,7 @@ class CrossIterationMixin(_BatchNorm):
                     if remembered is not None and remembered.patch_mean is not None and history.is_carried:
                         carried = carry_over(remembered, theta, bias, self.compensation)
                     if history.due:
+                        assert source_input is not None
                         moments = source.with_patches(
                             moments, module, source_input, x, theta, bias, self.compensation, self.moments_positions,
                             (self.iteration + 1) // self.moments_every, ranks,

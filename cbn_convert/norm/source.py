@@ -43,13 +43,21 @@ class Source:
             numbers += 2 * count + groups * fan + (groups * fan * fan if compensation == "exact" else count * fan)
         return 4 * numbers * self.history.capacity
 
-    def taken(self, x: Tensor) -> tuple[Producer | None, Tensor | None]:
-        """The module whose weight is to be followed, if there is one, and the input of which it made x [N, C, ...]."""
+    def taken(self, x: Tensor, needed: bool) -> tuple[Producer | None, Tensor | None]:
+        """The module whose weight is to be followed, if there is one, and the input of which it made x [N, C, ...].
+
+        Raises RuntimeError if x is not what it made, or, where that is `needed`, if it has not run.
+        """
         if self.tap is None:
             return None, None
         source_input = self.tap.take()
         if not self.tap.followed:
             return None, source_input
+        if needed and source_input is None:
+            raise RuntimeError(
+                f"a norm layer is bound to a {type(self.tap.module).__name__} that has not run since the last forward "
+                "pass; bind it to the module that produces its input, or leave it unbound"
+            )
         self.tap.check_output(x)
         return self.tap.module, source_input
 
@@ -64,7 +72,7 @@ class Source:
         self,
         moments: Moments,
         module: Producer,
-        y: Tensor | None,
+        y: Tensor,
         x: Tensor,
         theta: Tensor,
         bias: Tensor | None,
@@ -77,11 +85,6 @@ class Source:
 
         at_most, turn: as in `InputPatches`. Means are over all ranks.
         """
-        if y is None:
-            raise RuntimeError(
-                f"a norm layer is bound to a {type(module).__name__} that has not run since the last forward pass; "
-                "bind it to the module that produces its input, or leave it unbound"
-            )
         dtype = moments.mean.dtype
         patches = InputPatches(module, y, x.shape[2:], dtype, at_most, turn)
         joined = partial(joined_mean, count=patches.positions) if ranks > 1 else _as_it_is

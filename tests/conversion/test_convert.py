@@ -417,6 +417,25 @@ def test_one_conv_feeding_two_norms_compensates_both() -> None:
     assert model.a.history_state()["sources"][0]["seen"] == model.b.history_state()["sources"][0]["seen"] == 3
 
 
+def test_a_norm_that_another_conv_feeds_by_a_flag_is_an_error_at_once() -> None:
+    """Its past would be carried along with weights that have nothing to do with what it sees."""
+
+    class Switch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs, self.bn = nn.ModuleList(nn.Conv2d(3, 4, 3) for _ in range(2)), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor, which: int = 0) -> torch.Tensor:
+            return self.bn(self.convs[which](x))
+
+    model = randomize_norms(Switch()).train()
+    assert cbn.convert(model, example_input=X).counts["compensated"] == 1
+    for _ in range(2):
+        model(X)
+    with pytest.raises(RuntimeError, match="bound to a Conv2d that has not run"):
+        model(X, 1)
+
+
 def test_writes_after_the_producer_unpair() -> None:
     class Hidden(nn.Module):
         def __init__(self, write) -> None:
