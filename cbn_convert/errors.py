@@ -1,9 +1,20 @@
 """Errors that a user can cause. Each message is one sentence: what is wrong, where, and what to do."""
 
+import os
+
 
 def printable(text: str) -> str:
     r"""The same with \udcNN for what is no UTF-8 in the name of a file, which can be neither printed nor stored."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def is_utf8(path: str) -> bool:
+    """Whether the name of a file is UTF-8 on the disk, whatever the locale makes of it."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class CbnError(Exception):

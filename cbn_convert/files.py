@@ -15,15 +15,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import RunError
+from .errors import RunError, is_utf8
 
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raises RunError if `path` is a file, a folder with something in it and `overwrite` is False, or no UTF-8."""
-    try:
-        os.fsencode(path.absolute()).decode()
-    except UnicodeDecodeError:  # safetensors writes to no such path
-        raise RunError(f"the name of {path.absolute()} is not UTF-8; choose another output folder") from None
+    if not is_utf8(str(path.absolute())):  # safetensors writes to no such path
+        raise RunError(f"the name of {path.absolute()} is not UTF-8; choose another output folder")
     if path.is_file():
         raise RunError(f"{path} is a file; choose a folder as output")
     if path.is_dir() and not overwrite and not all(_is_litter(entry.name) for entry in path.iterdir()):

@@ -23,7 +23,8 @@ def damaged_value(model: nn.Module) -> str | None:
 
 def damaged_statistic(module: nn.Module) -> str | None:
     """The same for the running statistics of one layer."""
-    return _first_fault(module, {name: module._buffers.get(name) for name in _STATISTICS})
+    buffers = dict(module.named_buffers(recurse=False))  # also of scripted modules, whose _buffers are no dict
+    return _first_fault(module, {name: buffers.get(name) for name in _STATISTICS})
 
 
 def _first_fault(module: nn.Module, tensors: dict[str, Tensor | None]) -> str | None:

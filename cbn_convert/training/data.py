@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import CbnWarning, DataError, printable
+from ..errors import CbnWarning, DataError, is_utf8, printable
 from . import named
 from .folders import VALIDATION, class_folders, composed, find_images, layout_error
 from .images import open_image
@@ -43,7 +43,7 @@ def read_splits(data: str, val_fraction: float | None, seed: int) -> tuple[Split
     DataError if a folder or its images are missing, a class is empty or has its images in folders of its own, there are
     fewer than two classes, or val/ has a class that train/ has not.
     """
-    if printable(data) != data:
+    if not is_utf8(data):
         raise DataError(f"the name of {data} is not UTF-8, so that it cannot be stored in a run; rename it")
     if named.is_name(data):
         training = _several(_named_split(data, ("train",)), data)

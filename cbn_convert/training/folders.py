@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import DataError, printable
+from ..errors import DataError, is_utf8
 from .channels import ARRAY
 from .images import endings
 
@@ -49,7 +49,7 @@ def class_folders(folder: Path) -> list[str]:
     """
     names: dict[str, str] = {}
     for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_system(entry.name)):
-        if printable(name) != name:
+        if not is_utf8(name):
             raise DataError(f"the name of the class folder {folder / name} is not UTF-8; rename it")
         if (other := names.setdefault(composed(name), name)) != name:
             raise DataError(

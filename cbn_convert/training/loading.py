@@ -34,6 +34,7 @@ Item = tuple[int, int | None]  # the index of an image, and the seed of its chan
 IGNORED = -100  # the label of an image that could not be read, as torch's losses know it
 PREFETCH = 4  # batches that each worker is ahead; at one or two images a batch torch's 2 are soon used up
 LONGEST_WAIT = 600.0  # seconds without a batch, after which a run takes its loading processes for stuck
+LONGEST_GOODBYE = 10.0  # seconds; torch looks every five whether its processes live
 POLL = 0.2  # seconds between two looks at whether a wait should end
 # Activations without gradients of so many images of 224 px fit wherever two of a training step do.
 EVALUATION_PIXELS = 32 * 224**2
@@ -225,9 +226,10 @@ def evaluation_batch(batch_size: int, data_config: dict[str, Any]) -> int:
 
 
 class ImageLoader(DataLoader[Any]):
-    """torch's loader, which knows the processes that it has started."""
+    """torch's loader, which knows the processes that it has started, and the threads that wait for them."""
 
     processes: frozenset[Any] = frozenset()
+    readers: frozenset[Reader] = frozenset()
 
     def __iter__(self) -> Any:
         before = multiprocessing.active_children()
@@ -237,7 +239,12 @@ class ImageLoader(DataLoader[Any]):
             self.processes |= frozenset(multiprocessing.active_children()).difference(before)
 
     def end(self) -> None:
-        """Ends the processes at once, even those that do not answer; the loader is of no use after it."""
+        """Ends the processes at once, even those that do not answer; the loader is of no use after it.
+
+        And the threads: one that is inside of torch when Python ends would abort it.
+        """
+        for reader in self.readers:
+            reader.leave(POLL)
         in_main = threading.current_thread() is threading.main_thread()
         # torch's handler, which another loader of this process may have set, would take it for a fault
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
@@ -246,6 +253,8 @@ class ImageLoader(DataLoader[Any]):
                 process.kill()
             for process in self.processes:
                 process.join(5)
+            for reader in self.readers:
+                reader.leave(LONGEST_GOODBYE)
         finally:
             if in_main:
                 signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
@@ -322,14 +331,13 @@ def _too_many_files() -> DataError:
 
 def _awaited(loader: ImageLoader, interrupted: Callable[[], bool]) -> Iterator[Batch]:
     """The batches of loading processes; a thread waits for them, so that the wait can have an end."""
-    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    answers: Answers = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(loader, asked, answers), daemon=True).start()
+    reader = Reader(loader)
+    loader.readers |= {reader}
     try:
         while True:
-            asked.put(True)
+            reader.asked.put(True)
             try:
-                batch, error = _answer(answers, interrupted)
+                batch, error = _answer(reader.answers, interrupted)
             except BaseException:
                 loader.end()  # for they do not answer
                 raise
@@ -339,19 +347,35 @@ def _awaited(loader: ImageLoader, interrupted: Callable[[], bool]) -> Iterator[B
                 return
             yield batch
     finally:
-        asked.put(False)
+        reader.leave(0)
+        loader.readers -= {reader}
 
 
-def _read(loader: ImageLoader, asked: queue.SimpleQueue[bool], answers: Answers) -> None:
-    """A batch each time that one is asked for, None at the end, or the error in its place."""
-    images = None
-    while asked.get():
-        try:
-            if images is None:
-                images = _started(loader)
-            answers.put((next(images, None), None))
-        except BaseException as error:
-            answers.put((None, error))
+class Reader(threading.Thread):
+    """Answers with a batch each time that one is asked for, with None at the end, or with the error in its place."""
+
+    def __init__(self, loader: ImageLoader) -> None:
+        super().__init__(daemon=True)
+        self.loader = loader
+        self.asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.answers: Answers = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        """Until it is told to leave."""
+        images = None
+        while self.asked.get():
+            try:
+                if images is None:
+                    images = _started(self.loader)
+                self.answers.put((next(images, None), None))
+            except BaseException as error:
+                self.answers.put((None, error))
+
+    def leave(self, seconds: float) -> None:
+        """Tells the thread to end as soon as the loader answers, for which it waits so long."""
+        self.asked.put(False)
+        self.join(seconds)
 
 
 def _started(loader: ImageLoader) -> Iterator[Batch]:

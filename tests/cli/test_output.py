@@ -19,7 +19,11 @@ from cbn_convert.training.config import FinetuneConfig
 
 pytestmark = pytest.mark.xdist_group("output")  # one process makes the run that these tests look at
 
-CLASSES = ["bl\u00e5", "\u043a\u0440\u0430\u0441\u043d\u044b\u0439", "\udcff"]  # Latin-1, beyond, and no UTF-8
+CLASSES = [
+    "bl\u00e5",
+    "\u043a\u0440\u0430\u0441\u043d\u044b\u0439",
+    "\U0001f600",
+]  # Latin-1, beyond, and none of the first plane
 SMALL = [
     "-m", "test_resnet", "--no-pretrained", "--img-size", "32", "--no-aug", "--workers", "0", "--device", "cpu",
     "--max-steps", "2",
