@@ -95,6 +95,6 @@ def test_damaged_settings(key: str, value: Any, tmp_path: Path) -> None:
     about["pretrained_cfg"][key] = value
     about["model_args"] = {}
     (folder / "config.json").write_text(json.dumps(about))
-    with pytest.raises(ModelError, match="cannot load local-dir|which no image has") as error:
+    with pytest.raises(ModelError, match=r"cannot load local-dir|which no image has") as error:
         create_model(ModelSpec(f"local-dir:{folder}", img_size=32), 2)
     assert "\n" not in str(error.value)
