@@ -35,7 +35,7 @@ def _is_litter(name: str) -> bool:
 
 # what this package puts into the folders that it replaces as a whole
 OWN_FILES = {
-    "model.safetensors", "config.json", "README.md",
+    "model.safetensors", "config.json", "README.md", "class_map.txt",
     "model.onnx", "model.onnx.data",  # the latter for weights above 2 GB, ONNX's limit
     "model.pt2", "conversion.json", "training.pt", "manifest.json",
 }  # fmt: skip

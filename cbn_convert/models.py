@@ -21,7 +21,8 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_input_data_config
-from timm.models import adapt_input_conv
+from timm.models import _hub, adapt_input_conv
+from timm.models._input import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
 from .checkpoints import find_weights, read_checkpoint, refuse_other_files
@@ -30,6 +31,7 @@ from .norm import damaged_value
 
 _SOURCES = ("hf-hub:", "local-dir:")
 RGB = 3  # channels of the images that weights are for unless they say otherwise
+_DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
 def _data_config(model: Any, spec: ModelSpec, name: str) -> dict[str, Any]:
     """The model's pretrained_cfg, with the images that it takes in this form and as `spec` has them."""
     cfg = dict(model.pretrained_cfg)
-    given = {key: tuple(value) for key, value in (("mean", spec.mean), ("std", spec.std)) if value is not None}
     _check_data_config(cfg, name)
     channels = input_channels(model)
+    given = {key: tuple(value) for key, value in (("mean", spec.mean), ("std", spec.std)) if value is not None}
+    wanted: dict[str, Any] = {}
     for key, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         values = given.get(key) or cfg.get(key) or default
         if len(values) not in (1, channels):
@@ -93,19 +96,61 @@ def _data_config(model: Any, spec: ModelSpec, name: str) -> dict[str, Any]:
                     f"channel{'s' * (channels > 1)}; give one for each, or one for all"
                 )
             values = [sum(values) / len(values)]  # what timm does
-        cfg[key] = tuple(values) * (channels if len(values) == 1 else 1)
-    _check_data_config({**cfg, "input_size": (channels, 1, 1)}, name)
-    size = cfg.get("input_size", (RGB, 224, 224))[1:]
-    cfg["input_size"] = (channels, *(size if spec.img_size is None else (spec.img_size, spec.img_size)))
+        wanted[key] = tuple(values) * (channels if len(values) == 1 else 1)
+    before = tuple(cfg.get("input_size", (RGB, 224, 224)))
+    size = before[1:] if spec.img_size is None else (spec.img_size,) * 2
+    if (built := get_model_input_config(model))["fixed_input_size"]:
+        size = tuple(built["input_size"][1:])
+        if spec.img_size is not None and size != (spec.img_size,) * 2:
+            raise ModelError(
+                f"{name} is built for images of {size[0]} x {size[1]} and not of {spec.img_size}; "
+                "leave img_size out of --model-kwargs, or --img-size"
+            )
+    if spec.img_size is not None or (channels, *size) != before:
+        wanted["input_size"] = (channels, *size)
+    cfg = with_data_config(cfg, wanted)
+    _check_data_config(cfg, name)
     return cfg
+
+
+def model_args(model: Any) -> dict[str, Any]:
+    """The keyword arguments with which timm builds this model again, without num_classes.
+
+    Beside those that it was created with, they are those in its source's config.json, and what timm took from its
+    pretrained_cfg (channels, pooling, a fixed size).
+    """
+    # timm's own answer leaves out the rates of dropout and stochastic depth
+    args = {**getattr(model, "_model_args", {}), **get_model_args(model)}
+    return {name: value for name, value in args.items() if name != "num_classes"}
+
+
+def with_data_config(cfg: dict[str, Any], data_config: dict[str, Any]) -> dict[str, Any]:
+    """A pretrained_cfg like `cfg` for images as in `data_config`, some of the keys of timm's resolve_data_config.
+
+    As in timm's own exports, what `cfg` recommends for evaluation in the place of a given size or crop goes, and so
+    does what is known of another size.
+    """
+    given = {key: data_config[key] for key in _DATA_KEYS if data_config.get(key) is not None}
+    obsolete = {"test_crop_pct"} if "crop_pct" in given else set()
+    if "input_size" in given:
+        obsolete |= {"test_input_size", "test_pool_size", "test_crop_pct"}
+        size = tuple(given["input_size"])[1:]
+        if size != tuple(cfg.get("input_size") or ())[1:]:
+            given["pool_size"] = None
+        smallest = tuple(cfg.get("min_input_size") or ())[1:]
+        if any(side < least for side, least in zip(size, smallest, strict=False)):
+            obsolete.add("min_input_size")
+    return {**{key: value for key, value in cfg.items() if key not in obsolete}, **given}
 
 
 def _check_data_config(cfg: dict[str, Any], name: str) -> None:
     """Raises ModelError if the images that a model takes are not described by numbers, as in a damaged config.json."""
-    for key, kinds in (("input_size", (int,)), ("mean", (int, float)), ("std", (int, float))):
+    sizes = ("input_size", "min_input_size")
+    for key in (*sizes, "mean", "std"):
+        kinds = (int,) if key in sizes else (int, float)
         if (values := cfg.get(key)) is None:
             continue
-        lengths = (3,) if key == "input_size" else (1, 3, cfg.get("input_size", (3,))[0])
+        lengths = (3,) if key in sizes else (1, 3, cfg.get("input_size", (3,))[0])
         good = isinstance(values, (tuple, list)) and len(values) in lengths
         if not good or not all(
             not isinstance(v, bool) and isinstance(v, kinds) and math.isfinite(v) and (key == "mean" or v > 0)
@@ -260,10 +305,19 @@ def _architecture_in(path: Path) -> str:
 
 def _create(name: str, kwargs: dict[str, Any], spec: ModelSpec) -> Any:
     try:
-        with _quiet(), _offline_if_unreachable():
-            return timm.create_model(name, **kwargs)
+        with _quiet(), offline_if_unreachable():
+            model = timm.create_model(name, **kwargs)
+            fixed = get_model_input_config(model)["fixed_input_size"]
+            if spec.img_size is not None and fixed and "img_size" not in spec.model_kwargs:
+                model = timm.create_model(name, **{**kwargs, "img_size": spec.img_size})
+            return model
     except Exception as error:
         first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        if name.startswith("local-dir:") and isinstance(error, LocalEntryNotFoundError):
+            raise ModelError(
+                f"cannot load {name}: timm wants weights of its backbone from {hub_constants.ENDPOINT} first, which "
+                "cannot be reached; give the architecture's name, and model.safetensors with --checkpoint"
+            ) from error
         if name.startswith("local-dir:"):
             raise ModelError(f"cannot load {name}: {first}; the folder is damaged or not a timm export") from error
         if isinstance(error, (TypeError, AssertionError)) and not isinstance(error, OSError):
@@ -295,18 +349,34 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
-    """Keeps the hub client from retrying for a minute where there is no network; cached files still load."""
-    before = hub_constants.HF_HUB_OFFLINE
+def offline_if_unreachable() -> Iterator[None]:
+    """Keeps the hub client from retrying for a minute where there is no network; cached files still load.
+
+    Whether there is one is tried when timm asks the hub for the first file, so that what is here needs none.
+    """
+    before, download = hub_constants.HF_HUB_OFFLINE, _hub.hf_hub_download
     proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if not before and not proxied:
-        endpoint = urlparse(hub_constants.ENDPOINT)
-        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-        try:
-            socket.create_connection((endpoint.hostname or "", port), timeout=5).close()
-        except OSError:
-            hub_constants.HF_HUB_OFFLINE = True
+    tried = before or proxied
+
+    def try_first(*args: Any, **kwargs: Any) -> Any:
+        nonlocal tried
+        if not tried:
+            tried = True
+            hub_constants.HF_HUB_OFFLINE = not _hub_answers()
+        return download(*args, **kwargs)
+
     try:
+        _hub.hf_hub_download = try_first
         yield
     finally:
-        hub_constants.HF_HUB_OFFLINE = before
+        hub_constants.HF_HUB_OFFLINE, _hub.hf_hub_download = before, download
+
+
+def _hub_answers() -> bool:
+    endpoint = urlparse(hub_constants.ENDPOINT)
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        socket.create_connection((endpoint.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True

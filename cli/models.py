@@ -69,10 +69,12 @@ def convert(
     debug: o.Debug = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Converts a model and writes it, with a report of every norm layer.
+    """Converts a model and writes a folder to train from, with a report of every norm layer.
 
-    The folder holds model.safetensors and config.json as timm loads them, since a converted model has the same weights
-    and the same outputs, and conversion.json, the report. `cbn finetune --model local-dir:DIR` goes on from there.
+    CBN is at work in training only: weights and outputs stay as they were, and plain timm loads the folder. It is good
+    for seeing what becomes of each norm layer (README.md; all of it in conversion.json), for taking weights and
+    settings to where the images are, and for training from it, by `cbn finetune DATA --model local-dir:DIR` with the
+    same window options. README.md has that command as it is typed, and the lines for a training loop of your own.
     """
     spec = o.parse_model(
         model, arch, checkpoint, pretrained, model_kwargs, in_chans, mean=mean, std=std, img_size=img_size
@@ -83,25 +85,24 @@ def convert(
     }  # fmt: skip
     with Session(as_json, debug, quiet) as session:
         import cbn_convert as cbn
-        from cbn_convert.files import check_output, write_json
-        from cbn_convert.models import ModelSpec, create_model
+        from cbn_convert.deploy import Conversion
+        from cbn_convert.files import check_output
+        from cbn_convert.models import ModelSpec, create_model, model_args
 
         check_output(output, overwrite)
         converted = create_model(ModelSpec(**spec))
         report = cbn.convert(converted, **window_options)
-        summary = {"model": model, **window_options, **report.to_dict()}
+        conversion = Conversion(model, window_options, report)
         if dry_run:
             session.print(_table(report))
             session.print(f"{report}; nothing written (--dry-run)")
         else:
             cbn.export(
-                converted, output, class_names=converted.pretrained_cfg.get("label_names"),
-                model_args=spec["model_kwargs"], metadata={**window_options, "norm_layers": report.counts},
-                overwrite=overwrite,
+                converted, output, model_args=model_args(converted), conversion=conversion,
+                metadata={**window_options, "norm_layers": report.counts}, overwrite=overwrite,
             )  # fmt: skip
-            write_json(output / "conversion.json", summary)
             session.print(f"{report}; written to {output}")
-        session.result({**summary, "output": None if dry_run else str(output)})
+        session.result({**conversion.to_dict(), "output": None if dry_run else str(output)})
 
 
 def _table(report: ConversionReport) -> Table:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import warnings
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from cbn_convert.cli.main import app
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from cbn_convert import export
 from cbn_convert.errors import CbnWarning, ModelError
 from cbn_convert.models import ModelSpec, create_model, reset_head
 
@@ -143,3 +147,65 @@ def test_unreachable_hub_names_the_alternatives(name: str, tmp_path: Path, monke
     with pytest.raises(ModelError, match=r"--checkpoint FILE, or start from random weights with --no-pretrained"):
         create_model(ModelSpec(name), 3)
     assert constants.HF_HUB_OFFLINE is False
+
+
+class _Network:
+    """Stands for the network: counts who asks for it, and is unreachable."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        from huggingface_hub import constants
+
+        self.asked = 0
+        monkeypatch.setattr(socket, "create_connection", self._refuse)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.delenv(proxy, raising=False)
+
+    def _refuse(self, *args, **kwargs):
+        self.asked += 1
+        raise OSError("unreachable")
+
+
+def test_the_hub_is_asked_for_nothing_that_is_here(source, tmp_path: Path, monkeypatch) -> None:
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    folder = export(source, tmp_path / "folder")
+    network = _Network(monkeypatch, tmp_path / "cache")
+    weights = str(tmp_path / "w.safetensors")
+    for spec in (
+        {"model": f"local-dir:{folder}"},
+        {"model": str(folder)},
+        {"model": weights, "arch": "test_resnet"},
+        {"model": "test_resnet", "checkpoint": weights},
+        {"model": "resnet18", "pretrained": False},
+        {"model": "levit_128s", "pretrained": False, "img_size": 64},
+    ):
+        create_model(ModelSpec(**spec), 3)
+    result = CliRunner().invoke(app, ["inspect", "resnet18", "--json"])
+    assert result.exit_code == 0, result.output
+    assert network.asked == 0
+
+
+def test_a_backbone_that_timm_has_from_the_hub_whoever_loads(tmp_path: Path, monkeypatch) -> None:
+    """Its export is written without a network; loading says what is missing, without a minute of trying."""
+    network = _Network(monkeypatch, tmp_path / "cache")
+    model = create_model(ModelSpec("vit_small_resnet26d_224", pretrained=False), 3)
+    assert network.asked == 0
+    folder = export(model, tmp_path / "folder")
+    with pytest.raises(ModelError, match="give the architecture's name, and model"):
+        create_model(ModelSpec(f"local-dir:{folder}"), 3)
+    create_model(ModelSpec("vit_small_resnet26d_224", checkpoint=str(folder / "model.safetensors")), 3)
+    assert network.asked == 2
+
+
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "hf-hub:timm/test_resnet.r160_in1k"])
+def test_weights_in_the_cache_need_no_network(name: str, source, tmp_path: Path, monkeypatch) -> None:
+    """The cache as huggingface_hub leaves it after a download."""
+    cached = tmp_path / "cache/models--timm--test_resnet.r160_in1k"
+    model = timm.create_model("test_resnet")
+    export(model, cached / "snapshots/0123456789")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123456789")
+    network = _Network(monkeypatch, tmp_path / "cache")
+    loaded = create_model(ModelSpec(name), 3)
+    assert torch.equal(loaded.conv1[0].weight, model.conv1[0].weight)
+    assert network.asked == 1

@@ -10,6 +10,9 @@ from typing import Any
 import timm
 import torch
 
+from .class_map import CLASS_MAP, unwritable_class
+from .converted import Conversion
+
 _FRONT = "---\ntags:\n- timm\n- {task}\nlibrary_name: timm\n---\n"
 _SHOWN_CLASSES = 10
 _FOLDS = {
@@ -25,12 +28,17 @@ _NAMES = {"top1": "validation top-1 [%]", "epoch": "best epoch", "lr": "peak lea
 
 
 def write_card(
-    folder: Path, name: str, config: dict[str, Any], about: dict[str, Any], features: Iterable[int] | None = None
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    about: dict[str, Any],
+    features: Iterable[int] | None = None,
+    conversion: Conversion | None = None,
 ) -> None:
     """Writes folder/README.md for the folder that will be called `name`.
 
     `config` is the exported config.json, `about` the metadata of the safetensors file, `features` the out_indices of a
-    features_only backbone.
+    features_only backbone, `conversion` what a folder is for that was not trained yet.
     """
     about = dict(about)
     version, architecture, fold = about.pop("version"), about.pop("architecture"), about.pop("fold")
@@ -62,14 +70,22 @@ def write_card(
         f"- **input:** {' × '.join(map(str, data['input_size']))}, mean {_text(data['mean'])}, "
         f"std {_text(data['std'])}, {data['interpolation']} interpolation",
         *_images(data["input_size"][0]),
+        f"- **crop for evaluation:** {data['crop_mode']}, {_text(data['crop_pct'])} of the resized image",
         f"- **normalization:** {'GroupNorm' if group_norm else _FOLDS[fold]}",
         *(f"- **{_NAMES.get(key, key.replace('_', ' '))}:** {_text(value)}" for key, value in about.items()),
         f"- **versions:** cbn_convert {version}, timm {timm.__version__}, torch {torch.__version__}",
     ]
+    names = config.get("label_names", [])
+    if names and not group_norm:
+        lines += ["", _timm_reader(name, names)]
+    if conversion is not None:
+        lines += ["", *conversion.card(name)]
     graphs = [f"- `{file}`: {what}" for file, what in _GRAPHS.items() if (folder / file).exists()]
     if graphs:
         lines += ["", "The same model, folded into the convs, for any number of images:", "", *graphs]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    text = "\n".join(lines) + "\n"
+    # a name of a class may be of a folder in another encoding
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _images(channels: int) -> list[str]:
@@ -77,6 +93,21 @@ def _images(channels: int) -> list[str]:
     if channels == 1:
         return ['- **images:** greyscale, `PIL.Image.open(FILE).convert("L")`']
     return [f"- **images:** tensors [{channels}, H, W] with values from 0 to 1"] * (channels != 3)
+
+
+def _timm_reader(folder: str, names: list[str]) -> str:
+    """How timm evaluates the folder, whose reader sorts names naturally and without case."""
+    if (odd := unwritable_class(names)) is not None:
+        return (
+            f"timm's reader of image folders orders classes in its own way, and class_map.txt, which would tell it the "
+            f"order here, cannot hold the name {odd!r}; `cbn evaluate` reads them all."
+        )
+    path = json.dumps(f"{folder}/{CLASS_MAP}", ensure_ascii=False)
+    return (
+        f"timm's reader of image folders orders classes in its own way; {CLASS_MAP} tells it the order here: "
+        f'`timm.data.create_dataset("", root="DATA", split="val", class_map={path}, transform=transform)`, or '
+        f"`--class-map` of its validate.py."
+    )
 
 
 def _classes(names: list[str]) -> list[str]:

@@ -17,15 +17,16 @@ from torch import nn
 from .. import __version__
 from ..conversion import norm_layers
 from ..errors import ExportError
-from ..files import new_directory, read_json
+from ..files import new_directory, read_json, write_json
+from ..models import offline_if_unreachable, with_data_config
 from ..norm import damaged_value
 from .card import write_card
+from .class_map import write_class_map
+from .converted import Conversion
 from .features import FEATURE_ARGS, in_original_form
 from .folding import FoldTarget
 from .folding import fold as fold_model
 from .graphs import check_onnx_installed, write_graphs
-
-_DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def export(
@@ -37,6 +38,7 @@ def export(
     model_args: dict[str, Any] | None = None,
     data_config: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
+    conversion: Conversion | None = None,
     onnx: bool = False,
     torch_export: bool = False,
     overwrite: bool = False,
@@ -46,13 +48,18 @@ def export(
     timm.create_model("local-dir:OUTPUT", pretrained=True) loads it. With fold "affine" or "conv" the BatchNorm keys
     stay, as identities. A backbone of features_only=True gets the keys of the architecture that it was cut from:
     timm loads it with features_only=True or another num_classes. `model_args` are the keyword arguments the model was
-    created with beside num_classes, `data_config` overrides input_size, mean, std, interpolation, crop_pct. `metadata`
-    is added to the safetensors metadata and shown in the card. `onnx` adds model.onnx and `torch_export` model.pt2
-    (torch.export.load), for any number of images of the input size; both are folded into the convs whatever `fold`
-    says, and their outputs are checked. The folder appears complete or not at all.
+    created with beside num_classes, for what timm has not recorded itself. `data_config` overrides input_size, mean,
+    std, interpolation, crop_pct and crop_mode; other sizes and crops that timm would evaluate with then go. With
+    `class_names`, by default those in the model's pretrained_cfg, there is class_map.txt, by which timm's reader of
+    image folders takes the classes in this order, unless such a file cannot hold the names, as the card then says.
+    `metadata` is added to the safetensors metadata and shown in the card. `conversion` adds conversion.json, and to
+    the card what can be done with a model that is yet to be trained. `onnx` adds model.onnx and `torch_export`
+    model.pt2 (torch.export.load), for any number of images of the input size; both are folded into the convs whatever
+    `fold` says, and their outputs are checked. The folder appears complete or not at all.
 
-    Raises ExportError if the model is not one that timm registers, holds values that are not finite or has no such
-    graph, or if `onnx` lacks its packages; RunError if the folder is not empty and `overwrite` is False.
+    Raises ExportError if the model is not one that timm registers, holds values that are not finite, is not as
+    `model_args` or `class_names` say or has no such graph, or if `onnx` lacks its packages; RunError if the folder is
+    not empty and `overwrite` is False.
     """
     if onnx:
         check_onnx_installed()
@@ -62,11 +69,15 @@ def export(
             f"{type(model).__name__} is not an architecture that timm registers, so plain timm could not load it; "
             "save its state_dict instead, the keys are those of the original model"
         )
-    cfg = {**cfg, **{k: v for k, v in (data_config or {}).items() if k in _DATA_KEYS}}
+    cfg = with_data_config(cfg, data_config or {})
     folded: Any = fold_model(model, fold, keep_bn=True)
     folded.pretrained_cfg = cfg
     model_args = {k: v for k, v in (model_args or {}).items() if k not in FEATURE_ARGS}
     described, state = in_original_form(folded, model_args)
+    names = _class_names(described, class_names)
+    if class_names:  # what weights of other classes have brought along
+        labels = ("label_names", "label_descriptions")
+        described.pretrained_cfg = {k: v for k, v in described.pretrained_cfg.items() if k not in labels}
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     damaged = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if damaged:
@@ -85,12 +96,9 @@ def export(
         safetensors.torch.save_file(
             tensors, folder / "model.safetensors", metadata={"format": "pt", "cbn_convert": json.dumps(about)}
         )
-        labels = {"label_names": list(class_names)} if class_names else {}
-        save_config_for_hf(described, folder / "config.json", model_config=labels, model_args=model_args)
+        _write_config(folder, described, names, model_args)
         if described is folded and (eps := _eps_that_timm_changes(folder, folded)) is not None:
-            save_config_for_hf(
-                described, folder / "config.json", model_config=labels, model_args={**model_args, "bn_eps": eps}
-            )
+            _write_config(folder, described, names, {**model_args, "bn_eps": eps})
             if _eps_that_timm_changes(folder, folded) is not None:
                 raise ExportError(
                     f"timm builds {cfg['architecture']} with another eps than this model's {eps:g}; "
@@ -99,8 +107,35 @@ def export(
         config = read_json(folder / "config.json", "model settings")
         if onnx or torch_export:
             write_graphs(model, folder, config, onnx=onnx, torch_export=torch_export)
-        write_card(folder, output.name, config, about, None if described is folded else folded.feature_info.out_indices)
+        write_class_map(folder, names)
+        if conversion is not None:
+            write_json(folder / "conversion.json", conversion.to_dict())
+        features = None if described is folded else folded.feature_info.out_indices
+        write_card(folder, output.name, config, about, features, conversion)
     return output
+
+
+def _class_names(model: Any, class_names: Sequence[str] | None) -> list[str]:
+    """The given names, or those of the classes that the weights were trained for; empty if nobody knows."""
+    if class_names:
+        if len(class_names) != model.num_classes:
+            raise ExportError(
+                f"class_names has {len(class_names)} names and the model {model.num_classes} classes; give one for each"
+            )
+        return list(class_names)
+    labels = model.pretrained_cfg.get("label_names") or ()
+    if isinstance(labels, dict):  # of an index, which is text in JSON, to a name
+        labels = [labels.get(i, labels.get(str(i))) for i in range(model.num_classes)]
+    return list(labels) if len(labels) == model.num_classes and None not in labels else []
+
+
+def _write_config(folder: Path, model: Any, names: list[str], model_args: dict[str, Any]) -> None:
+    """folder/config.json as timm writes it. Raises ExportError for arguments that are not the model's."""
+    labels: dict[str, Any] = {"label_names": names} if names else {}
+    try:
+        save_config_for_hf(model, folder / "config.json", model_config=labels, model_args=model_args)
+    except ValueError as error:
+        raise ExportError(f"timm cannot describe this model: {str(error).rstrip('.')}; check model_args") from error
 
 
 def _eps_that_timm_changes(folder: Path, model: nn.Module) -> float | None:
@@ -113,7 +148,7 @@ def _eps_that_timm_changes(folder: Path, model: nn.Module) -> float | None:
     if not norms:
         return None
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), warnings.catch_warnings(), offline_if_unreachable():
             warnings.simplefilter("ignore")  # that weights are not copied to the meta device
             plain = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except OSError:

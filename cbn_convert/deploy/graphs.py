@@ -113,6 +113,8 @@ def _onnx_metadata(config: dict[str, Any]) -> dict[str, str]:
         "cbn_convert": __version__,
         "architecture": config["architecture"],
         "interpolation": data["interpolation"],
+        "crop_mode": data["crop_mode"],
+        "crop_pct": json.dumps(data["crop_pct"]),
         **{key: json.dumps(values, ensure_ascii=False) for key, values in lists.items()},
     }
 

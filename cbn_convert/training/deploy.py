@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from ..deploy import FOLD_TARGETS, export
+from ..deploy.class_map import CLASS_MAP, unwritable_class
 from ..deploy.graphs import TOLERANCE, check_onnx_installed, random_images, relative_difference
 from ..errors import ExportError
 from ..files import check_output
@@ -40,20 +41,21 @@ def export_run(
         check_onnx_installed()
     check_output(Path(output), overwrite)
     model, classes = load_trained(trained)
-    is_run = (Path(trained) / "metrics.jsonl").is_file()
-    if is_run and read_run(trained)["config"].get("norm") == "gn":
+    run = read_run(trained) if (Path(trained) / "metrics.jsonl").is_file() else None
+    if run and run["config"].get("norm") == "gn":
         raise ExportError(
             f"{trained} was trained with GroupNorm, which plain timm does not build for this architecture; "
             "export a run with another --norm"
         )
-    files = ["model.safetensors", "config.json", "README.md"]
+    files = ["model.safetensors", "config.json", "README.md", *[CLASS_MAP] * (unwritable_class(classes) is None)]
     files += ["model.onnx"] * onnx + ["model.pt2"] * torch_export
     result: dict[str, Any] = {"output": str(output), "files": files, "fold": fold, "classes": classes}
     if dry_run:
         return result
     export(
-        model, output, fold=fold, class_names=classes, metadata=_metadata(Path(trained, "best" if is_run else "")),
-        onnx=onnx, torch_export=torch_export, overwrite=overwrite,
+        model, output, fold=fold, class_names=classes, data_config=run and run["data_config"],
+        metadata=_metadata(Path(trained, "best" if run else "")), onnx=onnx, torch_export=torch_export,
+        overwrite=overwrite,
     )  # fmt: skip
     plain = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
     images = random_images(2, model.pretrained_cfg["input_size"])

@@ -333,7 +333,7 @@ class _Trainer:
         if better:
             export(
                 self.candidate, self.run / "best", class_names=self.setup.training.classes,
-                model_args=self.config.model_spec().model_kwargs, data_config=self.setup.data_config,
+                data_config=self.setup.data_config,
                 metadata={**self.config.summary(), "top1": result.top1, "epoch": self._epoch}, overwrite=True,
             )  # fmt: skip
             write_json(

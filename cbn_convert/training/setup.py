@@ -18,10 +18,11 @@ from .. import __version__
 from ..conversion import norm_layers
 from ..errors import ModelError, RunError
 from ..files import check_output, check_replaceable, clean_up, remove_directory, write_json, writing
-from ..models import ModelSpec, create_model, reset_head
+from ..models import create_model, reset_head
 from .checkpoint import checkpoints
-from .config import FinetuneConfig, read_run
+from .config import FinetuneConfig
 from .data import Split, read_splits, refuse_among_images
+from .description import build_described, describe, stored_description
 from .environment import stored_environment
 from .loading import StepSampler
 from .norms import apply_norm
@@ -30,7 +31,7 @@ from .optimization import freeze, frozen_modules
 
 @dataclass
 class Setup:
-    """What a run works with. `spec` describes the model without the weights that it started from."""
+    """What a run works with. `spec` is what `describe` says of the model, without the weights that it started from."""
 
     model: Any
     training: Split
@@ -51,16 +52,14 @@ def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
     A resumed run with a checkpoint is built without the weights that it started from, which need not be there any more.
     """
     training, validation = read_splits(config.data, config.val_fraction, config.seed)
-    stored = read_run(config.output).get("model") if resumed else None
-    if resumed and stored is None:
-        raise RunError(f"{config.output} is a run of an older version, which cannot be resumed; start again")
-    spec = config.model_spec() if stored is None else ModelSpec(stored["architecture"], pretrained=False, **{
-        **stored["spec"], "mean": tuple(stored["spec"]["mean"]), "std": tuple(stored["spec"]["std"]),
-    })  # fmt: skip
+    stored = stored_description(config.output) if resumed else None
+    spec = config.model_spec()
     if config.drop_path:
         spec = replace(spec, model_kwargs={**spec.model_kwargs, "drop_path_rate": config.drop_path})
     set_seed(config.seed)
-    model = create_model(spec, len(training.classes))
+    count = len(training.classes)
+    model = create_model(spec, count) if stored is None else build_described(stored, count)
+    described = describe(model)
     reset_head(model)
     if config.grad_checkpointing:
         try:
@@ -78,13 +77,6 @@ def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
         history=config.history, burn_in=config.burn_in, start=config.start, sync=config.sync_cbn,
         example_input=torch.zeros(1, *data_config["input_size"]),
     )  # fmt: skip
-    described = {
-        "architecture": model.pretrained_cfg["architecture"],
-        "spec": {
-            "model_kwargs": config.model_spec().model_kwargs, "mean": data_config["mean"], "std": data_config["std"],
-            "img_size": data_config["input_size"][-1],
-        },
-    }  # fmt: skip
     return Setup(model, training, validation, data_config, described, still)
 
 

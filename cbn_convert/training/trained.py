@@ -12,6 +12,7 @@ from ..files import read_json
 from ..models import ModelSpec, create_model, load_weights
 from .config import read_run
 from .data import evaluation_split
+from .description import build_described, stored_description
 from .evaluation import Evaluation, accuracy, resolve_device
 from .loading import batches, plain_loader
 from .norms import apply_norm
@@ -27,20 +28,12 @@ def load_run(run: str | Path) -> tuple[Any, list[str]]:
     if not (best / "model.safetensors").is_file():
         raise RunError(f"{run} has no best model yet; let the run finish an epoch")
     if stored["config"].get("norm") == "gn":
-        model = _group_norm_model(best)
+        model = build_described(stored_description(run), len(stored["classes"]))
+        apply_norm(model, "gn")  # which timm's loader knows nothing of, so it comes before the weights
+        load_weights(model, best / "model.safetensors")
     else:
         model = create_model(ModelSpec(f"local-dir:{best}"))
     return model.eval(), list(stored["classes"])
-
-
-def _group_norm_model(best: Path) -> Any:
-    """timm's loader knows nothing of the GroupNorm layers, so they are put in before the weights are read."""
-    about = read_json(best / "config.json", "model settings")
-    model = create_model(ModelSpec(about["architecture"], pretrained=False, model_kwargs=about.get("model_args", {})))
-    apply_norm(model, "gn")
-    load_weights(model, best / "model.safetensors")
-    model.pretrained_cfg = {**model.pretrained_cfg, **about["pretrained_cfg"]}
-    return model
 
 
 def load_trained(path: str | Path) -> tuple[Any, list[str]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,6 +18,7 @@ from conftest import write_image
 from timm.data import resolve_model_data_config
 from typer.testing import CliRunner
 
+from cbn_convert import CrossIterationBatchNormAct2d
 from cbn_convert.training import load_run
 
 SMALL = ["--no-pretrained", "--img-size", "32", "--no-aug", "--workers", "0", "--device", "cpu", "--window", "4"]
@@ -74,6 +78,75 @@ def test_inspect_and_convert(tmp_path: Path) -> None:
     timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
     code, out, _ = cbn("inspect", f"local-dir:{tmp_path}/out", "--json")
     assert code == 0
+
+
+def test_what_convert_writes_says_what_to_do_with_it(colors: Path, tmp_path: Path, monkeypatch) -> None:
+    torch.manual_seed(2)
+    given = timm.create_model("test_efficientnet", num_classes=2, pad_type="same", bn_eps=0.3, drop_path_rate=0.2)
+    timm.models.save_for_hf(given, tmp_path / "given", safe_serialization=True)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "a folder"
+    options = ["--window", 6, "--compensation", "taylor", "--model-kwargs", "drop_path_rate=0.1", "--img-size", 32]
+    code, _, err = cbn("convert", "local-dir:given", *options, "-o", out)
+    assert code == 0, err
+    shutil.rmtree("given")
+
+    # the same network, for images of the size that was asked for, and with what it was asked to be trained with
+    x = torch.randn(2, 3, 64, 64)
+    plain = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(x), given.eval()(x))
+    assert [resolve_model_data_config(plain, use_test_size=t)["input_size"] for t in (False, True)] == [(3, 32, 32)] * 2
+    assert json.loads((out / "config.json").read_text())["model_args"]["drop_path_rate"] == 0.1
+
+    card = (out / "README.md").read_text()
+    scope: dict[str, Any] = {}
+    for part in card.split("```python")[1:]:
+        exec(part.split("```")[0], scope)
+    layers = [m for m in scope["model"].modules() if isinstance(m, CrossIterationBatchNormAct2d)]
+    assert {(layer.window, layer.compensation) for layer in layers} == {(6, "taylor")}
+    deployed = timm.create_model("local-dir:deploy", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(x), plain(x), rtol=1e-4, atol=1e-5)
+    shutil.rmtree("deploy")
+
+    finetune, export = card.split("```sh\n")[1].split("```")[0].splitlines()
+    quick = ["--max-steps", 1, "--workers", 0, "--device", "cpu"]
+    for line, more in ((finetune.replace("DATA", shlex.quote(str(colors))), quick), (export, [])):
+        program, *arguments = shlex.split(line)
+        assert program == "cbn"
+        code, _, err = cbn(*arguments, *more)
+        assert code == 0, err
+    stored = json.loads(Path("run/config.json").read_text())
+    assert (stored["config"]["window"], stored["config"]["compensation"]) == (6, "taylor")
+    assert stored["data_config"]["input_size"] == [3, 32, 32]
+    assert timm.create_model("local-dir:deploy", pretrained=True).num_classes == 2
+
+
+def test_the_card_of_a_conversion_names_what_is_not_compensated(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cbn("convert", "levit_128s", "--no-pretrained", "--img-size", 64, "-o", out)[0] == 0
+    layers = json.loads((out / "conversion.json").read_text())["layers"]
+    left = [layer for layer in layers if layer["status"] != "compensated"]
+    assert len(left) == 2
+    card = (out / "README.md").read_text().splitlines()
+    assert "50 compensated, 2 window, 0 kept of 52 norm layers; conversion.json has all of them." in card
+    for layer in left:
+        assert sum(line.startswith(f"- `{layer['name']}`: window, {layer['reason'][:30]}") for line in card) == 1
+
+
+def test_a_conversion_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    write = json.dump
+
+    def full(data: Any, *arguments: Any, **options: Any) -> None:
+        if "layers" in data:
+            raise OSError(28, "No space left on device")
+        write(data, *arguments, **options)
+
+    monkeypatch.setattr(json, "dump", full)
+    code, _, err = cbn("convert", "test_resnet", "--no-pretrained", "-o", tmp_path / "out")
+    assert (code, "No space left on device" in err) == (1, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_finetune_dry_run_resume_and_one_folder(colors: Path, tmp_path: Path) -> None:
@@ -153,12 +226,13 @@ def test_export_of_graphs_and_what_the_card_tells(colors: Path, tmp_path: Path) 
     assert cbn("finetune", colors, "-m", "test_resnet", "-o", run, "--max-steps", 2, "--lr", 0.01, *SMALL)[0] == 0
     code, text, _ = cbn("export", run, "-o", out, "--onnx", "--torch-export", "--dry-run")
     assert code == 0
-    assert "would write model.safetensors, config.json, README.md, model.onnx, model.pt2 to" in text
+    files = ["model.safetensors", "config.json", "README.md", "class_map.txt", "model.onnx", "model.pt2"]
+    assert f"would write {', '.join(files)} to" in text
     assert not out.exists()
     code, text, err = cbn("export", run, "-o", out, "--onnx", "--torch-export", "--json")
     assert code == 0, err
-    assert json.loads(text)["files"] == ["model.safetensors", "config.json", "README.md", "model.onnx", "model.pt2"]
-    assert {p.name for p in out.iterdir()} == set(json.loads(text)["files"])
+    assert json.loads(text)["files"] == files
+    assert {p.name for p in out.iterdir()} == set(files)
     assert cbn("export", out, "-o", again, "--fold", "conv")[0] == 0  # an exported folder passes on what it knows
     for folder in (out, again):
         card = (folder / "README.md").read_text(encoding="utf-8").splitlines()

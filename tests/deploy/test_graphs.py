@@ -68,9 +68,12 @@ def test_any_batch_size_and_what_the_file_says(tmp_path: Path, capfd) -> None:
     assert json.loads(said["classes"]) == ["Hemd", "Schürze"]
     assert tuple(json.loads(said["input_size"])) == SMALL["input_size"]
     assert (tuple(json.loads(said["mean"])), tuple(json.loads(said["std"]))) == (SMALL["mean"], SMALL["std"])
+    plain = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{out}"), use_test_size=True)
+    assert json.loads(said["crop_pct"]) == plain["crop_pct"]
+    assert [said[key] for key in ("crop_mode", "interpolation")] == [plain["crop_mode"], plain["interpolation"]]
 
     files = {"model.safetensors", "config.json", "README.md"}
-    assert {p.name for p in out.iterdir()} == {*files, "model.onnx", "model.pt2"}
+    assert {p.name for p in out.iterdir()} == {*files, "class_map.txt", "model.onnx", "model.pt2"}
     cbn.export(model, out, data_config=SMALL, overwrite=True)
     assert {p.name for p in out.iterdir()} == files
 
@@ -88,7 +91,14 @@ class TwoHeads(nn.Module):
 
 TWO_HEADS: dict[str, Any] = {
     "architecture": "two_heads",
-    "pretrained_cfg": {"input_size": [3, 8, 8], "mean": [0.5], "std": [0.5], "interpolation": "bicubic"},
+    "pretrained_cfg": {
+        "input_size": [3, 8, 8],
+        "mean": [0.5],
+        "std": [0.5],
+        "interpolation": "bicubic",
+        "crop_mode": "center",
+        "crop_pct": 0.9,
+    },
 }
 
 
