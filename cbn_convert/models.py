@@ -311,6 +311,10 @@ def _create(name: str, kwargs: dict[str, Any], spec: ModelSpec) -> Any:
             if spec.img_size is not None and fixed and "img_size" not in spec.model_kwargs:
                 model = timm.create_model(name, **{**kwargs, "img_size": spec.img_size})
             return model
+    except MemoryError as error:
+        raise ModelError(
+            f"the memory of this machine is not enough for {name}; free some, or take a smaller one"
+        ) from error
     except Exception as error:
         first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         if name.startswith("local-dir:") and isinstance(error, LocalEntryNotFoundError):

@@ -113,6 +113,8 @@ def _prepare(output: Path) -> None:
     """Makes the folder, and removes what an earlier demo wrote there; refuses a folder of somebody else."""
     import shutil
 
+    from cbn_convert.files import writing
+
     marker = output / ".cbn-demo"
     if output.is_dir() and any(output.iterdir()) and not marker.is_file():
         raise CbnError(
@@ -120,11 +122,9 @@ def _prepare(output: Path) -> None:
         )
     for name in ("data", "pretrained", "converted", "run-bn", "run-cbn", "export"):
         shutil.rmtree(output / name, ignore_errors=True)
-    try:
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         marker.touch()
-    except OSError as error:
-        raise CbnError(f"cannot write {output}: {error.strerror}; choose a folder that you may write to") from error
 
 
 def _largest_difference(output: Path) -> float:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -151,7 +152,7 @@ def _eps_that_timm_changes(folder: Path, model: nn.Module) -> float | None:
         with torch.device("meta"), warnings.catch_warnings(), offline_if_unreachable():
             warnings.simplefilter("ignore")  # that weights are not copied to the meta device
             plain = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except OSError:
+    except (LocalEntryNotFoundError, HfHubHTTPError):
         return None  # a few (vit_base_resnet50d_224) get weights of their backbone from the hub as well, whoever loads
     except Exception as error:  # whatever a constructor raises
         raise ExportError(
