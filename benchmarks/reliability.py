@@ -25,7 +25,7 @@ any more.
 
 A checkpoint is written into a temporary folder, flushed to the disk (fsync) and renamed, so that it is there as a whole or
 not at all. Only then are the oldest deleted, so that `--keep` of them (2) are left. `best/` and the exports are written in
-the same way. Temporary files that a killed run has left are deleted by the next one. Nothing is unpickled when a
+the same way. Temporary files that a killed run has left are deleted by the next one. No code is run when a
 checkpoint is read (`weights_only=True`), and nothing is read that does not fit the manifest. Of several
 processes each writes and reads its own file, so all must see the folder; the first one chooses where to go on.
 

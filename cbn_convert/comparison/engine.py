@@ -136,7 +136,7 @@ class _Grid:
                         display.begin(cell, self._done(cell))
                         workers.start(cell, self._settings(cell).to_dict(), self.available.tested)
                 display.update(len(self.results), {cell: 1 - self._done(cell) for cell in todo}, self.images)
-                finished = workers.finished(timeout=1.0)
+                finished = workers.finished(timeout=0.1)  # a signal is heeded after it
                 if finished is not None:
                     self._keep(*finished, display)
                 if signals.received:
