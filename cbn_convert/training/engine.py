@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from ..conversion import warm_up
@@ -26,8 +25,8 @@ from ..files import write_json
 from . import checkpoint
 from .advice import advice, measure
 from .config import FinetuneConfig, FinetuneResult, read_run
-from .environment import check_environment, compare_environment
-from .evaluation import Evaluation, accuracy, resolve_device
+from .environment import compare_environment, make_accelerator
+from .evaluation import Evaluation, accuracy
 from .faults import StopSignals, TrainingInterrupted, out_of_memory
 from .learner import Learner
 from .loading import batches, evaluation_batch, plain_loader, training_loader
@@ -39,7 +38,6 @@ from .recalibration import recalibrate
 from .setup import Setup, build, check_new, owned, prepare_folder, total_steps
 
 WARM_UP_IMAGES = 64  # to see how statistics respond to the weights
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 LOG_EVERY = 20  # updates between records of the training loss, the only moments at which a GPU is waited for
 
 
@@ -60,7 +58,7 @@ def finetune(
     """
     run = Path(config.output)
     config.check()
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # of a run before this one in the same process
     ranks = Ranks()
@@ -87,38 +85,6 @@ def finetune(
 
         ranks.told(begin)
         return trainer.train(resume, quiet or not ranks.main)
-
-
-def _accelerator(config: FinetuneConfig) -> Accelerator:
-    """What is not said here explicitly, accelerate takes from its environment variables."""
-    check_environment(config)
-    device = resolve_device(config.device)
-    if config.mixed_precision == "fp16" and device.type != "cuda":
-        raise RunError(f"mixed_precision 'fp16' needs a GPU, the device is {device.type}; use bf16 or no")
-    shared = AcceleratorState._shared_state
-    if shared and (
-        shared.get("_mixed_precision") != config.mixed_precision or shared["device"].type != device.type
-        or shared["dynamo_plugin"].backend != DynamoBackend.NO
-    ):  # fmt: skip
-        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    try:
-        accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision=config.mixed_precision, log_with=config.tracker,
-            project_dir=config.output, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_backend="no",
-        )  # fmt: skip
-    except ValueError as error:
-        argument = "tracker" if config.tracker and config.tracker in str(error) else "mixed_precision"
-        raise RunError(f"{argument} {getattr(config, argument)!r} does not work here: {error}") from error
-    kind = accelerator.distributed_type
-    if accelerator.device.type != device.type or kind not in _SUPPORTED:
-        raise RunError(
-            f"accelerate is set up for {accelerator.device.type} ({kind.value}) where the run is to use {device.type}; "
-            "give --device, or unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE"
-        )
-    if config.tracker and config.tracker not in [str(getattr(t, "value", t)) for t in accelerator.log_with]:
-        raise RunError(f"tracker {config.tracker!r} is not installed; pip install it, or leave out --tracker")
-    return accelerator
 
 
 class _Trainer:

@@ -1,4 +1,4 @@
-"""Environment variables that change what a run computes: refused, not used, or stored with the run.
+"""Where and how a run computes: accelerate's part in it, and environment variables, refused, not used, or stored.
 
 Of accelerate's all are refused or overruled by the run's own settings. Those of torch and timm that choose another
 precision or algorithm stand in config.json. Not among them are numbers of threads and NCCL's choices, which like the
@@ -12,8 +12,16 @@ import re
 import warnings
 from typing import Any
 
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
+
 from ..errors import CbnWarning, RunError
 from .config import FinetuneConfig
+from .evaluation import resolve_device
+
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 _STORED = re.compile(
     r"TIMM_\w+|FORK_LAST3"  # the latter is timm's, in fastvit
@@ -30,6 +38,41 @@ _REFUSED = (
 )  # fmt: skip
 
 
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Devices, processes and precision as the run's settings have them, whatever accelerate's variables say.
+
+    Raises RunError for what does not work here or is not one of the ways in which a run trains.
+    """
+    _check_environment(config)
+    device = resolve_device(config.device)
+    if config.mixed_precision == "fp16" and device.type != "cuda":
+        raise RunError(f"mixed_precision 'fp16' needs a GPU, the device is {device.type}; use bf16 or no")
+    shared = AcceleratorState._shared_state
+    if shared and (
+        shared.get("_mixed_precision") != config.mixed_precision or shared["device"].type != device.type
+        or shared["dynamo_plugin"].backend != DynamoBackend.NO
+    ):  # fmt: skip
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision=config.mixed_precision, log_with=config.tracker,
+            project_dir=config.output, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_backend="no",
+        )  # fmt: skip
+    except ValueError as error:
+        argument = "tracker" if config.tracker and config.tracker in str(error) else "mixed_precision"
+        raise RunError(f"{argument} {getattr(config, argument)!r} does not work here: {error}") from error
+    kind = accelerator.distributed_type
+    if accelerator.device.type != device.type or kind not in _SUPPORTED:
+        raise RunError(
+            f"accelerate is set up for {accelerator.device.type} ({kind.value}) where the run is to use {device.type}; "
+            "give --device, or unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE"
+        )
+    if config.tracker and config.tracker not in [str(getattr(t, "value", t)) for t in accelerator.log_with]:
+        raise RunError(f"tracker {config.tracker!r} is not installed; pip install it, or leave out --tracker")
+    return accelerator
+
+
 def stored_environment() -> dict[str, str]:
     """The variables that are set and may change what torch or timm compute."""
     return {
@@ -38,7 +81,7 @@ def stored_environment() -> dict[str, str]:
     }  # fmt: skip
 
 
-def check_environment(config: FinetuneConfig) -> None:
+def _check_environment(config: FinetuneConfig) -> None:
     """Raises RunError for a way of training that accelerate would choose; warns of its settings that are not used."""
     for name in _REFUSED:
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):

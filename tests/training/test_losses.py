@@ -12,7 +12,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from cbn_convert.training.config import FinetuneConfig
-from cbn_convert.training.engine import _accelerator
+from cbn_convert.training.environment import make_accelerator
 from cbn_convert.training.learner import Learner
 from cbn_convert.training.loading import Batch, batches, training_loader
 from cbn_convert.training.parallel import Ranks
@@ -32,7 +32,7 @@ def unequal(colors: Path) -> Path:
 
 def learner_of(settings: FinetuneConfig) -> tuple[Learner, list[Batch]]:
     """A learner in float64 whose norms do not look at the batch, and all batches of an epoch."""
-    learner = Learner(settings, setup := build(settings), _accelerator(settings), Ranks(), 100)
+    learner = Learner(settings, setup := build(settings), make_accelerator(settings), Ranks(), 100)
     torch.nn.init.normal_(setup.model.get_classifier().weight)  # zeros at the start, which stop every gradient
     learner.model.double()
     learner.loss.double()

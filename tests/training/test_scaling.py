@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from test_engine import config
 
 from cbn_convert.errors import DivergedError
-from cbn_convert.training.engine import _accelerator
+from cbn_convert.training.environment import make_accelerator
 from cbn_convert.training.learner import Learner
 from cbn_convert.training.loading import Batch, batches, training_loader
 from cbn_convert.training.parallel import Ranks
@@ -25,7 +25,7 @@ def learner_of(
     """A learner at the start of a run, and four batches."""
     settings = config(colors, colors, opt=opt, **changes)
     torch.manual_seed(0)
-    learner = Learner(settings, setup := build(settings), _accelerator(settings), Ranks(), 100)
+    learner = Learner(settings, setup := build(settings), make_accelerator(settings), Ranks(), 100)
     learner.wrapped.train()
     if scaler is not None:
         learner.prepared_optimizer = AcceleratedOptimizer(learner.optimizer, scaler=scaler)

@@ -15,7 +15,7 @@ from test_engine import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbn_convert.norm import functional, history, kernels
-from cbn_convert.training.engine import _accelerator
+from cbn_convert.training.environment import make_accelerator
 from cbn_convert.training.learner import Learner
 from cbn_convert.training.loading import batches, training_loader
 from cbn_convert.training.parallel import Ranks
@@ -63,7 +63,7 @@ def test_an_update_asks_for_no_value(
     setup = build(settings)
     loader, _ = training_loader(setup.training, setup.data_config, settings)
     parts = list(batches(loader))[: settings.accumulate]
-    learner = Learner(settings, setup, _accelerator(settings), Ranks(), 100)
+    learner = Learner(settings, setup, make_accelerator(settings), Ranks(), 100)
     learner.wrapped.train()
     for module in (functional, history):
         monkeypatch.setattr(module, "is_known", lambda condition: False)
