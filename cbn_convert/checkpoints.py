@@ -120,8 +120,8 @@ def find_weights(content: dict[str, Any], wanted: dict[str, Tensor]) -> Weights 
     """The part of a checkpoint that holds the most of the tensors `wanted`, a model's state_dict, by name and shape.
 
     It may be an entry of the content or of its entries, and its names may all begin with some prefix. Where several
-    are as good, an average of weights ("ema", "teacher") comes before others, and then the first. None if there are no
-    tensors at all.
+    are as good, an average of weights ("ema", "teacher") comes before others, and then the first. Where no prefix has
+    most of the names, none is taken off. None if there are no tensors at all.
     """
     found = []
     for entry, tensors in _dictionaries(content):
@@ -133,6 +133,9 @@ def find_weights(content: dict[str, Any], wanted: dict[str, Tensor]) -> Weights 
                 found.append(((shapes, names, averaged, not unwrapped), entry, prefix, unwrapped, state))
     if not found:
         return None
+    fits = 2 * max(score[1] for score, *_ in found) > len(wanted)
+    if not fits:  # another architecture, which no prefix mends
+        found = [item for item in found if not item[2]]
     best, entry, prefix, unwrapped, state = max(found, key=lambda item: item[0])
     others = {
         f"{other!r}" for score, *place, again, _ in found
@@ -141,7 +144,7 @@ def find_weights(content: dict[str, Any], wanted: dict[str, Tensor]) -> Weights 
     return Weights(
         {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)},
         entry, prefix, unwrapped,
-        outside=[name for name in state if not name.startswith(prefix)], others=sorted(others) if best[1] else [],
+        outside=[name for name in state if not name.startswith(prefix)], others=sorted(others) if fits else [],
     )  # fmt: skip
 
 

@@ -129,6 +129,16 @@ def test_the_part_with_the_same_shapes_is_taken(source, tmp_path: Path) -> None:
     assert "without the prefix 'student.'" in said
 
 
+def test_no_part_is_sought_in_the_weights_of_another_architecture(tmp_path: Path) -> None:
+    """Whose blocks have a bn1 each, as the whole model has, too; one of them even of the same shape."""
+    channels = timm.create_model("test_resnet").bn1.num_features
+    state = timm.create_model("test_efficientnet").state_dict()
+    state |= prefixed(torch.nn.BatchNorm2d(channels).state_dict(), "blocks.9.bn1.")
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"of this architecture \(taken from its entry 'state_dict'\): \d+ missing"):
+        load(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected", "of another shape", "of integers"])
 def test_no_part_is_loaded_of_what_does_not_fit(change: str, source, tmp_path: Path) -> None:
     state = dict(source.state_dict())

@@ -123,3 +123,10 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"timm cannot build 'test_resnet'.*nonsense"):
         cbn.export(model, tmp_path / "other", model_args={"nonsense": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_card_of_a_model_without_its_classifier(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=0)
+    card = (cbn.export(model, tmp_path / "out") / "README.md").read_text()
+    assert "\n- image-feature-extraction\n" in card
+    assert "# test_resnet, backbone without a head\n" in card

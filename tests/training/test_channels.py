@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ def write(path: Path, channels: int, level: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4, 6])
-def test_the_whole_way(channels: int, tmp_path: Path) -> None:
+def test_the_whole_way(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
     for split, count in (("train", 16), ("val", 6)):
         for name, level in (("dark", 0), ("light", 170)):
@@ -163,7 +164,17 @@ def test_the_whole_way(channels: int, tmp_path: Path) -> None:
     hits = (plain(images).argmax(1) == torch.tensor([file.parent.name == "light" for file in files])).float()
     scored = cbn.evaluate(out, str(data), workers=0, device="cpu")
     assert scored.top1 == pytest.approx(100 * float(hits.mean()))
-    assert f"{channels} × 32 × 32" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"{channels} × 32 × 32" in card
+    # and so does timm's reader, called as the card says
+    monkeypatch.chdir(tmp_path)
+    calls = re.findall(r"`(timm\.data\.create_dataset\(.*?\))`", card)
+    assert len(calls) == (channels == 1)
+    for call in calls:
+        read_by_timm = list(eval(call.replace("DATA", "data"), {"timm": timm, "transform": transform}))
+        logits = plain(torch.stack([image for image, _ in read_by_timm]))
+        hits = (logits.argmax(1) == torch.tensor([label for _, label in read_by_timm])).float()
+        assert scored.top1 == pytest.approx(100 * float(hits.mean()))
     if channels == 4:
         import onnx
 
