@@ -77,7 +77,7 @@ def write_card(
     ]
     names = config.get("label_names", [])
     if names and not group_norm:
-        lines += ["", _timm_reader(name, names)]
+        lines += ["", _timm_reader(name, names, data["input_size"][0])]
     if conversion is not None:
         lines += ["", *conversion.card(name)]
     graphs = [f"- `{file}`: {what}" for file, what in _GRAPHS.items() if (folder / file).exists()]
@@ -95,17 +95,20 @@ def _images(channels: int) -> list[str]:
     return [f"- **images:** tensors [{channels}, H, W] with values from 0 to 1"] * (channels != 3)
 
 
-def _timm_reader(folder: str, names: list[str]) -> str:
+def _timm_reader(folder: str, names: list[str], channels: int) -> str:
     """How timm evaluates the folder, whose reader sorts names naturally and without case."""
+    if channels not in (1, 3):
+        return f"timm's validate.py takes images of one or three channels; `cbn evaluate` reads those of {channels}."
     if (odd := unwritable_class(names)) is not None:
         return (
             f"timm's reader of image folders orders classes in its own way, and class_map.txt, which would tell it the "
             f"order here, cannot hold the name {odd!r}; `cbn evaluate` reads them all."
         )
     path = json.dumps(f"{folder}/{CLASS_MAP}", ensure_ascii=False)
+    mode = ', input_img_mode="L"' if channels == 1 else ""
     return (
         f"timm's reader of image folders orders classes in its own way; {CLASS_MAP} tells it the order here: "
-        f'`timm.data.create_dataset("", root="DATA", split="val", class_map={path}, transform=transform)`, or '
+        f'`timm.data.create_dataset("", root="DATA", split="val", class_map={path}{mode}, transform=transform)`, or '
         f"`--class-map` of its validate.py."
     )
 
