@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CbnWarning, DataError, is_utf8, printable
 from . import named
-from .folders import VALIDATION, class_folders, composed, find_images, layout_error
+from .folders import VALIDATION, are_splits, class_folders, composed, find_images, layout_error
 from .images import open_image
 
 _IMAGES = "such as .jpg or .png"
@@ -100,11 +100,16 @@ def _say_which(root: Path, val: Path) -> None:
 
 
 def _several(split: Split, where: str) -> Split:
-    """The split. Raises DataError if it has no two classes with images."""
+    """The split. Raises DataError if it has no two classes with images, or only such as are splits by their names."""
     classes = [name for name, count in zip(split.classes, split.counts(), strict=True) if count]
     if len(classes) < 2:
         what = f"only one class, {classes[0]!r}, so that there is nothing to tell apart" if classes else "no images"
         raise DataError(f"{where} has {what}; put the images of each class into a folder of its own")
+    if are_splits(classes):
+        raise DataError(
+            f"{where} has splits such as {classes[0]!r} where classes should be; put the images of each class into a "
+            "folder of its own, in train/CLASS/ and val/CLASS/"
+        )
     return split
 
 
@@ -171,11 +176,15 @@ def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:
 def test_split(data: str, classes: list[str], val_fraction: float | None) -> Split | None:
     """The images of data/test, for a folder that also has data/train, unless they serve for validation.
 
-    `val_fraction` as for `read_splits`. Raises DataError if they cannot be read.
+    A test/ without class folders, whose labels nobody has, is left out with a warning. `val_fraction` as for
+    `read_splits`. Raises DataError if they cannot be read.
     """
     if named.is_name(data) or not all((Path(data) / name).is_dir() for name in ("train", "test")):
         return None
     test = Path(data) / "test"
+    if not _may_validate(test):
+        _warn(f"{test} has no class folders, so the accuracies are of the validation images")
+        return None
     return None if _validation(Path(data), val_fraction) == test else read_classes(test, classes)
 
 

@@ -18,7 +18,7 @@ _SPLITS = {*VALIDATION, "train", "training", "testing", "eval", "evaluation", "d
 # what systems, network drives and archives put into any folder, beside what is hidden; in lower case
 _SYSTEM = {
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharesnap", "#recycle", "#snapshot", "~snapshot",
-    "$recycle.bin", "recycler", "recycled", "found.000", "system volume information", "network trash folder",
+    "$recycle.bin", "found.000", "system volume information", "network trash folder",
     "temporary items", "lost+found", "__macosx", "__pycache__",
 }  # fmt: skip
 # images that Pillow does not read, at least not as a picture
@@ -133,6 +133,11 @@ def layout_error(folder: Path, found: dict[str, Found]) -> DataError | None:
         f"{Path(found[name].images[0]).parent}; put the images of each class right into its folder, or give "
         f"{folder / name} if it holds the classes"
     )
+
+
+def are_splits(classes: list[str]) -> bool:
+    """Whether all of these class folders have the names of splits, as where labels are in a table beside them."""
+    return all(name.lower() in _SPLITS for name in classes)
 
 
 def _own(folder: Path, files: Found) -> bool:

@@ -14,6 +14,8 @@ from PIL import Image
 
 import cbn_convert as cbn
 from cbn_convert.errors import ExportError
+from cbn_convert.models import ModelSpec, create_model
+from cbn_convert.training.data import evaluation_split
 from cbn_convert.training.deploy import export_run
 
 # natural order is 1, 2, .., 10; and Apple and apple are the same without case
@@ -78,6 +80,27 @@ def test_timm_scores_an_export_as_we_do(data: Path, knowing, tmp_path: Path, mon
     cbn.export(model, tmp_path / "again", overwrite=True)  # by the names that timm has read
     assert (tmp_path / "again/class_map.txt").read_bytes() == (out / "class_map.txt").read_bytes()
     assert json.loads((tmp_path / "again/config.json").read_text())["label_names"] == NAMES
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_of_other_images_than_rgb(channels: int, data: Path, tmp_path: Path, monkeypatch) -> None:
+    spec = ModelSpec("test_resnet", pretrained=False, model_kwargs={"in_chans": channels})
+    out = cbn.export(create_model(spec, len(NAMES)), tmp_path / "out", class_names=NAMES)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    call = re.search(r"`(timm\.data\.create_dataset\(.*?\))`", card)
+    if channels == 4:  # of which timm's validate.py would make greyscale ones
+        assert call is None
+        assert "`cbn evaluate` reads those of 4" in card
+        return
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("local-dir:out", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    dataset = eval(call[1].replace("DATA", str(data)), {"timm": timm, "transform": transform})
+    ours = evaluation_split(str(data), NAMES, None)
+    paths = [path for path, _ in ours.samples]
+    for path, (image, label) in zip(dataset.filenames(absolute=True), dataset, strict=True):
+        assert label == ours.samples[paths.index(path)][1]
+        assert torch.equal(image, transform(ours.open(path, channels=1)))
 
 
 @pytest.mark.parametrize("odd", ODD)

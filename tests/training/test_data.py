@@ -185,6 +185,17 @@ def test_images_that_lie_deeper_are_no_classes(moves: dict[str, str | None], mes
     assert "\n" not in str(error.value)
 
 
+def test_splits_without_classes_are_no_classes(colors: Path) -> None:
+    (colors / "train/red").rename(colors / "Training")
+    (colors / "train/blue").rename(colors / "Testing")
+    for name in ("train", "val"):
+        shutil.rmtree(colors / name)
+    with pytest.raises(DataError, match=r"has splits such as 'Testing' where classes should be; put the images of"):
+        read_splits(str(colors), 0.2, 0)
+    (colors / "Testing").rename(colors / "bus")  # one of several classes may have such a name
+    assert read_splits(str(colors), 0.25, 0)[0].counts() == [12, 12]
+
+
 def test_files_that_look_like_images_and_are_not_read_are_counted(colors: Path) -> None:
     jpeg = io.BytesIO()
     Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
@@ -240,6 +251,11 @@ def test_folders_of_systems_and_drives_hold_no_images(colors: Path) -> None:
     write_image(colors / "train/blue/._0.jpg", (9, 9, 9), 0)
     training, validation = read_splits(str(colors), None, 0)
     assert (training.classes, training.counts(), validation.counts()) == (["blue", "red"], [16, 16], [6, 6])
+
+
+def test_what_drives_call_their_bins_may_be_a_class(colors: Path) -> None:
+    (colors / "train/red").rename(colors / "train/recycled")
+    assert read_splits(str(colors / "train"), 0.25, 0)[0].classes == ["blue", "recycled"]
 
 
 def test_names_that_look_the_same_are_one_class(colors: Path) -> None:
@@ -338,6 +354,9 @@ def test_a_test_folder_without_classes_does_not_serve_for_validation(colors: Pat
     write_image(colors / "test/0.png", (9, 9, 9), 0)
     with pytest.raises(DataError, match=r"has no val/ folder; add one, or hold out .* --val-fraction 0\.2"):
         read_splits(str(colors), None, 0)
+    write_image(colors / "val/red/0.png", (9, 9, 9), 0)
+    with pytest.warns(CbnWarning, match=r"/test has no class folders, so the accuracies are of the validation images"):
+        assert held_back(str(colors), ["blue", "red"], None) is None
 
 
 def test_an_evaluation_of_a_folder_with_training_images_alone_asks_which(colors: Path) -> None:
