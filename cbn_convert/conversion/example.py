@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConversionError
 from ..norm import modes_kept
-from ..norm.producers import fan_in, is_conv, is_linear, is_transposed
+from ..norm.producers import fan_in, is_conv, is_linear, is_transposed, per_axis
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Result = TypeVar("Result")
@@ -140,7 +140,7 @@ def _shapes(model: nn.Module) -> list[list[Shape]]:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     groups = [_image_shapes(model, cfg)] if cfg else []
     for conv in _entrances(model):
-        rank = len(conv.kernel_size)
+        rank = len(per_axis(conv, "kernel_size"))
         sizes = [(size,) * rank for size in SEEDS] if is_transposed(conv) else SIZES[rank]
         groups.append([(1, conv.in_channels, *size) for size in sizes])
     for linear in _first(model, is_linear):
@@ -162,7 +162,7 @@ def _first(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> list[Any]:
 def _form(model: nn.Module) -> str:
     """The shape of an input as the model's first layer takes it, in a size that was not tried."""
     for conv in _first(model, is_conv):
-        return str((1, conv.in_channels or 3, *SHOWN[len(conv.kernel_size)]))
+        return str((1, conv.in_channels or 3, *SHOWN[len(per_axis(conv, "kernel_size"))]))
     for linear in _first(model, is_linear):
         return str((4, fan_in(linear)))
     return str((1, 3, *SHOWN[2]))

@@ -26,6 +26,7 @@ from .producers import (
     is_producer,
     is_transposed,
     padded_input,
+    per_axis,
 )
 
 
@@ -62,19 +63,19 @@ class InputPatches:
             self.grid = _grid(out_size, len(y), None, 0)
             self.positions = len(y) * out_size.numel()
             self.out_size: Sequence[int] = out_size
-            assert not isinstance(module.padding, str)
-            self.y, self.padding = y.to(dtype), module.padding
-            self.stride, self.dilation = module.stride, module.dilation
+            self.y, self.padding = y.to(dtype), per_axis(module, "padding")
+            self.stride, self.dilation = per_axis(module, "stride"), per_axis(module, "dilation")
             self.pointwise = False
             return
         self.grid = _grid(out_size, len(y), at_most, turn)
         self.out_size = [len(range(*g.indices(n))) for g, n in zip(self.grid, out_size, strict=True)]
         self.positions = len(y) * math.prod(self.out_size)
         y, self.padding = padded_input(module, y)
-        self.stride = tuple(s * g.step for s, g in zip(module.stride, self.grid, strict=True))
-        self.dilation = module.dilation
+        self.stride = tuple(s * g.step for s, g in zip(per_axis(module, "stride"), self.grid, strict=True))
+        self.dilation = per_axis(module, "dilation")
+        kernel = per_axis(module, "kernel_size")
         # every input position is the patch of one output position
-        self.pointwise = set(module.kernel_size) == {1} and set(self.padding) == {0}
+        self.pointwise = set(kernel) == {1} and set(self.padding) == {0}
         if any(g.step > 1 for g in self.grid):
             y, self.padding = _input_of(self.grid, self.out_size, module, y, self.padding), (0,) * len(self.grid)
         if self.pointwise:
@@ -82,11 +83,11 @@ class InputPatches:
             self.stride = (1,) * len(self.stride)
         elif any(g.step > 1 for g in self.grid) and _apart(module, self.stride):
             # nothing but the patches, side by side: most of a large map is not looked at
-            y = _views(y, module.kernel_size, self.stride, self.dilation)
+            y = _views(y, kernel, self.stride, self.dilation)
             rank = len(self.grid)
             y = y.permute(0, 1, *(2 + i + j for i in range(rank) for j in (0, rank)))
-            y = y.reshape(*y.shape[:2], *(n * k for n, k in zip(self.out_size, module.kernel_size, strict=True)))
-            self.stride, self.dilation = module.kernel_size, (1,) * rank
+            y = y.reshape(*y.shape[:2], *(n * k for n, k in zip(self.out_size, kernel, strict=True)))
+            self.stride, self.dilation = kernel, (1,) * rank
         self.y = y.to(dtype)
 
     def outputs(self, x: Tensor) -> Tensor:
@@ -159,9 +160,10 @@ def _input_of(
 ) -> Tensor:
     """The part of the input, zero-padded where needed, whose patches at stride · step are those of the grid."""
     pads = []
+    kernel, stride, dilation = (per_axis(conv, name) for name in ("kernel_size", "stride", "dilation"))
     for d, (g, out) in enumerate(zip(grid, out_size, strict=True)):
-        first = g.start * conv.stride[d] - padding[d]
-        last = first + (out - 1) * conv.stride[d] * g.step + conv.dilation[d] * (conv.kernel_size[d] - 1) + 1
+        first = g.start * stride[d] - padding[d]
+        last = first + (out - 1) * stride[d] * g.step + dilation[d] * (kernel[d] - 1) + 1
         size = y.shape[2 + d]
         start, end = (min(max(i, 0), size) for i in (first, last))
         y = y.narrow(2 + d, start, end - start)
@@ -173,7 +175,8 @@ def _input_of(
 
 def _apart(conv: Conv, stride: Sequence[int]) -> bool:
     """Whether patches at this stride share no input."""
-    return all(s >= d * (k - 1) + 1 for s, d, k in zip(stride, conv.dilation, conv.kernel_size, strict=True))
+    dilation, kernel = per_axis(conv, "dilation"), per_axis(conv, "kernel_size")
+    return all(s >= d * (k - 1) + 1 for s, d, k in zip(stride, dilation, kernel, strict=True))
 
 
 def _views(y: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
@@ -193,12 +196,13 @@ def _patch_sum(
 ) -> Tensor:
     """Sum of the input patches [C_in, K_1, K_2, ...] over all output positions."""
     total = y.sum(0)
-    rank = len(conv.kernel_size)
+    kernel = per_axis(conv, "kernel_size")
+    rank = len(kernel)
     # what is made for a FakeTensor is one itself, and of no use to others
     selector_of = _selector if type(y) is Tensor else _selector.__wrapped__
     for d in reversed(range(rank)):
         selector = selector_of(
-            y.shape[2 + d], out_size[d], conv.kernel_size[d], stride[d], padding[d], dilation[d], y.dtype, y.device
+            y.shape[2 + d], out_size[d], kernel[d], stride[d], padding[d], dilation[d], y.dtype, y.device
         )
         # contracts the last of the untouched axes; the kernel axes collect at the end, first dimension first
         total = torch.tensordot(total, selector, dims=([1 + d], [0]))
@@ -229,14 +233,15 @@ def _weight_gradient(
     transposed = is_transposed(conv)
     inputs, channels = conv.in_channels, g.shape[1]
     shape = (inputs, channels // conv.groups) if transposed else (channels, inputs // conv.groups)
+    kernel = per_axis(conv, "kernel_size")
     # only the shape of this weight is read
-    weight = y.new_empty(()).expand(*shape, *conv.kernel_size)
-    output_padding = [0] * len(conv.kernel_size)
+    weight = y.new_empty(()).expand(*shape, *kernel)
+    output_padding = [0] * len(kernel)
     if transposed:  # as the output is, whatever output_size was asked for
         output_padding = [
             g.shape[2 + d] - (y.shape[2 + d] - 1) * stride[d] + 2 * padding[d]
-            - dilation[d] * (conv.kernel_size[d] - 1) - 1
-            for d in range(len(conv.kernel_size))
+            - dilation[d] * (kernel[d] - 1) - 1
+            for d in range(len(kernel))
         ]  # fmt: skip
     result: Tensor = torch.ops.aten.convolution_backward(
         g, y, weight, None, stride, padding, dilation, transposed,
@@ -248,8 +253,9 @@ def _weight_gradient(
 def _unfolded(y: Tensor, conv: Conv, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """Input patches [G, m, F] of zero-padded input."""
     y = F.pad(y, [p for p in reversed(padding) for _ in range(2)])
-    rank = len(conv.kernel_size)
-    y = _views(y, conv.kernel_size, stride, dilation)
+    kernel = per_axis(conv, "kernel_size")
+    rank = len(kernel)
+    y = _views(y, kernel, stride, dilation)
     # [N, C_in, out..., kernel...] -> [G, N, out..., C_in / G, kernel...]
     y = y.unflatten(1, (conv.groups, -1))
     order = [1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]

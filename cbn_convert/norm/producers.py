@@ -6,6 +6,7 @@ that a gradient for θ reaches the parameters behind it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -114,12 +115,21 @@ class OutputChannels(NamedTuple):
         return self.channels == out_channels(self.module)
 
 
+def per_axis(conv: nn.Module, name: str) -> tuple[int, ...]:
+    """A conv's kernel_size, stride, padding or dilation, with a number for each spatial axis.
+
+    torch's functions take one for all as well, which whoever sets the attribute after the constructor may leave there.
+    """
+    value: Any = getattr(conv, name)
+    return (value,) * (cast(Tensor, conv.weight).dim() - 2) if isinstance(value, int) else tuple(value)
+
+
 def fan_in(module: Producer) -> int:
     """F, the number of weights per output channel."""
     if isinstance(module, nn.Linear):
         return module.in_features
     inputs: int = module.in_channels // groups_of(module)
-    return inputs if is_linear(module) else inputs * torch.Size(module.kernel_size).numel()
+    return inputs if is_linear(module) else inputs * math.prod(per_axis(module, "kernel_size"))
 
 
 def learns(module: nn.Module) -> bool:
@@ -157,13 +167,13 @@ def _without_side_effects(module: nn.Module) -> Iterator[None]:
 
 def padded_input(conv: Conv, y: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the zero padding still to be applied to it, after any padding that is not symmetric zeros."""
-    none = (0,) * len(conv.kernel_size)
+    kernel = per_axis(conv, "kernel_size")
+    none = (0,) * len(kernel)
     # other classes may have an attribute of that name too
     if isinstance(conv, Conv2dSame) or (isinstance(conv, _STANDARDISED) and getattr(conv, "same_pad", False)):
-        return pad_same(y, list(conv.kernel_size), list(conv.stride), list(conv.dilation)), none
+        return pad_same(y, list(kernel), list(per_axis(conv, "stride")), list(per_axis(conv, "dilation"))), none
     if conv.padding_mode != "zeros":
         return F.pad(y, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), none
     if isinstance(conv.padding, str):
         return F.pad(y, conv._reversed_padding_repeated_twice), none
-    assert not isinstance(conv.padding, str)
-    return y, conv.padding
+    return y, per_axis(conv, "padding")

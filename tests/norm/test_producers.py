@@ -42,6 +42,14 @@ class Named(nn.Conv2d):
     same_pad = True
 
 
+class SetAfterwards(nn.Conv2d):
+    """Numbers for all axes in the place of tuples, which torch's functions take as well."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size)
+        self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, 2, 1, 2
+
+
 class NamedLinear(nn.Linear):
     pass
 
@@ -75,6 +83,7 @@ PRODUCERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "circular": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 6, 6)),
     "sub-depthwise": (lambda: EfficientNetDepthwiseConv2d(3, 2, stride=2), (2, 3, 8, 7)),
     "sub-conv": (lambda: Named(4, 6, 3, stride=2), (2, 4, 8, 7)),
+    "sub-numbers": (lambda: SetAfterwards(4, 6, 3), (2, 4, 8, 9)),
     "sub-linear": (lambda: NamedLinear(5, 6), (8, 5)),
     "sub-same": (lambda: NamedSame(4, 6, 3, stride=2), (2, 4, 8, 7)),
     "sub-std": (lambda: NamedStd(4, 6, 3, stride=2), (2, 4, 8, 7)),
