@@ -22,7 +22,7 @@ from ..conversion.example import Arguments, outputs_on
 from ..conversion.lazy import ADVICE, lazy_layers
 from ..errors import ConversionError, FoldError
 from ..norm import CONVERTED, frozen_eps, is_frozen
-from ..norm.producers import applies_stored_weight, is_linear, is_producer, is_transposed, out_channels
+from ..norm.producers import applies_stored_weight, is_linear, is_producer, is_transposed, out_channels, own_forward
 
 FoldTarget = Literal["bn", "affine", "conv"]
 FOLD_TARGETS: tuple[str, ...] = ("bn", "affine", "conv")
@@ -144,7 +144,7 @@ def _traced(model: nn.Module, example: Any) -> tuple[dict[str, NormCall], _Unrea
     """How the example reaches norms and producers, and those that it does not reach in training either."""
     watched = {
         name: m for name, m in model.named_modules()
-        if (is_producer(m) or _norm_channels(m)) and not isinstance(m, torch.jit.ScriptModule)
+        if not isinstance(m, torch.jit.ScriptModule) and (_feeds(m) or _norm_channels(m))
     }  # fmt: skip
     calls = trace_norms(model, watched, example)
     rest = {name: m for name, m in watched.items() if not calls[name].calls}
@@ -159,23 +159,30 @@ def _traced(model: nn.Module, example: Any) -> tuple[dict[str, NormCall], _Unrea
         if in_training[name].calls:
             for part in in_training[name].parts if _norm_channels(module) else ():
                 unreached.readers.setdefault(part.module, []).append(name)
-        elif is_producer(module):
-            unreached.producers.setdefault((out_channels(module), module.weight.dim()), []).append(name)
+        elif _feeds(module):
+            feeding: Any = module
+            unreached.producers.setdefault((out_channels(feeding), feeding.weight.dim()), []).append(name)
         else:
-            unreached.norms.setdefault(_norm_channels(module), []).append(name)
+            for channels in _norm_channels(module):
+                unreached.norms.setdefault(channels, []).append(name)
     return calls, unreached
 
 
-def _norm_channels(module: nn.Module) -> int:
-    """The channels that a normalisation of any kind takes; 0 for other modules."""
+def _feeds(module: nn.Module) -> bool:
+    """Whether the module is a conv or linear layer, whatever its forward pass does."""
+    return is_producer(module) or own_forward(module) is not None
+
+
+def _norm_channels(module: nn.Module) -> set[int]:
+    """The channels that a normalisation of any kind may take; empty for other modules."""
     if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[-1]
+        return {module.num_channels}
+    if isinstance(shape := getattr(module, "normalized_shape", None), tuple):
+        return {shape[0], shape[-1]}  # [C, H, W], or channels last
     if isinstance(module, _NormBase):
-        return module.num_features
+        return {module.num_features}
     mean = module._buffers.get("running_mean")
-    return 0 if mean is None else mean.numel()
+    return set() if mean is None else {mean.numel()}
 
 
 def _merge_branches(model: nn.Module) -> None:

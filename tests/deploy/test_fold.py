@@ -171,7 +171,13 @@ OTHER_NORMS = {
     "instance": lambda: nn.InstanceNorm2d(4, affine=True),
     "group": lambda: nn.GroupNorm(2, 4),
     "frozen": lambda: FrozenBatchNorm2d(4),
+    "layer": lambda: nn.LayerNorm([4, 62, 62]),
 }
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
 
 @pytest.mark.parametrize("keep_bn", [False, True])
@@ -189,8 +195,11 @@ def test_a_conv_that_another_domains_norm_may_read_is_not_folded(kind: str, keep
 
 
 @torch.no_grad()
-def test_a_norm_that_another_conv_may_feed_is_not_folded_away(caplog) -> None:
-    model = randomize_norms(Domains(nn.Identity(), convs=2)).eval()
+@pytest.mark.parametrize("kind", [nn.Conv2d, Doubled])
+def test_a_norm_that_another_conv_may_feed_is_not_folded_away(kind: type[nn.Conv2d], caplog) -> None:
+    model = Domains(nn.Identity(), convs=2)
+    model.convs[1] = kind(3, 4, 3)
+    randomize_norms(model).eval()
     folded = cbn.fold(model, "conv", example_input=X)
     for domain in (0, 1):
         torch.testing.assert_close(folded(X, domain, 0), model(X, domain, 0), rtol=1e-4, atol=1e-5)
@@ -203,6 +212,16 @@ def test_a_norm_that_only_training_reaches_stands_in_the_way_of_its_own_conv_alo
     assert isinstance(folded.norms[0], nn.Identity)
     assert isinstance(folded.head[1], nn.BatchNorm2d)
     assert "the example does not reach norms.1, which may read the same convs: head.1" in caplog.text
+    torch.testing.assert_close(folded(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@torch.no_grad()
+def test_scripted_parts_stay_as_they_are() -> None:
+    scripted = torch.jit.script(randomize_norms(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))))
+    model = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), scripted)).eval()
+    folded = cbn.fold(model, "conv", example_input=X)
+    assert isinstance(folded[1], nn.Identity)
     torch.testing.assert_close(folded(X), model(X), rtol=1e-4, atol=1e-5)
 
 
