@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 import warnings
 import zipfile
 from collections import Counter
@@ -24,6 +25,7 @@ from .errors import ModelError
 
 _HEAD = 1 << 16  # bytes that tell what a file is
 _DEPTH = 4  # of entries in entries
+_DAMAGED = "the file is damaged or no checkpoint"
 _AVERAGED = {"ema", "teacher"}  # of several states that fit, timm takes that of the average, too
 # what DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -102,6 +104,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def refuse_other_files(path: Path) -> None:
     """Raises ModelError if the file does not exist, or what it begins with shows that it is no file of weights."""
+    if path.is_dir():
+        raise ModelError(f"checkpoint {path} is a folder; give the file in it that holds the weights")
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist; check the path")
     try:
@@ -206,10 +210,27 @@ def _reason(path: Path, error: Exception) -> str:
                 needed = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         except Exception:  # it knows only the newer format
             needed = re.findall(r"GLOBAL ([\w.]+)", str(error))
-        return f"it holds more than tensors{f' ({needed[0]})' if needed else ''}, and nothing is unpickled here"
+        if needed or zipfile.is_zipfile(path):
+            return f"it holds more than tensors{f' ({needed[0]})' if needed else ''}, and nothing is unpickled here"
+    if text := _text(_head(path)):
+        return f"it is a text, which begins with {text!r}"
+    if "weights_only" in str(error).lower() or isinstance(error, IndexError):
+        return (
+            "it is a pickle of another kind, and nothing is unpickled here" if _head(path)[:1] == b"\x80" else _DAMAGED
+        )
     if "magic number" in reason:
         return "it is a pickle that torch.save did not write, and nothing is unpickled here"
-    return reason[:200] if " " in reason else "the file is damaged or no checkpoint"
+    return reason[:200] if " " in reason else _DAMAGED
+
+
+def _text(head: bytes) -> str:
+    """The beginning of a file that is a text, on one line; empty for others."""
+    try:
+        text = head[:1024].decode("utf-8")
+    except UnicodeDecodeError as error:
+        text = head[: error.start].decode("utf-8") if error.start > 1020 else ""  # cut within a letter
+    shown = " ".join(text.split())
+    return textwrap.shorten(shown, 40, placeholder=" ..") if shown.isprintable() else ""
 
 
 def _head(path: Path) -> bytes:

@@ -271,6 +271,8 @@ def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
         name = f"local-dir:{name}"
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
+        if not folder.exists():
+            raise ModelError(f"{folder} does not exist; give a timm name, an exported folder or a file of weights")
         # timm would fall back to a pickle where there is no safetensors file
         for file in ("config.json", "model.safetensors"):
             if not (folder / file).is_file():

@@ -209,6 +209,9 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "zip": (archive("weights/readme.txt"), "it is a zip archive without a checkpoint of torch.save; unpack it"),
     "npz": (archive("a.npy", "b.npy"), "it is an archive of numpy arrays"),
     "cut off": (archive("archive/data.pkl", "archive/data/0")[:60], "it is cut off or damaged"),
+    "answer": (b"404: Not Found", "it is a text, which begins with '404: Not Found'"),
+    "settings": ("epochs: 1\nname: \u00fc\n".encode(), "it is a text, which begins with 'epochs: 1 name: \u00fc'"),
+    "pickle of today": (pickle.dumps({"weight": [1.0]}, protocol=4), "it is a pickle of another kind"),
     "pickle": (pickle.dumps({"weight": [1.0]}, protocol=2), "it is a pickle that torch.save did not write"),
 }
 
@@ -244,6 +247,20 @@ def test_graphs_and_programs_are_called_what_they_are(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ModelError, match=f"it is {expected}"):
             load(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [bytes(99), b"Rar!\x1a\x07\x00 and more", b"\x82\xa3abc"])
+def test_junk_is_not_said_to_hold_more_than_tensors(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(ModelError, match=r"w\.pth: the file is damaged or no checkpoint; give"):
+        load(tmp_path / "w.pth")
+
+
+def test_a_folder_is_not_said_to_be_absent(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a folder; give the file in it that holds the weights"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match=r"absent\.pth does not exist; give"):
+        create_model(ModelSpec(str(tmp_path / "absent.pth"), "test_resnet"), 3)
 
 
 def test_a_pointer_in_a_folder(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
         ({"model": "plain.safetensors", "arch": "resnet18"}, "1 unexpected"),
         ({"model": "plain.safetensors", "checkpoint": "junk.pth"}, "not both"),
         ({"model": "local-dir:pickled"}, "no model.safetensors"),
-        ({"model": "local-dir:absent"}, "absent is not an exported model"),
-        ({"model": "absent/folder"}, "absent/folder is not an exported model"),
+        ({"model": "local-dir:absent"}, "absent does not exist; give a timm name"),
+        ({"model": "absent/folder"}, "absent/folder does not exist; give a timm name"),
         ({"model": "resnet18", "pretrained": False, "model_kwargs": {"nonsense": 1}}, "check --model-kwargs"),
     ],
 )
