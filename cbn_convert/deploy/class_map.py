@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 CLASS_MAP = "class_map.txt"
+
+
+def known_classes(model: Any) -> list[str]:
+    """Names of a timm model's classes, as its weights have brought them along; empty if those of all are not there."""
+    labels = model.pretrained_cfg.get("label_names") or ()
+    if isinstance(labels, dict):  # of an index, which is text in JSON, to a name
+        labels = [labels.get(i, labels.get(str(i))) for i in range(model.num_classes)]
+    return list(labels) if len(labels) == model.num_classes and None not in labels else []
 
 
 def unwritable_class(names: Sequence[str]) -> str | None:

@@ -22,7 +22,7 @@ from ..files import new_directory, read_json, write_json
 from ..models import offline_if_unreachable, with_data_config
 from ..norm import damaged_value
 from .card import write_card
-from .class_map import write_class_map
+from .class_map import known_classes, write_class_map
 from .converted import Conversion
 from .features import FEATURE_ARGS, in_original_form
 from .folding import FoldTarget
@@ -124,10 +124,7 @@ def _class_names(model: Any, class_names: Sequence[str] | None) -> list[str]:
                 f"class_names has {len(class_names)} names and the model {model.num_classes} classes; give one for each"
             )
         return list(class_names)
-    labels = model.pretrained_cfg.get("label_names") or ()
-    if isinstance(labels, dict):  # of an index, which is text in JSON, to a name
-        labels = [labels.get(i, labels.get(str(i))) for i in range(model.num_classes)]
-    return list(labels) if len(labels) == model.num_classes and None not in labels else []
+    return known_classes(model)
 
 
 def _write_config(folder: Path, model: Any, names: list[str], model_args: dict[str, Any]) -> None:

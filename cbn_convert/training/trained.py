@@ -7,8 +7,8 @@ from typing import Any
 
 from timm.data import resolve_model_data_config
 
+from ..deploy.class_map import known_classes
 from ..errors import DataError, RunError
-from ..files import read_json
 from ..models import ModelSpec, create_model, load_weights
 from .config import read_run
 from .data import evaluation_split
@@ -44,10 +44,9 @@ def load_trained(path: str | Path) -> tuple[Any, list[str]]:
     if (folder / "metrics.jsonl").is_file():
         return load_run(folder)
     model = create_model(ModelSpec(f"local-dir:{folder}"))
-    labels = read_json(folder / "config.json", "model settings").get("label_names")
-    if not labels:
+    if not (labels := known_classes(model)):
         raise RunError(f"{folder}/config.json has no label_names, so its outputs are of unknown classes; export a run")
-    return model.eval(), list(labels)
+    return model.eval(), labels
 
 
 def evaluate(

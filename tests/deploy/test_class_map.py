@@ -82,6 +82,12 @@ def test_timm_scores_an_export_as_we_do(data: Path, knowing, tmp_path: Path, mon
     assert json.loads((tmp_path / "again/config.json").read_text())["label_names"] == NAMES
 
 
+def test_a_folder_of_timm_that_names_classes_by_their_numbers(data: Path, knowing, tmp_path: Path) -> None:
+    labels = {"label_names": dict(enumerate(NAMES))}
+    timm.models.save_for_hf(knowing, tmp_path / "timm", model_config=labels, safe_serialization=True)
+    assert cbn.evaluate(tmp_path / "timm", str(data), device="cpu", workers=0).top1 == 100
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_of_other_images_than_rgb(channels: int, data: Path, tmp_path: Path, monkeypatch) -> None:
     spec = ModelSpec("test_resnet", pretrained=False, model_kwargs={"in_chans": channels})
