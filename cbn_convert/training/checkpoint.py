@@ -28,6 +28,7 @@ from .parallel import Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
 _SHARED, _MANIFEST = "training.pt", "manifest.json"
+_ASIDE = "damaged-"
 
 
 def save(
@@ -105,8 +106,12 @@ def _newest(run: Path) -> Path | None:
         if damage is None:
             return path
         _set_aside(path, damage)
-    if found:
-        raise RunError(f"all checkpoints in {run / 'checkpoints'} are damaged; start again with --overwrite")
+    # also those of an attempt before this one; to begin anew without a word would throw the run away
+    if found or any((run / "checkpoints").glob(f"{_ASIDE}step-*")):
+        raise RunError(
+            f"all checkpoints in {run / 'checkpoints'} are damaged; start again with --overwrite, or delete {run} if a "
+            "comparison is to train it again"
+        )
     return None
 
 
@@ -120,7 +125,7 @@ def _damage(path: Path) -> str | None:
             return f"it has no {_MANIFEST}"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return f"its {_MANIFEST} says {type(error).__name__}: {str(error).splitlines()[0]}"
-        if sorted(files) != sorted([_SHARED, *map(_rank_file, range(len(files) - 1))]):
+        if sorted(files) != sorted([_SHARED, *map(_rank_file, range(max(1, len(files) - 1)))]):
             return f"its {_MANIFEST} names {', '.join(files)}"
         for name, (expected, digest) in files.items():
             try:
@@ -170,7 +175,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _set_aside(path: Path, reason: str) -> None:
-    aside = path.with_name(f"damaged-{path.name}")
+    aside = path.with_name(f"{_ASIDE}{path.name}")
     with _moving(path):
         if aside.exists():
             remove_directory(aside)

@@ -101,3 +101,16 @@ def test_every_variable_of_timms_models_and_layers_is_known(monkeypatch: pytest.
     for name in read:
         monkeypatch.setenv(name, "1")
     assert read - set(stored_environment()) - harmless == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("TORCHINDUCTOR_PROLOGUE_FUSION", True), ("CUTLASS_EPILOGUE_FUSION", True), ("TRITON_INTERPRET", True),
+        ("TORCH_DYNAMO_AUTOMATIC_DYNAMIC_SHAPES", True), ("TORCH_DISABLE_NATIVE_JIT", True),
+        ("MKL_DISABLE_FAST_MM", True), ("TORCHINDUCTOR_WORKER_LOGPATH", False), ("TORCH_COMPILE_DEBUG", False),
+    ],
+)  # fmt: skip
+def test_which_variables_choose_how_torch_computes(name: str, stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert (name in stored_environment()) is stored

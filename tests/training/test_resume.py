@@ -171,6 +171,7 @@ def test_a_damaged_checkpoint_is_set_aside(file: str, damage: str, finished: tup
 
 
 def test_all_checkpoints_damaged(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """A second attempt, which some schedulers make by themselves, does not begin anew in silence."""
     run = Path(shutil.copytree(finished[1], tmp_path / "run"))
     for path in checkpoint.checkpoints(run):
         (path / "training.pt").write_bytes(b"junk")
@@ -178,6 +179,12 @@ def test_all_checkpoints_damaged(finished: tuple[Path, Path], tmp_path: Path) ->
     wanted.output = str(run)
     with pytest.warns(CbnWarning), pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
         cbn.finetune(wanted, resume=True, quiet=True)
+    before = sorted(run.rglob("*"))
+    with pytest.raises(RunError, match=r"all checkpoints in .* are damaged; start again with --overwrite"):
+        cbn.finetune(wanted, resume=True, quiet=True)
+    assert sorted(run.rglob("*")) == before
+    cbn.finetune(wanted, overwrite=True, quiet=True)
+    assert checkpoint.checkpoints(run)[0].name == "step-00000032"
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(finished: tuple[Path, Path], tmp_path: Path) -> None:
@@ -244,9 +251,9 @@ def test_what_fails_while_a_good_checkpoint_is_read_says_nothing_of_it(
     "content",
     [
         b"", b"[]", b'{"files": []}', b'{"files": {"training.pt": {}}}', b'{"files": {"rank-0.pt": 3}}', b"\xff",
-        b"[" * 99999,
+        b"[" * 99999, b'{"files": {"training.pt": {"bytes": 4, "sha256": "9f86"}}}',
     ],
-    ids=range(7),
+    ids=range(8),
 )  # fmt: skip
 def test_a_manifest_that_is_none_is_damage(content: bytes, finished: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished[1], tmp_path / "run"))
