@@ -56,5 +56,9 @@ class OutOfMemoryError(RunError):
     """The memory of the GPU is not enough."""
 
 
+class OneValueError(RunError):
+    """A step of training has one value per channel, and the norm takes its statistics from the step alone."""
+
+
 class CbnWarning(UserWarning):
     """Something that a user should know of, in one sentence; the command goes on."""

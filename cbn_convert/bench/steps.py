@@ -18,6 +18,7 @@ from ..deploy import fold
 from ..errors import CbnError
 from ..models import ModelSpec, create_model
 from ..norm import CrossIterationMixin
+from ..training.faults import one_value
 from ..training.norms import apply_norm
 from .published import use_published
 
@@ -132,7 +133,8 @@ def bench_step(
     """Times a training step (SGD with momentum, cross-entropy, random images) of a timm model for each column.
 
     One round runs one step of every column; `steps` rounds count, after `warm_up` that do not. "bn" is always among
-    the columns, as what `over_bn` refers to. Raises CbnError for an unknown column or architecture.
+    the columns, as what `over_bn` refers to. Raises CbnError for an unknown column or architecture, or if a
+    layer gets one value per channel.
     """
     unknown = [c for c in columns if c not in COLUMNS]
     if unknown:
@@ -147,7 +149,12 @@ def bench_step(
     running = [_Column(name, arch, torch.randn(2, 3, img_size, img_size), place, options) for name in order]
     for i in range(warm_up + steps):
         for column in running:
-            times = column.step(x, y)
+            try:
+                times = column.step(x, y)
+            except ValueError as error:
+                if told := one_value(error, "use a larger --batch-size or --img-size"):
+                    raise told from error
+                raise
             if i >= warm_up:
                 column.times.append(times)
     base = [sum(t) for t in running[0].times]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CbnError, DivergedError, OutOfMemoryError
+from ..errors import CbnError, DivergedError, OneValueError, OutOfMemoryError
 from ..training.config import FinetuneConfig
 from ..training.engine import finetune
 from ..training.metrics import read_metrics
@@ -32,12 +32,8 @@ def run(settings: dict[str, Any], tested: bool) -> dict[str, Any]:
     folder = Path(config.output)
     try:
         result = finetune(config, resume=(folder / "config.json").is_file(), overwrite=True, quiet=True)
-    except (DivergedError, OutOfMemoryError) as error:
+    except (DivergedError, OneValueError, OutOfMemoryError) as error:
         return {"error": str(error)}
-    except ValueError as error:
-        if isinstance(error, CbnError) or "more than 1 value per channel" not in str(error):
-            raise
-        return {"error": "a batch has one value per channel, of which there are no statistics"}
     outcome: dict[str, Any] = {
         "top1": result.best_top1, "last_top1": result.last_top1, "steps": result.steps,
         "step_seconds": result.median_step_seconds or result.train_seconds / result.steps,

@@ -27,7 +27,7 @@ from .advice import advice, measure
 from .config import FinetuneConfig, FinetuneResult, read_run
 from .environment import compare_environment, make_accelerator
 from .evaluation import Evaluation, accuracy
-from .faults import StopSignals, TrainingInterrupted, out_of_memory
+from .faults import StopSignals, TrainingInterrupted, one_value, out_of_memory
 from .learner import Learner
 from .loading import batches, evaluation_batch, plain_loader, training_loader
 from .metrics import MetricsLog, draw_curves
@@ -139,6 +139,10 @@ class _Trainer:
                     self._train_epoch()
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(self.config.batch_size, self.device) from error
+            except ValueError as error:
+                if told := one_value(error, "use --norm cbn, or a larger --batch-size or --img-size"):
+                    raise told from error
+                raise
             finally:
                 self.loader.end()
                 self.val_loader.end()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
 
-from ..errors import OutOfMemoryError
+from ..errors import OneValueError, OutOfMemoryError
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -87,3 +87,10 @@ def out_of_memory(batch_size: int, device: torch.device) -> OutOfMemoryError:
     else:
         advice = "try --grad-checkpointing, --mixed-precision bf16 or a smaller --img-size"
     return OutOfMemoryError(f"the memory of {device} is not enough for batch size {batch_size}; {advice}")
+
+
+def one_value(error: ValueError, remedy: str) -> OneValueError | None:
+    """What it means that torch's BatchNorm, or a layer here, refused a single value; None for other errors."""
+    if "more than 1 value per channel" not in str(error):
+        return None
+    return OneValueError(f"a batch has one value per channel, of which there are no statistics; {remedy}")

@@ -43,6 +43,10 @@ def load_trained(path: str | Path) -> tuple[Any, list[str]]:
         raise RunError(f"{folder} does not exist; give a run folder or an exported folder")
     if (folder / "metrics.jsonl").is_file():
         return load_run(folder)
+    if not (folder / "config.json").is_file():
+        raise RunError(
+            f"{folder} is neither a run folder nor an exported one: it has no config.json; give one of these"
+        )
     model = create_model(ModelSpec(f"local-dir:{folder}"))
     if not (labels := known_classes(model)):
         raise RunError(f"{folder}/config.json has no label_names, so its outputs are of unknown classes; export a run")

@@ -80,6 +80,12 @@ def test_unknown_norm_is_one_sentence() -> None:
         bench_step("test_resnet", ["layernorm"], img_size=32, steps=1)
 
 
+def test_one_value_per_channel_is_one_sentence() -> None:
+    """test_resnet ends with one pixel at 32 px, of which one image has no variance."""
+    with pytest.raises(CbnError, match=r"one value per channel.*; use a larger --batch-size"):
+        bench_step("test_resnet", ["cbn"], img_size=32, batch_size=1, steps=1)
+
+
 def test_command(capsys) -> None:
     arguments = ["--arch", "test_resnet", "--img-size", "32", "--steps", "1", "--device", "cpu"]
     with pytest.raises(SystemExit) as done:

@@ -201,3 +201,9 @@ def test_frozen_layers_keep_their_statistics_in_training_and_others_do_not(every
     for key, old in before.items():
         stays = norm == "frozen" or key.rpartition(".")[0] in frozen
         assert torch.equal(after[key], old) == stays, key
+
+
+def test_a_folder_that_is_neither_run_nor_export(colors: Path, tmp_path: Path) -> None:
+    """A timm name, which models are also given by, is no answer here."""
+    with pytest.raises(RunError, match=r"is neither a run folder nor an exported one: it has no config\.json"):
+        cbn.evaluate(tmp_path, str(colors), device="cpu", workers=0)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,15 @@ def test_an_image_of_nan_leaves_no_trace_where_it_is_left_out(
     for source in (s for layer in own["history"].values() for s in layer["sources"]):
         tensors = [t for t in torch.utils._pytree.tree_leaves(source) if isinstance(t, Tensor)]
         assert all(torch.isfinite(t).all() for t in tensors)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_value_per_channel(accumulate: int, colors: Path, tmp_path: Path) -> None:
+    """test_resnet ends with one pixel at 32 px, of which one image has no variance; with CBN that does not matter."""
+    settings = config(colors, tmp_path / "run", norm="bn", batch_size=1, max_steps=2, accumulate=accumulate)
+    with pytest.raises(RunError, match=r"one value per channel.*; use --norm cbn, or a larger --batch-size"):
+        cbn.finetune(settings, quiet=True)
+    cbn.finetune(replace(settings, norm="cbn"), overwrite=True, quiet=True)
 
 
 def test_where_a_value_is_not_finite() -> None:
