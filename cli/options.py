@@ -80,7 +80,8 @@ MODEL_HELP = "timm name, hf-hub:OWNER/NAME, local-dir:DIR, or a .safetensors fil
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Arch = Annotated[str | None, typer.Option(help="timm name, for a .safetensors file.", rich_help_panel=WEIGHTS)]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Weights: .safetensors or of torch.save, also of other tools.", rich_help_panel=WEIGHTS)
+    Path | None,
+    typer.Option(help="Weights: .safetensors or of torch.save, also of other tools.", rich_help_panel=WEIGHTS),
 ]
 Pretrained = Annotated[
     bool, typer.Option("--pretrained/--no-pretrained", help="Pretrained or random weights.", rich_help_panel=WEIGHTS)

@@ -60,7 +60,9 @@ class FinetuneConfig:
     output: str
 
     arch: str | None = _setting(None, MODEL, "timm name, for a .safetensors file.")
-    checkpoint: str | None = _setting(None, MODEL, "Weights: .safetensors or of torch.save, also of other tools.", metavar="FILE")
+    checkpoint: str | None = _setting(
+        None, MODEL, "Weights: .safetensors or of torch.save, also of other tools.", metavar="FILE"
+    )
     pretrained: bool = _setting(True, MODEL, "Pretrained or random weights.", flags=("--pretrained/--no-pretrained",))
     model_kwargs: dict[str, Any] = field(
         default_factory=dict,
