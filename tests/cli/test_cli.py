@@ -179,7 +179,7 @@ def test_errors_are_one_sentence_and_leave_nothing(colors: Path, tmp_path: Path)
         (1, "norm must be one of", ["finetune", colors, *run, "--norm", "ln"]),
         (1, "--val-fraction", ["finetune", colors / "train", *run]),
         (1, "does not exist", ["evaluate", tmp_path / "nowhere", colors]),
-        (1, "not an exported model", ["evaluate", colors, colors]),
+        (1, "is neither a run folder nor an exported one", ["evaluate", colors, colors]),
         (1, "bn, affine, conv", ["export", colors, "-o", tmp_path / "run", "--fold", "all"]),
         (1, "is not a run folder", ["finetune", colors, "--resume", tmp_path / "nowhere"]),
         (2, "window", ["finetune", colors, *run, "--window", "0"]),

@@ -96,7 +96,7 @@ def test_of_other_images_than_rgb(channels: int, data: Path, tmp_path: Path, mon
     call = re.search(r"`(timm\.data\.create_dataset\(.*?\))`", card)
     if channels == 4:  # of which timm's validate.py would make greyscale ones
         assert call is None
-        assert "`cbn evaluate` reads those of 4" in card
+        assert "`cbn evaluate` reads them" in card
         return
     monkeypatch.chdir(tmp_path)
     model = timm.create_model("local-dir:out", pretrained=True).eval()
