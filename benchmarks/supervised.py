@@ -28,6 +28,7 @@ from cbn_convert.training.metrics import read_metrics  # noqa: E402
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 TIMES = ("train_seconds", "wait_seconds", "images_per_second", "loader_wait")
+SAID = ("warning: ", "epoch ", "the images' statistics ", "the weights have no statistics ")  # how lines may begin
 PATIENCE = 120  # seconds after which a command that should end is said to hang
 ALL, MAIN, LOADER = "all processes", "main process", "a loading process"
 SMALL = ("--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--device", "cpu", "--window", "4")
@@ -143,7 +144,7 @@ class Command:
     def faults(self) -> str:
         """What is wrong with standard error: it may hold warnings, progress, and one error that was foreseen."""
         text = self.errors
-        lines = [line for line in text.splitlines() if not line.startswith(("warning: ", "epoch "))]
+        lines = [line for line in text.splitlines() if not line.startswith(SAID)]
         if "Traceback" in text:
             return f"traceback: {lines[-1]}"
         if odd := next((line for line in lines if line.startswith("error: unexpected ")), None):

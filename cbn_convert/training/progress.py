@@ -27,8 +27,8 @@ class Bar:
         self.bar.stop()
 
     def line(self, text: str) -> None:
-        """Prints a line that stays."""
-        self.console.print(text, highlight=False, markup=False)
+        """Prints a line that stays, in one piece, for files and pipes have no width."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress(Bar):

@@ -26,3 +26,10 @@ def test_quiet(capsys) -> None:
         bar.advance(2)
         bar.line("epoch 1")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_stays_one_line(capsys) -> None:
+    sentence = "a sentence that is longer than a narrow terminal, " * 4
+    with Progress(10, 0, quiet=False) as progress:
+        progress.line(sentence)
+    assert capsys.readouterr().err == f"{sentence}\n"
