@@ -220,8 +220,10 @@ def summary(report: dict[str, Any]) -> str:
     good = [r for r in checked if all(c["ok"] for c in r["checks"].values())]
     converted = [r for r in records if all(r["checks"][c]["ok"] for c in ("convert", "meta") if c in r["checks"])]
     deployed = [r for r in report["onnx"].values() if all(c["ok"] for c in r["checks"].values())]
+    every = len(report["architectures"])
+    unseen = f", of which {every - len(records)} are not checked yet," if len(records) < every else ""
     return (
-        f"{len(converted)} of timm's {len(report['architectures'])} architectures with BatchNorm convert\n"
+        f"{len(converted)} of timm's {every} architectures with BatchNorm{unseen} convert\n"
         f"({norms} norm layers, {share(total(records, 'compensated'), norms)} % compensated). {len(good)} of the "
         f"{len(checked)} with at most 150 million parameters also train, copy, revert to the bit, fold and export\n"
         f"to plain timm within the tolerances in [docs/coverage.md](docs/coverage.md); {len(deployed)} of "

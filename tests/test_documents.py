@@ -33,7 +33,7 @@ def test_no_message_points_at_what_an_installed_package_lacks(what: str) -> None
     assert not [(path.name, text) for path in files for text in texts(path) if what in text]
 
 
-@pytest.mark.parametrize(("script", "results"), [("reliability", "chaos.json")])
+@pytest.mark.parametrize(("script", "results"), [("reliability", "chaos.json"), ("coverage", "coverage.json")])
 def test_a_document_is_what_its_script_writes(script: str, results: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     for name in ("report", script):  # other folders may have modules of these names
