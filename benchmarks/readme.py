@@ -1,4 +1,4 @@
-"""python benchmarks/readme.py: writes the tables of README.md and docs/method.md from benchmarks/results/*.json."""
+"""python benchmarks/readme.py: writes tables of README.md, docs/experiments.md and docs/performance.md."""
 
 from __future__ import annotations
 
@@ -274,5 +274,5 @@ if __name__ == "__main__":
             "speed": performance["speed"],
         },
     )
-    fill(ROOT / "docs" / "method.md", {**study, "from-scratch": from_scratch()})
+    fill(ROOT / "docs" / "experiments.md", {**study, "from-scratch": from_scratch()})
     fill(ROOT / "docs" / "performance.md", {k: v for k, v in performance.items() if k != "speed"})

@@ -10,9 +10,9 @@ from readme import ROOT, fill
 from report import RESULTS
 from study import COMPARISONS, PUBLISHED, STUDY
 
-from cbn_convert.comparison.plan import Results, score
+from cbn_convert.comparison.config import VARIANTS, ComparisonConfig
+from cbn_convert.comparison.plan import Cell, Results, score
 from cbn_convert.comparison.plots import draw
-from cbn_convert.comparison.store import parse
 from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
 
 LABELS = {
@@ -47,13 +47,21 @@ class Study(NamedTuple):
         return {(row.norm, row.batch_size): row for row in self.comparison.rows}
 
 
+# What runs of former versions are called, beside what runs of this one are.
+VARIANTS["gradient"] = ("full", "current", "straight_through")
+
+
 def read() -> dict[str, Study]:
     """The comparisons that there are, in the order of study.py."""
     studies = {}
     for name in COMPARISONS:
         if (STUDY / f"{name}.json").is_file():
             report = json.loads((STUDY / f"{name}.json").read_text())
-            config, results = parse(report)
+            # unchecked: some have forms of CBN that are gone
+            config, results = ComparisonConfig.from_dict(report["config"]), {}
+            for entry in report["cells"]:
+                cell = Cell(*(entry.pop(field) for field in Cell._fields))
+                results[cell] = entry
             studies[name] = Study(report, Comparison.of(config, results), results)
     return studies
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .norm import CrossIterationBatchNorm2d as CrossIterationBatchNorm2d
     from .norm import CrossIterationBatchNorm3d as CrossIterationBatchNorm3d
     from .norm import CrossIterationBatchNormAct2d as CrossIterationBatchNormAct2d
+    from .norm import Window as Window
     from .norm import history_state as history_state
     from .norm import load_history_state as load_history_state
     from .training import FinetuneConfig as FinetuneConfig
@@ -42,6 +43,7 @@ _SOURCES = {
         "CrossIterationBatchNorm2d",
         "CrossIterationBatchNorm3d",
         "CrossIterationBatchNormAct2d",
+        "Window",
         "history_state",
         "load_history_state",
     ),

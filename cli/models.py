@@ -22,7 +22,7 @@ def inspect(
     img_size: o.ImgSize = None,
     window: o.Window = None,
     compensation: o.Compensation = "projection",
-    history: o.History = "ema",
+    history: o.History = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
     quiet: o.Quiet = False,
@@ -44,7 +44,7 @@ def inspect(
             inspected = create_model(ModelSpec(**spec))
         report = cbn.convert(inspected, window=window, compensation=compensation, history=history)  # type: ignore[arg-type]
         session.print(_table(report))
-        session.print(f"{report}; history {report.history_bytes / 1e6:.1f} MB ({history})")
+        session.print(f"{report}; {report.folded} train folded; history {report.history_bytes / 1e6:.1f} MB")
         session.result({"model": model, "window": window, "history": history, **report.to_dict()})
 
 
@@ -62,7 +62,7 @@ def convert(
     window: o.Window = None,
     compensation: o.Compensation = "projection",
     gradient: o.Gradient = "full",
-    history: o.History = "ema",
+    history: o.History = None,
     overwrite: o.Overwrite = False,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
@@ -81,7 +81,7 @@ def convert(
     )
     window_options: dict[str, Any] = {
         **({} if window is None else {"window": window}), "compensation": compensation, "gradient": gradient,
-        "history": history,
+        **({} if history is None else {"history": history}),
     }  # fmt: skip
     with Session(as_json, debug, quiet) as session:
         import cbn_convert as cbn
@@ -110,9 +110,18 @@ def _table(report: ConversionReport) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("layer", "norm", "channels", "fed by", "convert", "history [MB]", "why"):
+    for header in ("layer", "norm", "channels", "fed by", "convert", "statistics", "history [MB]", "why"):
         table.add_column(header, overflow="fold")
     for row in report:
         history = f"{row.history_bytes / 1e6:.3f}"
-        table.add_row(row.name, row.norm, str(row.channels), row.fed_by or "-", row.status, history, row.reason)
+        table.add_row(
+            row.name,
+            row.norm,
+            str(row.channels),
+            row.fed_by or "-",
+            row.status,
+            row.statistics or "-",
+            history,
+            row.reason,
+        )
     return table

@@ -99,12 +99,20 @@ ImgSize = Annotated[int | None, typer.Option(min=1, help="Height and width of th
 Window = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Iterations averaged over; 1 is BN; default: 8192 images, new ones 2.", rich_help_panel=METHOD
+        min=1,
+        help="Iterations of a ring, 1 is BN; with --history ema images; default: ema of 8192 images.",
+        rich_help_panel=METHOD,
     ),
 ]
 Compensation = Annotated[str, typer.Option(help="projection, taylor (the paper's), none.", rich_help_panel=METHOD)]
 Gradient = Annotated[str, typer.Option(help="full, or current (the paper's code).", rich_help_panel=METHOD)]
-History = Annotated[str, typer.Option(help="ring (exact window) or ema (less memory).", rich_help_panel=METHOD)]
+History = Annotated[
+    str | None,
+    typer.Option(
+        help="ema (running statistics that follow) or ring (the paper's); default: ring with --window, else ema.",
+        rich_help_panel=METHOD,
+    ),
+]
 
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per step.", rich_help_panel=TRAINING)]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.", rich_help_panel=TRAINING)]

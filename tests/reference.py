@@ -1,4 +1,4 @@
-"""Cross-Iteration Batch Normalization written out literally, in float64, as an oracle for the layer.
+"""The ring of the paper written out literally, in float64, as an oracle for the layer.
 
 Equations as in arXiv 2002.05712, section 3: ν is the second moment, compensated statistics are first-order Taylor steps
 whose derivatives come from torch.autograd.grad on the producing layer itself, and past weights are stored. The
@@ -29,13 +29,12 @@ class ReferenceCBN:
         window: int,
         compensation: str = "projection",
         gradient: str = "full",
-        history: str = "ring",
         burn_in: int = 0,
         eps: float = 1e-5,
         momentum: float = 0.1,
     ) -> None:
         self.apply, self.window, self.compensation, self.gradient = apply, window, compensation, gradient
-        self.history, self.burn_in, self.eps, self.momentum = history, burn_in, eps, momentum
+        self.burn_in, self.eps, self.momentum = burn_in, eps, momentum
         self.past: list[dict[str, Tensor]] = []
         self.iteration = 0
         self.running_mean = torch.zeros(channels, dtype=torch.float64)
@@ -48,24 +47,18 @@ class ReferenceCBN:
         mu, nu = x.mean(dims), (x * x).mean(dims)
 
         past = self.past if self.iteration >= self.burn_in else []
-        mus, nus, weights = [mu], [nu], [1.0]
+        mus, nus = [mu], [nu]
         for entry in past:
             mu_past, nu_past = self._compensated(entry, weight, bias)
             if self.gradient == "current":
                 mu_past, nu_past = mu_past.detach(), nu_past.detach()
             mus.append(mu_past)
             nus.append(nu_past)
-        if past and self.history == "ema":
-            k = min(self.iteration + 1, self.window)
-            weights = [1 / k, 1 - 1 / k]
-        else:
-            weights = [1 / len(mus)] * len(mus)
-        M = sum(w * m for w, m in zip(weights, mus, strict=True))
-        N = sum(w * n for w, n in zip(weights, nus, strict=True))
-        sigma2 = N - M * M
+        M = sum(mus) / len(mus)
+        sigma2 = sum(nus) / len(nus) - M * M
         x_hat = (x - M.view(shape)) / torch.sqrt(sigma2.view(shape) + self.eps)
 
-        count = x.numel() / x.shape[1] / weights[0]
+        count = x.numel() / x.shape[1] * len(mus)
         self.running_mean += self.momentum * (M.detach() - self.running_mean)
         self.running_var += self.momentum * (sigma2.detach() * count / (count - 1) - self.running_var)
         self._record(y, weight, bias)
@@ -84,7 +77,7 @@ class ReferenceCBN:
             return mu_t, torch.maximum(nu_t, mu_t**2)
         b, b_then = (torch.zeros_like(mu), torch.zeros_like(mu)) if bias is None else (bias, entry["bias"])
         cov = (weight * entry["dnu"]).flatten(1).sum(1) / 2 + b * mu - mu_t * mu
-        # of one iteration this is its variance, and the result Cauchy-Schwarz' bound; of a pool, what C says of it
+        # its own variance: what Cauchy-Schwarz' bound divides by
         cov_then = (entry["weight"] * entry["dnu"]).flatten(1).sum(1) / 2 + b_then * mu - mu * mu
         return mu_t, (nu - mu**2) * (cov / cov_then) ** 2 + mu_t**2
 
@@ -101,15 +94,4 @@ class ReferenceCBN:
         entry = {"mu": mu.detach(), "nu": nu.detach(), "dmu": dmu, "dnu": dnu, "weight": w.detach()}
         if b is not None:
             entry["bias"] = b
-        if self.history == "ring":
-            self.past = [*self.past, entry][-(self.window - 1) :] if self.window > 1 else []
-        elif self.window > 1:
-            self.past = [self._pool(self.past[0], entry)] if self.past else [entry]
-
-    def _pool(self, old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An EMA of (p̄, μ, D, ν) in which the old ones are first taken to the newest weights; C = D/2 - μ p̄ stays."""
-        share = 1 / min(self.iteration + 1, self.window)
-        mu, nu = (t.detach() for t in self._compensated(old, new["weight"], new.get("bias")))
-        per_weight = (mu - old["mu"]).view(-1, *[1] * (old["dmu"].dim() - 1))
-        moved = {"mu": mu, "nu": nu, "dmu": old["dmu"], "dnu": old["dnu"] + 2 * per_weight * old["dmu"]}
-        return {**new, **{key: (1 - share) * value + share * new[key] for key, value in moved.items()}}
+        self.past = [*self.past, entry][-(self.window - 1) :] if self.window > 1 else []

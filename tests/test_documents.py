@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,3 +42,36 @@ def test_a_document_is_what_its_script_writes(script: str, results: str, monkeyp
     module = importlib.import_module(script)
     written = module.document(json.loads((ROOT / "benchmarks/results" / results).read_text(encoding="utf-8")))
     assert module.DOCUMENT.read_text(encoding="utf-8") == written
+
+
+def defined(path: Path) -> set[str]:
+    """Functions, classes and methods of a module, by their qualified names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    top = [node for node in tree.body if isinstance(node, kinds)]
+    inner = {f"{c.name}.{m.name}" for c in top for m in getattr(c, "body", []) if isinstance(m, kinds)}
+    return {node.name for node in top} | inner
+
+
+def test_the_method_points_at_code_and_tests_that_exist() -> None:
+    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    algorithm = re.findall(r" (\w+\.py): ([\w.]+)$", text, re.MULTILINE)
+    assert len(algorithm) >= 12
+    assert not [pair for pair in algorithm if pair[1] not in defined(ROOT / "cbn_convert/norm" / pair[0])]
+    tests = {name for path in ROOT.glob("tests/**/*.py") for name in defined(path)}
+    assert not set(re.findall(r"`(test_\w+)`", text)) - tests
+
+
+@pytest.mark.parametrize("document", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Files of the repository, and headings in them, as GitHub names these."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if target.startswith(("http", "mailto:")):
+            continue
+        name, _, heading = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, target

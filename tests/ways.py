@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from conftest import randomize_norms
 from torch import Tensor, nn
 
 import cbn_convert as cbn
@@ -32,10 +33,18 @@ class Net(nn.Module):
         return self.head(F.relu(self.last(x)).mean((2, 3)))
 
 
-def converted(seed: int = 0, double: bool = True, **options) -> Net:
+def converted(seed: int = 0, double: bool = True, new: bool = False, **options) -> Net:
+    """A converted `Net` in training, by default with a ring of 4; with history="ema" it has statistics to carry.
+
+    `new` leaves its norms as they are made.
+    """
     torch.manual_seed(seed)
     net = Net().double() if double else Net()
-    cbn.convert(net, window=4, example_input=X.to(net.head.weight.dtype), **options)
+    if not new:
+        randomize_norms(net)
+    if options.get("history", "ring") == "ring":
+        options = {"window": 4, **options}
+    cbn.convert(net, example_input=X.to(net.head.weight.dtype), **options)
     return net.train()
 
 
@@ -62,6 +71,8 @@ def assert_same_state(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
     for key, value in a.state_dict().items():
         torch.testing.assert_close(value, b.state_dict()[key], **tolerance)
     for one, other in zip(history_state(a).values(), history_state(b).values(), strict=True):
+        assert one["sources"][0]["kind"] == other["sources"][0]["kind"]
         assert one["sources"][0]["seen"] == other["sources"][0]["seen"]
+        assert one["sources"][0]["slots"].keys() == other["sources"][0]["slots"].keys()
         for key, value in one["sources"][0]["slots"].items():
             torch.testing.assert_close(value, other["sources"][0]["slots"][key], **tolerance)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..norm import CrossIterationMixin
+from ..norm.producers import plain_class
 
 
 class PublishedBatchNorm2d(nn.BatchNorm2d):
@@ -72,7 +73,7 @@ class PublishedBatchNormAct2d(PublishedBatchNorm2d):
 def use_published(model: nn.Module, window: int) -> None:
     """Turns every converted layer with a conv of its own into the published one, in place; others stay."""
     for module in model.modules():
-        if isinstance(module, CrossIterationMixin) and [type(m) for m in module.producers] == [nn.Conv2d]:
+        if isinstance(module, CrossIterationMixin) and [plain_class(m) for m in module.producers] == [nn.Conv2d]:
             (conv,) = module.producers
             published: Any = module.restore()
             published.__class__ = PublishedBatchNormAct2d if hasattr(module, "act") else PublishedBatchNorm2d

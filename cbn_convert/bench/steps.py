@@ -17,16 +17,14 @@ from ..conversion import convert
 from ..deploy import fold
 from ..errors import CbnError
 from ..models import ModelSpec, create_model
-from ..norm import CrossIterationMixin
+from ..norm import CrossIterationMixin, Window
 from ..training.faults import one_value
 from ..training.norms import apply_norm
 from .published import use_published
 
-PAPER: dict[str, Any] = {"window": 8, "history": "ring", "compensation": "taylor", "gradient": "current"}
-
 
 def _published(model: nn.Module, example: Tensor) -> None:
-    convert(model, example_input=example, **PAPER)
+    convert(model, example_input=example, window=Window.PAPER)
     use_published(model, 8)
 
 
@@ -34,8 +32,7 @@ COLUMNS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "bn": lambda model, example: None,
     "frozen": lambda model, example: apply_norm(model, "frozen"),
     "cbn": lambda model, example: convert(model, example_input=example),
-    "cbn-every": lambda model, example: convert(model, example_input=example, moments_every=1, moments_positions=None),
-    "cbn-paper": lambda model, example: convert(model, example_input=example, **PAPER),
+    "cbn-paper": lambda model, example: convert(model, example_input=example, window=Window.PAPER),
     "average": lambda model, example: convert(model, example_input=example, compensation="none"),
     "gn": lambda model, example: apply_norm(model, "gn"),
     "published": _published,
@@ -53,6 +50,8 @@ class BenchResult(NamedTuple):
     over_bn: float  # median over rounds of the ratio to BN's step in the same round
     memory: float | None  # what lives between steps, and on CUDA the peak beside it, else what the graph holds
     history: float
+    kept: float  # what the graph holds for the backward pass beside parameters and buffers
+    kept_over_bn: float  # kept and history together, over BN's
 
 
 class _Column:
@@ -102,7 +101,12 @@ class _Column:
             torch.cuda.reset_peak_memory_stats()
             self.step(x, y)
             return (_bytes(between) + torch.cuda.max_memory_allocated() - before) / 1e6
-        known = {t.untyped_storage().data_ptr() for t in between}
+        return _bytes(between) / 1e6 + self.kept(x)
+
+    def kept(self, x: Tensor) -> float:
+        """MB that the graph of a forward pass holds for the backward pass beside parameters and buffers."""
+        own = (*self.model.parameters(), *self.model.buffers(), *self.history())
+        known = {t.untyped_storage().data_ptr() for t in own}
         held: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ class _Column:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             self.model(x)
-        return (_bytes(between) + sum(held.values())) / 1e6
+        return sum(held.values()) / 1e6
 
 
 def bench_step(
@@ -158,14 +162,20 @@ def bench_step(
             if i >= warm_up:
                 column.times.append(times)
     base = [sum(t) for t in running[0].times]
-    results = []
+    results: list[BenchResult] = []
     for column in running:
         totals = [sum(t) for t in column.times]
         forward, backward, optimizer = (1000 * median(part) for part in zip(*column.times, strict=True))
         ratio = median(t / b for t, b in zip(totals, base, strict=True))
         step, history = 1000 * median(totals), _bytes(column.history()) / 1e6
-        most = column.memory(x, y) if memory else None
-        results.append(BenchResult(column.name, step, forward, backward, optimizer, ratio, most, history))
+        most, kept = column.memory(x, y) if memory else None, column.kept(x)
+        base_kept = kept if column.name == "bn" else results[0].kept
+        results.append(
+            BenchResult(
+                column.name, step, forward, backward, optimizer, ratio, most, history, kept,
+                (kept + history) / base_kept,
+            )
+        )  # fmt: skip
     return results
 
 

@@ -11,8 +11,8 @@ from ..training.config import NORMS, FinetuneConfig
 
 # What `cbn:NAME` sets, by the setting that has NAME as a value.
 VARIANTS = {
-    "compensation": ("projection", "taylor", "none", "exact"),
-    "gradient": ("full", "current", "straight_through"),
+    "compensation": ("projection", "taylor", "none"),
+    "gradient": ("full", "current"),
     "history": ("ring", "ema"),
     "start": ("running", "empty"),
 }

@@ -1,12 +1,11 @@
 """Converting a model and back: who feeds whom, the change of classes, the report."""
 
-from .converting import DEFAULT_HISTORY, convert, norm_layers, revert, warm_up
+from .converting import convert, norm_layers, revert, warm_up
 from .example import run
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, trace_norms
 
 __all__ = [
-    "DEFAULT_HISTORY",
     "ConversionReport",
     "NormCall",
     "ReportRow",

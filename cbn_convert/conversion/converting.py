@@ -6,10 +6,12 @@ same objects, as in torch.nn.utils.parametrize.
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from typing_extensions import Unpack
 
 from ..errors import ConversionError
 from ..norm import (
@@ -24,36 +27,31 @@ from ..norm import (
     CrossIterationFrozenBatchNorm2d,
     CrossIterationMixin,
     OutputChannels,
+    Window,
+    WindowKeywords,
     adopt,
-    check_window_options,
     damaged_statistic,
     frozen_eps,
     is_frozen,
     modes_kept,
+    window_of,
 )
-from ..norm.distributed import world_size
-from ..norm.functional import Compensation, Gradient, is_measured
-from ..norm.history import HistoryKind, Start
+from ..norm.functional import is_measured
 from ..norm.modes import tensors_kept
-from ..norm.moments import exact_is_possible
-from ..norm.producers import groups_of, is_transposed, learns, out_channels
+from ..norm.producers import learns
+from ..norm.tap import InputTap, is_watched
 from .lazy import ADVICE, is_lazy, materialize
+from .policy import LayerFacts, decide
 from .report import ConversionReport, ReportRow
-from .trace import OWN_FORWARD, NormCall, Part, trace_norms
-
-# Where a window starts from running statistics that are worth keeping, it is to carry them along with the weights, and
-# takes up new ones slowly: so many images, at least so many for layers without a weight of their own (docs/method.md).
-CARRIED_IMAGES, LEAST_CARRIED_IMAGES = 8192, 64
-# Without such statistics, training from scratch often fails with longer windows (docs/method.md).
-NEW_WINDOW = 2
-RING_WINDOW = 8  # the paper's
-DEFAULT_HISTORY: HistoryKind = "ema"
-# How the statistics respond to the weights changes slowly: a part of it, estimated in turn, is enough
-# (docs/performance.md).
-MOMENTS_EVERY = 8
-MOMENTS_POSITIONS = 512
+from .trace import NormCall, Part, trace_norms
 
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+class ConvertKeywords(WindowKeywords, total=False):
+    """The settings of a window one by one, and what `convert` still accepts."""
+
+    batch_size: int | None
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -79,51 +77,41 @@ def _is_scripted(module: nn.Module) -> bool:
 def convert(
     model: nn.Module,
     *,
-    window: int | None = None,
-    batch_size: int = 2,
-    compensation: Compensation = "projection",
-    gradient: Literal["full", "current"] = "full",
-    history: HistoryKind = DEFAULT_HISTORY,
-    burn_in: int = 0,
-    start: Start | None = None,
-    sync: bool = False,
-    moments_every: int | None = None,
-    moments_positions: int | None = MOMENTS_POSITIONS,
+    window: Window | int | None = None,
     example_input: Any | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
+    **keywords: Unpack[ConvertKeywords],
 ) -> ConversionReport:
     """Converts the model's BatchNorm layers in place; returns one row per norm layer.
 
-    The model runs on `example_input` (a tensor, a tuple or a dict of arguments; by default random images of a small
-    size, or of that in its pretrained_cfg, or a sequence, image or volume as its first conv takes it), in training mode
-    where it can, to find the modules that feed each layer. Lazy layers get their shapes by it. Its eval output,
-    state_dict keys and module tree do not change. `include` and `exclude` choose layers by glob
-    pattern on the name, or by a predicate (name, module). Layers that are converted already stay as they are. The other
-    arguments are those of CrossIterationBatchNorm2d. By default, with history "ema", layers start from their running
-    statistics ("running"), but for those of a new BatchNorm ("empty"), and moments_every is 8, the layers taking turns.
-    The default window holds 8192 images, in batches of `batch_size` (on every rank, with `sync`), where a layer starts
-    from running statistics that are not those of a new one, and 2 batches elsewhere; it is 8 with history "ring". So
-    load pretrained weights before. With gradient "full", layers without a weight of their own get gradient
-    "straight_through" and a window of at most 2, unless they start from such statistics and have a window of at least
-    64 images; with compensation "none", which makes all layers such, any window is left to them. `sync` shares the
-    statistics of each batch among the ranks of a process group.
+    The model runs on `example_input`, in training mode where it can, to find the modules that feed each layer. Its eval
+    output, state_dict keys and module tree do not change; convs that apply the layer behind them in training get a
+    subclass of their class. Layers that are converted already stay as they are, and lazy ones get their shapes.
 
-    Raises ConversionError for a model without BatchNorm, for an unknown subclass of BatchNorm that is not excluded, for
-    running statistics that are not finite or a variance below zero, for an argument out of range, or if the model
-    cannot run; the model is then left as it was.
+    Args:
+        window: a `Window`; by default the carried window of 8192 images: the running statistics, following weights and
+            images. A number is the paper's window of so many iterations (1 is BatchNorm), or with history="ema" a
+            carried one of so many images.
+        example_input: a tensor, a tuple or a dict of arguments; by default random images of a small size, or of that
+            in the model's pretrained_cfg, or a sequence, image or volume as its first conv takes it.
+        include: the layers to convert, by glob pattern on the name or by a predicate (name, module); all by default.
+        exclude: those to leave, likewise.
+        keywords: the fields of `Window`, one by one: history, compensation, gradient, burn_in, start, sync,
+            moments_every, moments_positions.
+
+    Whether a layer has statistics to carry is decided when training begins, and again after load_state_dict; until
+    there are some, it averages two batches. Raises ConversionError for a model without BatchNorm, for an unknown
+    subclass of BatchNorm that is not excluded, for running statistics that are not finite or a variance below zero, for
+    an argument out of range, or if the model cannot run; the model is then left as it was.
     """
-    if moments_every is None:
-        moments_every = MOMENTS_EVERY if history == "ema" else 1
+    if keywords.pop("batch_size", None) is not None:
+        warnings.warn("the window counts images: convert needs no batch_size any more", DeprecationWarning, 3)
     try:
-        check_window_options(
-            1 if window is None else window, compensation, gradient, history, burn_in, moments_every, moments_positions,
-            start or "empty",
-        )  # fmt: skip
+        chosen_window = window_of(window, cast(WindowKeywords, keywords))
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ConversionError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    model = getattr(model, "_orig_mod", model)  # torch.compile's is a shell around the module
     include, exclude = (s if s is None or isinstance(s, str) or callable(s) else tuple(s) for s in (include, exclude))
     materialize(model, example_input)
     norms = norm_layers(model)
@@ -138,47 +126,53 @@ def convert(
         _check_statistics(name, norm)
     todo = {n: m for n, m in chosen.items() if not isinstance(m, CrossIterationMixin) and not _is_scripted(m)}
     calls = _calls(model, todo, example_input)
-    plans = {name: _plan(model, name, norm, calls[name], compensation) for name, norm in todo.items()}
-    if compensation == "exact":
-        for name, row in plans.items():
-            for part in calls[name].parts if row.status == "compensated" else ():
-                if not exact_is_possible(model.get_submodule(part.module)):
-                    raise ConversionError(
-                        f'compensation "exact" is not known for {part.module!r}, a transposed conv; use "projection" '
-                        f"or leave its norm as it is with exclude={name!r}"
-                    )
-    rows = {n: plans[n] if n in todo else _untouched(model, n, m) for n, m in norms.items()}
-    for index, (name, norm) in enumerate(norms.items()):
-        row = rows[name]
-        if name not in todo or row.status == "kept":
+    feeds = Counter(part.module for name in todo for part in {p.module: p for p in calls[name].parts}.values())
+    rows = {}
+    for phase, (name, norm) in enumerate(norms.items()):
+        if name not in todo:
+            rows[name] = _untouched(model, name, norm)
             continue
-        layer, own_gradient, own_window = adopt(norm), cast(Gradient, gradient), window
-        measured = history == "ema" and (layer.FROZEN or is_measured(layer.running_mean, layer.running_var))
-        own_start: Start = start or ("running" if measured else "empty")
-        own_sync = sync or isinstance(norm, nn.SyncBatchNorm)
-        per_step = batch_size * (world_size() if own_sync else 1)
-        carried = own_start == "running" and measured
-        if own_window is None and history == "ring":
-            own_window = RING_WINDOW
-        elif own_window is None:
-            own_window = max(1, CARRIED_IMAGES // per_step) if carried else NEW_WINDOW
-        is_long = carried and own_window * per_step >= LEAST_CARRIED_IMAGES
-        if row.status != "compensated" and gradient == "full" and not is_long:
-            own_gradient = "straight_through"
-            own_window = own_window if compensation == "none" else min(own_window, NEW_WINDOW)
-        layer.set_window(
-            own_window, compensation, own_gradient, history, burn_in, own_sync, moments_every, moments_positions,
-            own_start, phase=index,
-        )  # fmt: skip
-        if row.status == "compensated":
-            layer.bind(*_outputs(model, calls[name].parts))
-        if isinstance(layer, CrossIterationFrozenBatchNorm2d) and layer.producers:
-            # γ and β of a stage that is frozen as a whole stay as they are
-            for parameter in (layer.weight, layer.bias):
-                parameter.requires_grad_(any(map(learns, layer.producers)))
-        reason = row.reason if own_window == window else f"{row.reason}; window {own_window}"
-        rows[name] = replace(row, reason=reason, history_bytes=layer.history_bytes)
+        facts = _facts(model, norm, calls[name], chosen_window, feeds)
+        rows[name] = _converted(name, norm, facts, chosen_window, phase)
     return ConversionReport(tuple(rows.values()))
+
+
+def _facts(model: nn.Module, norm: nn.Module, call: NormCall, window: Window, feeds: Counter[str]) -> LayerFacts:
+    outputs = tuple(_outputs(model, call.parts))
+    group = getattr(norm, "process_group", None)
+    measured = is_frozen(norm) or is_measured(norm._buffers.get("running_mean"), norm._buffers.get("running_var"))
+    return LayerFacts(
+        call=call,
+        outputs=outputs,
+        in_part_of_group=group is not None and group is not getattr(dist.group, "WORLD", None),
+        watched=any(map(is_watched, [norm, *(output.module for output in outputs)])),
+        is_new=not measured or window.start == "empty",
+        shared=any(feeds[part.module] > 1 for part in call.parts)
+        or any(isinstance(hook, InputTap) for o in outputs for hook in o.module._forward_hooks.values()),
+    )
+
+
+def _converted(name: str, norm: nn.Module, facts: LayerFacts, window: Window, phase: int) -> ReportRow:
+    """Converts one layer as `decide` says; returns its row."""
+    decision = decide(facts, window)
+    of_no_use = decision.status == "kept" or facts.call.producer_calls > 1
+    fed_by = None if of_no_use else ", ".join(dict.fromkeys(part.module for part in facts.call.parts)) or None
+    row = _row(name, norm, fed_by, decision.status, decision.reason)
+    if decision.status == "kept":
+        return row
+    layer = adopt(norm)
+    sync = window.sync or isinstance(layer, nn.SyncBatchNorm)
+    layer.set_window(replace(decision.window, sync=sync), phase)
+    if decision.status == "compensated":
+        layer.bind(*facts.outputs, folded=decision.folded)
+    if isinstance(layer, CrossIterationFrozenBatchNorm2d) and layer.producers:
+        # γ and β of a stage that is frozen as a whole stay as they are
+        for parameter in (layer.weight, layer.bias):
+            parameter.requires_grad_(any(map(learns, layer.producers)))
+    return replace(
+        row, form="folded" if decision.folded and not facts.is_new else "unfolded",
+        statistics="new" if facts.is_new else "pretrained", history_bytes=layer.history_bytes,
+    )  # fmt: skip
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -283,45 +277,16 @@ def _outputs(model: nn.Module, parts: Iterable[Part]) -> list[OutputChannels]:
     return [OutputChannels(cast(Any, model.get_submodule(p.module)), p.first, p.channels) for p in parts]
 
 
-def _plan(model: nn.Module, name: str, norm: nn.Module, call: NormCall, compensation: str) -> ReportRow:
-    """What becomes of a layer that is to be converted."""
-    if call.calls == 0:
-        return _row(name, norm, None, "kept", "not reached on the example input")
-    if call.calls > 1:
-        why = ", one history cannot serve all"
-        if call.split:
-            why = f" for {call.samples} samples, a part of them each time; a smaller example_input shows it called once"
-        return _row(name, norm, None, "kept", f"called {call.calls} times per forward pass{why}")
-    group = getattr(norm, "process_group", None)
-    if group is not None and group is not getattr(dist.group, "WORLD", None):
-        return _row(name, norm, None, "kept", "synchronises over a part of the processes only")
-    if not call.parts:
-        known = "" if call.origin.endswith(OWN_FORWARD) else ", not directly from a conv or linear layer"
-        return _row(name, norm, None, "window", f"input comes from {call.origin}{known}")
-    outputs = _outputs(model, call.parts)
-    fed_by = ", ".join(dict.fromkeys(part.module for part in call.parts))
-    kinds = " and ".join(dict.fromkeys(type(output.module).__name__ for output in outputs))
-    if call.producer_calls > 1:
-        return _row(name, norm, None, "window", f"{kinds} {fed_by} runs {call.producer_calls} times per forward pass")
-    if any(not o.whole and (groups_of(o.module) > 1 or is_transposed(o.module)) for o in outputs):
-        return _row(name, norm, fed_by, "window", f"fed by some channels of a {kinds} with groups or transposed")
-    if compensation == "none":
-        return _row(name, norm, fed_by, "window", "compensation is off")
-    if len(outputs) > 1:
-        return _row(name, norm, fed_by, "compensated", f"fed by a concatenation of {len(outputs)} {kinds}")
-    if not outputs[0].whole:
-        of = f"{outputs[0].channels} of {out_channels(outputs[0].module)} channels of {kinds}"
-        return _row(name, norm, fed_by, "compensated", f"fed by {of}")
-    return _row(name, norm, fed_by, "compensated", f"fed by {kinds}")
-
-
 def _untouched(model: nn.Module, name: str, norm: nn.Module) -> ReportRow:
     if isinstance(norm, CrossIterationMixin):
         names = {id(m): n for n, m in model.named_modules()}
         fed_by = ", ".join(dict.fromkeys(names[id(m)] for m in norm.producers if id(m) in names)) or None
         status = "window" if fed_by is None else "compensated"
         row = _row(name, norm, fed_by, status, "converted already, left as it is")
-        return replace(row, history_bytes=norm.history_bytes)
+        return replace(
+            row, form="folded" if norm.trains_folded and not norm.is_new else "unfolded",
+            statistics="new" if norm.is_new else "pretrained", history_bytes=norm.history_bytes,
+        )  # fmt: skip
     if _is_scripted(norm):
         return _row(name, norm, None, "kept", "inside a scripted module, which runs without Python")
     return _row(name, norm, None, "kept", "not selected by include and exclude")

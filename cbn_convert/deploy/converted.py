@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 import textwrap
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..conversion import ConversionReport, convert
+from ..conversion import ConversionReport
+from ..norm import Window
 
 _SHOWN_LAYERS, _REASON = 20, 120
 
@@ -28,8 +28,8 @@ class Conversion:
 
     def card(self, folder: str) -> list[str]:
         """Lines for the model card of the folder that will be called `folder`."""
-        defaults = signature(convert).parameters
-        given = {k: v for k, v in self.options.items() if v is not None and v != defaults[k].default}
+        default = asdict(Window())
+        given = {k: v for k, v in self.options.items() if v is not None and (k == "window" or v != default[k])}
         flags = "".join(f" --{name} {value}" for name, value in given.items())
         arguments = "".join(f", {name}={value!r}" for name, value in given.items())
         source = json.dumps(f"local-dir:{folder}", ensure_ascii=False)
@@ -51,7 +51,7 @@ class Conversion:
             "import cbn_convert as cbn",
             "",
             f"model = timm.create_model({source}, pretrained=True)  # with num_classes=N for classes of your own",
-            f"cbn.convert(model, batch_size=2{arguments})  # batch_size: the images in each step",
+            f"cbn.convert(model{arguments})",
             "...  # train as usual",
             'cbn.export(model, "deploy", fold="conv")  # for plain timm; or cbn.fold(model), without norm layers',
             "```",

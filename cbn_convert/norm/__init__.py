@@ -19,8 +19,8 @@ from .classes import (
 from .damage import damaged_statistic, damaged_value
 from .layer import CrossIterationMixin
 from .modes import modes_kept
-from .options import check_window_options
 from .producers import OutputChannels
+from .window import Window, WindowKeywords, window_of
 
 __all__ = [
     "CONVERTED",
@@ -33,8 +33,9 @@ __all__ = [
     "CrossIterationSyncBatchNorm",
     "CrossIterationSyncBatchNormAct",
     "OutputChannels",
+    "Window",
+    "WindowKeywords",
     "adopt",
-    "check_window_options",
     "damaged_statistic",
     "damaged_value",
     "drop_and_act",
@@ -43,4 +44,5 @@ __all__ = [
     "is_frozen",
     "load_history_state",
     "modes_kept",
+    "window_of",
 ]

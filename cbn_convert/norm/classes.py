@@ -20,30 +20,22 @@ class CrossIterationBatchNorm1d(CrossIterationMixin, nn.BatchNorm1d):
 
 
 class CrossIterationBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
-    """nn.BatchNorm2d whose training statistics are those of the last `window` iterations (arXiv 2002.05712).
+    """nn.BatchNorm2d whose training statistics are those of a window over iterations (arXiv 2002.05712).
 
     CrossIterationBatchNorm2d(num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, *, window=8,
-    compensation="projection", gradient="full", history="ring", burn_in=0, sync=False, start="empty"), the first five as
-    in nn.BatchNorm2d:
+    history="ring", compensation="projection", gradient="full", burn_in=0, sync=False), the first five as in
+    nn.BatchNorm2d:
 
         norm = CrossIterationBatchNorm2d(64, window=8).bind(conv)
         y = norm(conv(x))
 
-    window: iterations averaged over, the current one included; 1 is nn.BatchNorm2d.
-    compensation: how past statistics follow the weights of the bound layer: "projection", "taylor" (the paper's),
-        "exact" (keeps the covariance of the input patches; for depthwise and narrow layers) or "none". An unbound
-        layer, or one bound to frozen weights, averages without.
-    gradient: "full" backpropagates through the compensation as well, "current" (the paper's code) only through the
-        current batch, "straight_through" gives the current batch the whole window's gradient.
-    history: "ring" stores window - 1 iterations, "ema" one exponential average.
-    burn_in: iterations at the start that use their own batch only.
-    start: what the window holds at first: "running", a full window of the running statistics ("ema" only; unless they
-        are a new layer's), or "empty" (the paper's).
-    sync: statistics of the joined batch of all ranks of torch.distributed's default group, as in SyncBatchNorm.
+    window: a `Window`; or a number, of iterations of a ring, the current one included, so that 1 is nn.BatchNorm2d; or
+        of images with history "ema", the carried window.
+    The rest are the fields of `Window`. A layer that is unbound, or bound to frozen weights, averages without.
 
     Input and output [N, C, H, W]; statistics and history in float32 (float64 for float64 input). state_dict keys,
-    evaluation and the meaning of momentum are nn.BatchNorm2d's; the history is in no state_dict, see `history_state`.
-    Raises ValueError for an argument out of range.
+    evaluation and, with a ring, the meaning of momentum are nn.BatchNorm2d's; what is remembered beside the running
+    statistics is in no state_dict, see `history_state`. Raises ValueError for an argument out of range.
     """
 
     PLAIN = nn.BatchNorm2d
@@ -149,7 +141,7 @@ class CrossIterationFrozenBatchNorm2d(CrossIterationMixin, nn.BatchNorm2d):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_thawed, (self.frozen_class,), dict(self.__dict__)
+        return _new_thawed, (self.frozen_class,), self.__getstate__()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         # as the frozen classes do; version 2, since BatchNorm would add the key for an older one

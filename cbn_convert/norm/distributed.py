@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .functional import statistics_dtype
 from .kernels import batch_statistics
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .carried import Carried
+    from .moments import InputPatches
 
 
 def world_size() -> int:
@@ -22,9 +29,11 @@ def total(t: Tensor) -> Tensor:
     return t
 
 
-def joined_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def joined_statistics(x: Tensor, ranks: int) -> tuple[float | Tensor, Tensor, Tensor]:
     """Number of values per channel, mean and biased variance [C] of x [N, C, ...] over all ranks; N may be 0 here."""
     count = x.numel() // x.shape[1]
+    if ranks == 1:
+        return float(count), *batch_statistics(x)
     nothing = x.new_zeros(x.shape[1], dtype=statistics_dtype(x))
     mean, var = batch_statistics(x) if count else (nothing, nothing)
     sums = total(torch.cat([mean * count, mean.new_full((1,), count)]))
@@ -32,8 +41,54 @@ def joined_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return every, joined, total(count * (var + (mean - joined) ** 2)) / every
 
 
-def joined_mean(t: Tensor, count: int) -> Tensor:
+def joined_mean(t: Tensor, count: int, ranks: int) -> Tensor:
     """Mean over all ranks of a mean over `count` values here, which is ignored where count is 0."""
+    if ranks == 1:
+        return t
     flat = t.flatten() * count if count else t.new_zeros(t.numel())
     sums = total(torch.cat([flat, t.new_full((1,), count)]))
     return (sums[:-1] / sums[-1]).view_as(t)
+
+
+class JoinedMoments(NamedTuple):
+    """Mean and variance of a batch and of its input patches, over all ranks.
+
+    images: those that the batch stands for. finite: whether all of x is.
+    """
+
+    mean: Tensor  # [C]
+    var: Tensor  # [C]
+    images: float | Tensor
+    finite: Tensor
+    patch_mean: Tensor | None = None  # [G, F]
+    patch_var: Tensor | None = None  # [G, F]
+
+
+def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, images: int) -> JoinedMoments:
+    """The moments of a batch, joined by one sum over the ranks, of distances to what is known already (`about`).
+
+    images: those of this rank that the batch stands for.
+    """
+    if batch.ranks == 1:
+        mean, var = batch_statistics(batch.x)
+        finite = torch.isfinite(mean + var).all()
+        return JoinedMoments(mean, var, images, finite, *(() if patches is None else patches.mean_and_var()))
+    count = batch.x.numel() // batch.x.shape[1]
+    nothing = about.mean.new_zeros(len(about.mean))
+    parts = [(*(batch_statistics(batch.x) if count else (nothing, nothing)), about.mean, count)]
+    if patches is not None:
+        known = about.patch_mean
+        centre = patches.y.new_zeros(()) if known is None else known
+        parts.append((*patches.mean_and_var(), centre, patches.positions))
+    sums = []
+    for mean, var, centre, n in parts:
+        away = (mean - centre).double()
+        sums += [n * away.flatten(), n * (var.double() + away * away).flatten(), away.new_full((1,), n)]
+    sums.append(sums[0].new_full((1,), images))
+    found, moments = total(torch.cat(sums)).split([len(t) for t in sums]), []
+    for i, (mean, _, centre, _) in enumerate(parts):
+        first, second, every = found[3 * i : 3 * i + 3]
+        away = (first / every).view_as(mean)
+        moments += [centre + away.to(mean.dtype), ((second / every).view_as(mean) - away * away).to(mean.dtype)]
+    finite = torch.isfinite(moments[0] + moments[1]).all()
+    return JoinedMoments(moments[0], moments[1], found[-1].to(moments[0].dtype), finite, *moments[2:])

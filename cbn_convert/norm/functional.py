@@ -1,63 +1,29 @@
-"""Cross-Iteration Batch Normalization as mathematics: window statistics, compensation, gradient.
+"""What both kinds of window share, as mathematics without state: moments, and normalisation by a window's statistics.
 
-Source: Yao et al., "Cross-Iteration Batch Normalization", arXiv 2002.05712, section 3, with two deviations that
-`compensation="taylor", gradient="current"` switches off. Notation, for one output channel j of x = θ·p + b, where p is
-the input patch at one of the m positions of a batch:
+Notation, for one output channel of x = θ·p + b, where p is the input patch at one of the m positions of a batch:
 
-    mean       μ  = mean(x)                     dμ/dθ  = p̄, the mean input patch
-    var        σ² = mean((x - μ)²)              dσ²/dθ = 2C
-    covariance C  = mean((x - μ) p)             θ·C    = σ²
+    mean  μ  = mean(x)                 M  the window's mean
+    var   σ² = mean((x - μ)²)          S  the window's biased variance
 
-Everything is centred: the paper's ν = mean(x²) is σ² + μ², and its D = dν/dθ is 2(C + μ p̄), so no expression below
-subtracts two large numbers. An iteration τ of the past, seen from today's weights θ (paper, eqs. 7 to 10), has
-
-    μ̃ = μ + p̄·(θ - θ_τ) + (b - b_τ)            exact, because the mean is linear in θ
-    σ̃² = max(σ² + 2(c - c_τ) - (μ̃ - μ)², 0)    "taylor": the paper's max(ν̃, μ̃²) - μ̃², with c = θ·C and c_τ = θ_τ·C
-    σ̃² = σ² (c / c_τ)²                         "projection": Cauchy-Schwarz, var(x') >= cov(x, x')² / var(x)
-    σ̃² = σ² (θ·Σ·θ) / (θ_τ·Σ·θ_τ)              "exact": no approximation, but Σ = cov(p) has F² numbers per group
-
-and the window is the average over iterations: M = Σ w μ̃ and S = Σ w (σ̃² + (μ̃ - M)²), the current one included.
-p̄, C and Σ may come from a part of the positions that μ and σ² come from, or from some of the iterations only: they say
-how the statistics respond to θ, relative to what they say of θ_τ.
+Source: Yao et al., "Cross-Iteration Batch Normalization", arXiv 2002.05712, section 3. Everything is centred: no
+expression subtracts two large numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from .kernels import Kernels
 
-Compensation = Literal["projection", "taylor", "exact", "none"]
-Gradient = Literal["full", "current", "straight_through"]
-
-COMPENSATIONS: tuple[str, ...] = ("projection", "taylor", "exact", "none")
-GRADIENTS: tuple[str, ...] = ("full", "current", "straight_through")
-
-
-class Moments(NamedTuple):
-    """What one iteration leaves behind, or, with an axis of n after the first one, what n iterations left.
-
-    Shapes for C channels, G groups and F = (C_in / G)·K_h·K_w weights per channel. What the compensation has no use for
-    is None. All in float32 (float64 for float64 input).
-    """
-
-    mean: Tensor  # μ [C]
-    var: Tensor  # σ² [C], biased
-    anchor: Tensor | None = None  # θ_τ·p̄ + b_τ [C]: what the weights of that iteration made of the mean patch
-    explained: Tensor | None = None  # θ_τ·C, or θ_τ·Σ·θ_τ [C]: the variance that they made of the patches
-    patch_mean: Tensor | None = None  # p̄ [G, F]
-    covariance: Tensor | None = None  # C [C, F], for "projection" and "taylor"
-    patch_covariance: Tensor | None = None  # Σ [G, F, F], for "exact"
-
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and history: float32, or float64 for float64 input."""
+    """The dtype of statistics: float32, or float64 for float64 input."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -66,85 +32,14 @@ def by_group(t: Tensor, groups: int) -> Tensor:
     return t.view(groups, -1, *t.shape[1:])
 
 
-def response(patch_mean: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """θ·p̄ + b for mean patches [G, n, F], weights [C, F] and bias [C]; returns [C, n]."""
-    out = torch.bmm(by_group(weight, patch_mean.shape[0]), patch_mean.transpose(1, 2)).flatten(0, 1)
-    return out if bias is None else out + bias[:, None]
+def per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """Views a vector [C] so that it broadcasts against x [N, C, ...]."""
+    return v.view(1, -1, *[1] * (x.dim() - 2))
 
 
-class Responses(NamedTuple):
-    """What today's θ [C, F] and b [C] make of past patches: all that is taken from tensors of θ's size."""
-
-    mean: Tensor  # θ·p̄ + b [C, n]
-    along: Tensor  # θ·C, or θ·Σ·θ [C, n]
-    covariance: Tensor  # C, or Σ·θ [C, n, F]
-    patch_mean: Tensor  # p̄ [G, n, F]
-
-
-def responses(past: Moments, theta: Tensor | None, bias: Tensor | None) -> Responses | None:
-    """The responses of past moments [C, n, ...]; None where these have no patches, or no θ is given."""
-    if theta is None or past.patch_mean is None:
-        return None
-    covariance = past.covariance
-    if past.patch_covariance is not None:
-        rows = by_group(theta, len(past.patch_covariance))
-        covariance = torch.einsum("gcf,gnfh->gcnh", rows, past.patch_covariance).flatten(0, 1)
-    assert covariance is not None
-    along = torch.linalg.vecdot(covariance, theta[:, None])
-    return Responses(response(past.patch_mean, theta, bias), along, covariance, past.patch_mean)
-
-
-class PastStatistics(NamedTuple):
-    """n iterations of the past under today's weights; of each, dσ̃²/dθ = 2 (along·covariance - across·p̄)."""
-
-    mean: Tensor  # μ̃ [C, n]
-    var: Tensor  # σ̃² [C, n]
-    along: Tensor | None = None
-    across: Tensor | None = None  # None for zero
-
-
-# a variance that vanishes beside BatchNorm's eps: nothing is known of the slope of a channel that is constant
-NEGLIGIBLE = 1e-15
-
-
-def compensate(past: Moments, seen: Responses | None, compensation: Compensation) -> PastStatistics:
-    """Carries n past iterations over to today's weights (paper, eqs. 7 to 10)."""
-    if seen is None or past.anchor is None or past.explained is None:
-        return PastStatistics(past.mean, past.var)
-    drift, gain = seen.mean - past.anchor, seen.along - past.explained
-    mean = past.mean + drift
-    if compensation == "taylor":
-        var = past.var + 2 * gain - drift * drift
-        unclamped = (var > 0).to(var.dtype)
-        return PastStatistics(mean, var.clamp_min(0), unclamped, unclamped * drift)
-    inverse = 1 / past.explained.clamp_min(NEGLIGIBLE)
-    growth = 1 + gain * inverse
-    if compensation == "exact":
-        return PastStatistics(mean, past.var * growth, past.var * inverse)
-    var = past.var * growth
-    return PastStatistics(mean, var * growth, var * inverse)
-
-
-# the part of a variance that patches must explain at least, to say how it responds to the weights
-EXPLAINS = 0.25
-
-
-def carry_over(past: Moments, theta: Tensor, bias: Tensor | None, compensation: Compensation) -> Moments:
-    """The same iterations with their statistics and anchors at θ [C, F] and b [C], so that patches of θ can join them.
-
-    Channels of which θ·C has changed by more than a factor of 1 / EXPLAINS stay anchored where they were: patches that
-    θ turned away from, or ran into, say too little of what it makes of others.
-    """
-    seen = responses(past, theta, bias)
-    assert seen is not None
-    assert past.anchor is not None
-    assert past.explained is not None
-    old = compensate(past, seen, compensation)
-    change = seen.along / past.explained.clamp_min(NEGLIGIBLE)
-    holds = (change > EXPLAINS) & (change < 1 / EXPLAINS)
-    pairs = ((old.mean, past.mean), (old.var, past.var), (seen.mean, past.anchor), (seen.along, past.explained))
-    mean, var, anchor, explained = (torch.where(holds, new, stored) for new, stored in pairs)
-    return past._replace(mean=mean, var=var, anchor=anchor, explained=explained)
+def is_known(condition: Tensor) -> bool:
+    """Whether a condition can be looked at without waiting for a device: not on one, and no FakeTensor."""
+    return condition.is_cpu and type(condition) is Tensor
 
 
 def is_measured(mean: Tensor | None, var: Tensor | None) -> bool:
@@ -154,120 +49,18 @@ def is_measured(mean: Tensor | None, var: Tensor | None) -> bool:
     return mean.is_meta or type(mean) is not Tensor or bool((mean != 0).any() | (var != 1).any())
 
 
-def explaining(new: Moments, var: Tensor, theta: Tensor) -> Moments:
-    """Moments of patches of θ [C, F] that explain at least the part EXPLAINS of the variance [C] they are to go with.
-
-    What is missing is added as if patches also varied by some λ in all directions: λ θ to C, λ I to Σ. Otherwise a few
-    patches, which hardly vary by chance, would make a large change of a large variance out of a small one of theirs.
-    """
-    assert new.explained is not None
-    norm = theta.square().sum(1).clamp_min(NEGLIGIBLE)
-    extra = (EXPLAINS * var - new.explained).clamp_min(0) / norm
-    if new.covariance is not None:
-        return new._replace(covariance=new.covariance + extra[:, None] * theta, explained=new.explained + extra * norm)
-    assert new.patch_covariance is not None
-    groups = len(new.patch_covariance)
-    most = by_group(extra, groups).amax(1)
-    every = torch.eye(theta.shape[1], dtype=theta.dtype, device=theta.device) * most[:, None, None]
-    more = most.repeat_interleave(len(extra) // groups) * norm
-    return new._replace(patch_covariance=new.patch_covariance + every, explained=new.explained + more)
+def response(patch_mean: Tensor, theta: Tensor, bias: Tensor | None) -> Tensor:
+    """θ·p̄ + b [C] for mean patches [G, F], weights [C, F] and bias [C]."""
+    out = torch.bmm(by_group(theta, len(patch_mean)), patch_mean[:, :, None]).flatten()
+    return out if bias is None else out + bias
 
 
-def per_channel(v: Tensor, x: Tensor) -> Tensor:
-    """Views a vector [C] so that it broadcasts against x [N, C, ...]."""
-    return v.view(1, -1, *[1] * (x.dim() - 2))
-
-
-class WindowStatistics(NamedTuple):
-    """Mean M and biased variance S [C] over the window, and how they respond to what the layer can influence.
-
-    share: by how much a change of the current batch's statistics moves the window's. Through the past, with a sum over
-    its n iterations, dM/dθ = Σ w·p̄ and dS/dθ = Σ 2w·(along·covariance + pull·p̄); dM/db and dS/db have no p̄.
-    """
-
-    mean: Tensor
-    var: Tensor
-    share: float = 1.0
-    w: float = 0.0
-    along: Tensor | None = None  # [C, n]
-    pull: Tensor | None = None  # [C, n]
-    covariance: Tensor | None = None  # [C, n, F]
-    patch_mean: Tensor | None = None  # [G, n, F]
-
-
-def window_statistics(
-    mean: Tensor,
-    var: Tensor,
-    past: Moments | None,
-    newest_weight: float,
-    theta: Tensor | None,
-    bias: Tensor | None,
-    compensation: Compensation,
-    gradient: Gradient,
-) -> WindowStatistics:
-    """Averages the current mean and var [C] with the past as seen from today's θ [C, F] and b [C] (paper, eqs. 9, 10).
-
-    newest_weight is the current iteration's share w of the window, 1/k; the past shares the rest equally.
-    """
-    if past is None:
-        return WindowStatistics(mean, var)
-    seen = responses(past, theta, bias)
-    old = compensate(past, seen, compensation)
-    w0, w = newest_weight, (1 - newest_weight) / old.mean.shape[1]
-    M = w0 * mean + w * old.mean.sum(1)
-    spread, step = old.mean - M[:, None], mean - M
-    S = w0 * (var + step * step) + w * (old.var + spread * spread).sum(1)
-    if gradient != "full" or seen is None:
-        return WindowStatistics(M, S, share=1.0 if gradient == "straight_through" else w0)
-    pull = spread if old.across is None else spread - old.across
-    return WindowStatistics(M, S, w0, w, old.along, pull, seen.covariance, seen.patch_mean)
-
-
-def gradient_through_the_past(window: WindowStatistics, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, Tensor]:
-    """∂L/∂θ [C, F] and ∂L/∂b [C] from ∂L/∂M and 2 ∂L/∂S [C]; for a window that depends on θ."""
-    _, _, _, w, along, pull, covariance, patch_mean = window
-    assert along is not None
-    assert pull is not None
-    assert covariance is not None
-    assert patch_mean is not None
-    grad_mean, grad_var = w * grad_mean[:, None], w * grad_var[:, None]
-    along, pull = grad_var * along, grad_mean + grad_var * pull
-    g_theta = (covariance * along[:, :, None]).sum(1)
-    by_group(g_theta, len(patch_mean)).baddbmm_(by_group(pull, len(patch_mean)), patch_mean)
-    return g_theta, pull.sum(1)
-
-
-def is_known(condition: Tensor) -> bool:
-    """Whether a condition can be looked at without waiting for a device: not on one, and no FakeTensor."""
-    return condition.is_cpu and type(condition) is Tensor
-
-
-class Running(NamedTuple):
-    """Running statistics [C], to move by `momentum` towards the window's mean and `correction` times its var."""
-
-    mean: Tensor
-    var: Tensor
-    momentum: float | Tensor
-    correction: float | Tensor
-
-    def update(self, mean: Tensor, var: Tensor, finite: Tensor) -> None:
-        """Moves them, in place, unless a batch with NaN or inf makes `finite` false."""
-        known = is_known(finite)
-        if known and not finite:
-            return
-        for running, new in ((self.mean, mean), (self.var, var * self.correction)):
-            new = new.to(running.dtype)
-            if not known:  # decided on the device, without waiting for it
-                new = torch.where(finite, new, running)
-            momentum = self.momentum
-            running.lerp_(new, momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum)
-
-
-class Reader:
-    """Says whether a backward pass that needs the window's tensors is still to come."""
-
-    def __init__(self) -> None:
-        self.waiting = True
+def pooled(
+    mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor, share: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a mixture in which the new population has weight `share` (parallel variance formula)."""
+    step = new_mean - mean
+    return mean + share * step, var + share * (new_var - var) + share * (1 - share) * step * step
 
 
 class Affine(NamedTuple):
@@ -289,72 +82,167 @@ class InputGradient(NamedTuple):
     twice_var: Tensor
 
 
-class WindowNormalize(torch.autograd.Function):
-    """y = γ (x - M) / sqrt(S + eps) + β, backpropagated through M and S to x and to the θ and b that made it.
+class FoldGradient(NamedTuple):
+    """What the gradient of folded rows s θ is made of [C]; p̄ and d [G, F] are None where M and S are fixed."""
 
-    forward(x, θ, b, γ, β, window, eps, positions, total, kernels, spare, reader, act): x [N, C, ...] of any float
-    dtype; θ [C, F] and b [C], or None; `WindowStatistics`; the number of values per channel in the current batch;
-    `total`, which sums a tensor over the ranks of a process group where the batch is the joined one of all ranks, or
-    None; the `Kernels` that make the passes over x, and what their `statistics` left to be overwritten, in a tuple
-    since autograd takes a bare tensor for an input; `act`, one of the kernels' activations to be applied to y, or
-    empty. Returns y in x's dtype.
+    scale: Tensor  # s
+    inv_std: Tensor  # 1 / sqrt(S + eps)
+    away: Tensor  # b - M
+    shift: Tensor  # ∂L/∂(β + s (b - M))
+    along_length: Tensor  # (M - θ·p̄ - b) / |θ|²: ∂M/∂θ = p̄ + along_length θ
+    along_spread: Tensor  # 2 S / q: ∂S/∂θ = along_spread d θ
+    patch_mean: Tensor | None = None
+    patch_var: Tensor | None = None
+
+
+class WindowStatistics(NamedTuple):
+    """M and S of a window as the sum of what the current batch and the past contribute.
+
+        M = share·μ + past_mean        S = share·(σ² + (μ - M)²) + past_square, where past_square is about M
+
+    past_mean and past_square [C] carry the gradient to the weights, if there is one. They are None where the batch is
+    all of the window, where a carried window is constant (share 0), and with `replaces`, by which the batch gets the
+    gradient of the whole window, as if it were all of it.
+    """
+
+    mean: Tensor
+    var: Tensor
+    share: float
+    past_mean: Tensor | None = None
+    past_square: Tensor | None = None
+    replaces: bool = False
+
+
+class Pass(NamedTuple):
+    """How `Normalize` makes its passes over x.
+
+    eps: as in BatchNorm. act: the name of one of the kernels' activations, applied to y, or empty. positions: values
+    per channel in the current batch. total: sums a tensor over the ranks where the batch is the joined one of all.
+    """
+
+    kernels: Kernels
+    eps: float
+    act: str
+    positions: float | Tensor
+    total: Callable[[Tensor], Tensor] | None
+
+
+class Normalize(torch.autograd.Function):
+    """y = act(γ (x - M) / sqrt(S + eps) + β), backpropagated through M and S to x and to the past.
+
+    forward(x, γ, β, past_mean, past_square, window, settings): x [N, C, ...] of any float dtype; γ and β [C] or None;
+    the past's tensors once more, as what autograd sees, beside the `WindowStatistics` that they belong to; `Pass`.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        theta: Tensor | None,
-        b: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
+        past_mean: Tensor | None,
+        past_square: Tensor | None,
         window: WindowStatistics,
-        eps: float,
-        positions: float | Tensor,
-        total: Callable[[Tensor], Tensor] | None,
-        kernels: Kernels,
-        spare: tuple[Tensor | None],
-        reader: Reader,
-        act: str,
+        settings: Pass,
     ) -> Tensor:
         """See the class."""
-        inv_std = torch.rsqrt(window.var + eps)
+        inv_std = torch.rsqrt(window.var + settings.eps)
         dtype = inv_std.dtype
         scale = inv_std if gamma is None else (inv_std * gamma).to(dtype)
         shift = torch.zeros_like(inv_std) if beta is None else beta.to(dtype).contiguous()
-        affine = Affine(window.mean, scale, shift, act)
-        ctx.save_for_backward(x, gamma, inv_std, *affine[:3], *window[4:])
-        ctx.share, ctx.w, ctx.act = window.share / positions, window.w, act
-        ctx.total, ctx.kernels, ctx.reader = total, kernels, reader
-        return kernels.normalize(x, affine, *spare)
+        affine = Affine(window.mean, scale, shift, settings.act)
+        ctx.save_for_backward(x, gamma, beta, past_mean, past_square, window.mean, window.var, inv_std, scale, shift)
+        ctx.share, ctx.replaces, ctx.settings = window.share, window.replaces, settings
+        return settings.kernels.normalize(x, affine)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients for x, θ, b, γ and β. ∂L/∂M and ∂L/∂S collect what every output says about the statistics.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients for x, γ, β and the past. ∂L/∂M and ∂L/∂S collect what every output says about the statistics.
 
         ∂L/∂M = -Σ g γ / sqrt(S + eps)              ∂L/∂S = -½ Σ g γ (x - M) / (S + eps)^(3/2)
-        ∂L/∂x = g γ / sqrt(S + eps) + (w/m) (∂L/∂M + 2 ∂L/∂S (x - M))
-        ∂L/∂θ = ∂L/∂M ∂M/∂θ + ∂L/∂S ∂S/∂θ           through the past; what passes through x, autograd adds
+        ∂L/∂x = g γ / sqrt(S + eps) + (share/m) (∂L/∂M + 2 ∂L/∂S (x - M))
+
+        With create_graph, all of it by the formulas that have derivatives of their own.
         """
-        x, gamma, inv_std, M, scale, shift, *past = ctx.saved_tensors
-        kernels = ctx.kernels
-        affine = Affine(M, scale, shift, ctx.act)
-        g_x, g_gamma, g_beta, g_M, twice_g_S = kernels.backward(
-            g, x, affine, inv_std, ctx.share if ctx.needs_input_grad[0] else None, ctx.total
-        )
-        g_theta = g_b = None
-        if past[0] is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            window = WindowStatistics(M, M, 0.0, ctx.w, *past)
-            g_theta, g_b = kernels.gradient_through_the_past(window, g_M, twice_g_S)
-            if not x.numel():  # a rank without images has no part in statistics that perhaps no rank could compute
-                g_theta, g_b = torch.nan_to_num_(g_theta, 0, 0, 0), torch.nan_to_num_(g_b, 0, 0, 0)
-        ctx.reader.waiting = torch._C._autograd._get_current_graph_task_keep_graph()
+        (g,) = grads
+        x, gamma, beta, past_mean, past_square, M, S, inv_std, scale, shift = ctx.saved_tensors
+        settings: Pass = ctx.settings
+        if torch.is_grad_enabled():
+            window = WindowStatistics(M, S, ctx.share, past_mean, past_square, ctx.replaces)
+            return (
+                *gradients(plainly_normalized, (x, gamma, beta, past_mean, past_square), g, window, settings),
+                None,
+                None,
+            )
+        share = 1.0 if ctx.replaces else ctx.share
+        share = share / settings.positions if share else 0.0
+        found = settings.kernels.backward(
+            g, x, Affine(M, scale, shift, settings.act), inv_std, share if ctx.needs_input_grad[0] else None,
+            settings.total,
+        )  # fmt: skip
+        g_mean, g_var = found.mean, found.twice_var / 2
+        if not x.numel():  # a rank without images has no part in statistics that perhaps no rank could compute
+            g_mean, g_var = (torch.nan_to_num(t, 0, 0, 0) for t in (g_mean, g_var))
         return (
-            g_x,
-            g_theta if ctx.needs_input_grad[1] else None,
-            g_b if ctx.needs_input_grad[2] else None,
-            None if gamma is None else g_gamma.to(gamma.dtype),
-            g_beta.to(gamma.dtype) if gamma is not None and ctx.needs_input_grad[4] else None,
-            *[None] * 8,
+            found.x,
+            None if gamma is None else found.gamma.to(gamma.dtype),
+            None if beta is None else found.beta.to(beta.dtype),
+            None if past_mean is None else g_mean,
+            None if past_square is None else g_var,
+            None,
+            None,
         )
+
+
+def plainly_normalized(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    past_mean: Tensor | None,
+    past_square: Tensor | None,
+    window: WindowStatistics,
+    settings: Pass,
+) -> Tensor:
+    """The function that `Normalize` computes, in operations that can be differentiated as often as one likes.
+
+    past_square is about the value of M; about M itself it is
+    past_square - 2 (M - value) (past_mean - (1 - share) value) + (1 - share) (M - value)²,
+    whose first derivative is that of past_square.
+    """
+    if settings.total is not None:
+        raise RuntimeError(
+            "second derivatives are not known through statistics that are synchronised; convert without sync"
+        )
+    dtype, axes = window.mean.dtype, [0, *range(2, x.dim())]
+    xs, at = x.to(dtype), window.mean.detach()
+    share, rest = window.share, 1 - window.share
+    if window.replaces:
+        # the values of the window, with the derivatives that the batch alone would give it
+        own, square = xs.mean(axes), (xs - per_channel(at, xs)).square().mean(axes)
+        mean, var = at + own - own.detach(), window.var + square - square.detach()
+    elif share:
+        mean = share * xs.mean(axes) + (0 if past_mean is None else past_mean)
+        var = share * (xs - per_channel(mean, xs)).square().mean(axes)
+        if past_mean is not None and past_square is not None:
+            step = mean - at
+            var = var + past_square - 2 * step * (past_mean - rest * at) + rest * step * step
+    else:
+        mean = window.mean if past_mean is None else past_mean
+        var = window.var if past_square is None else past_square
+    scale = torch.rsqrt(var + settings.eps)
+    y = (xs - per_channel(mean, xs)) * per_channel(scale if gamma is None else scale * gamma.to(dtype), xs)
+    y = (y if beta is None else y + per_channel(beta.to(dtype), xs)).to(x.dtype)
+    return getattr(F, settings.act)(y) if settings.act else y
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], g: Tensor, *constants: Any
+) -> tuple[Tensor | None, ...]:
+    """∂(g·function)/∂input for each input that requires a gradient, connected to inputs and g by autograd."""
+    # copies under which each input counts once, although it may be part of another's history
+    own = [None if t is None else t.view_as(t) for t in inputs]
+    wanted = [t for t in own if t is not None and t.requires_grad]
+    if not wanted:
+        return tuple(None for _ in own)
+    found = iter(torch.autograd.grad(function(*own, *constants), wanted, g, create_graph=True, allow_unused=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,38 +11,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from .distributed import joined_statistics, total, world_size
-from .functional import (
-    Compensation,
-    Gradient,
-    Moments,
-    Reader,
-    Running,
-    WindowNormalize,
-    carry_over,
-    explaining,
-    is_measured,
-    statistics_dtype,
-)
-from .history import History, HistoryKind, Start
+from .activation import activate, name_of_activation
+from .batch import Batch
+from .carried import CarriedWindow
+from .distributed import total, world_size
+from .folded import begin_folding, end_folding
+from .functional import Normalize, Pass, WindowStatistics, is_known, is_measured, pooled
 from .kernels import select
-from .moments import exact_is_possible
-from .options import check_window_options
-from .producers import OutputChannels, Producer, groups_of, is_producer, is_transposed, out_channels
-from .source import Source
+from .modes import what_lasts_may_be_made
+from .producers import (
+    OutputChannels,
+    Producer,
+    applies_stored_weight,
+    groups_of,
+    is_producer,
+    is_transposed,
+    out_channels,
+    plain_class,
+)
+from .ring import Ring
+from .source import Source, refuse_replica
 from .tap import InputTap
-
-
-def name_of_activation(act: nn.Module | None, known: frozenset[str]) -> str:
-    """The name under which kernels apply an activation module; empty if they cannot, or if somebody watches it."""
-    name = _ACTIVATIONS.get(type(act), "")
-    watched = act is not None and any(
-        (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks)
-    )
-    return name if name in known and not watched else ""
-
-
-_ACTIVATIONS: dict[type | None, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+from .window import Window, WindowKeywords, window_of
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -58,66 +47,29 @@ class CrossIterationMixin(_BatchNorm):
     (`set_window`) and take them away again (`restore`).
     """
 
-    window: int
-    compensation: Compensation
-    gradient: Gradient
-    burn_in: int
-    sync: bool
-    moments_positions: int | None
-    start: Start
+    window: Window
 
     PLAIN: ClassVar[type[nn.Module]]
     FROZEN: ClassVar[bool] = False  # stands for one whose statistics are part of the function, whatever they are
-    WINDOW_ATTRIBUTES = (
-        "window", "compensation", "gradient", "burn_in", "sync", "moments_positions", "start", "iteration",
-        "_new_history", "_sources",
-    )  # fmt: skip
+    WINDOW_ATTRIBUTES = ("window", "phase", "iteration", "_sources", "_begun", "_left")
 
-    def __init__(
-        self,
-        *args: Any,
-        window: int = 8,
-        compensation: Compensation = "projection",
-        gradient: Gradient = "full",
-        history: HistoryKind = "ring",
-        burn_in: int = 0,
-        sync: bool = False,
-        moments_every: int = 1,
-        moments_positions: int | None = None,
-        start: Start = "empty",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, window: Window | int = 8, **kwargs: Any) -> None:
+        keywords: Any = {name: kwargs.pop(name) for name in WindowKeywords.__annotations__ if name in kwargs}
         super().__init__(*args, **kwargs)
-        self.set_window(window, compensation, gradient, history, burn_in, sync, moments_every, moments_positions, start)
+        self.set_window(window_of(window, keywords))
 
-    def set_window(
-        self,
-        window: int,
-        compensation: Compensation,
-        gradient: Gradient,
-        history: HistoryKind,
-        burn_in: int,
-        sync: bool,
-        moments_every: int = 1,
-        moments_positions: int | None = None,
-        start: Start = "empty",
-        phase: int = 0,
-    ) -> None:
-        """Starts with an empty history and unbound; `phase` shifts the iterations that bring moments (`History`)."""
-        check_window_options(window, compensation, gradient, history, burn_in, moments_every, moments_positions, start)
+    def set_window(self, window: Window, phase: int = 0) -> None:
+        """Starts unbound, and with nothing remembered; `phase` shifts the steps that look at their batch."""
         self.window = window
-        self.compensation = compensation
-        self.gradient = gradient
-        self.burn_in = burn_in
-        self.sync = sync
-        self.moments_positions = moments_positions
-        self.start = start
+        self.phase = phase
         self.iteration = 0
-        self._new_history = partial(History, window, history, moments_every, phase)
-        self._sources = [Source(self._new_history())]
+        self._begun = False  # whether it has been decided what each source remembers
+        self._left: Any = None  # the running statistics as this layer left them, and how often they had been written to
+        self._sources = [Source(self)]
 
     def restore(self) -> nn.Module:
         """Turns this layer, in place, into the BatchNorm that it stands for; returns it."""
+        self._carry()
         self._unbind()
         for name in self.WINDOW_ATTRIBUTES:
             delattr(self, name)
@@ -129,43 +81,56 @@ class CrossIterationMixin(_BatchNorm):
         return self.restore()
 
     @property
-    def history(self) -> HistoryKind:
-        """The kind of history, "ring" or "ema"."""
-        return self._sources[0].history.kind
-
-    @property
-    def moments_every(self) -> int:
-        """How many iterations share one estimate of how the statistics respond to the weights."""
-        return self._sources[0].history.every
-
-    @property
     def compensated(self) -> bool:
-        """Whether the past was recorded with what compensation needs."""
-        return any(source.history.compensated for source in self._sources)
+        """Whether what is remembered can follow the weights."""
+        return any(source.compensated for source in self._sources)
 
     @property
     def producers(self) -> tuple[Producer, ...]:
         """The modules whose weights produce this layer's input; empty if not bound."""
         return tuple(source.tap.module for source in self._sources if source.tap is not None)
 
-    def bind(self, *made: nn.Module | OutputChannels) -> Self:
+    @property
+    def trains_folded(self) -> bool:
+        """Whether the layer that feeds this one applies it, where nothing stands in the way."""
+        return any(module.__dict__.get("folds_into") in self._sources for module in self.producers)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there are no statistics to carry: none at all, or those of a new BatchNorm."""
+        if self.window.start == "empty" or self.running_mean is None:
+            return True
+        return not (self.FROZEN or is_measured(self.running_mean, self.running_var))
+
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether this is activation checkpointing at work, inside a backward pass: nothing may be counted again."""
+        return torch._C._current_graph_task_id() != -1
+
+    def bind(self, *made: nn.Module | OutputChannels, folded: bool = False) -> Self:
         """Names the conv or linear layer whose output is this layer's input; returns self.
 
         Several are concatenated along the channels, as in bind(conv_a, conv_b). OutputChannels(conv, first, channels)
-        stands for some channels of a layer with one group. Raises TypeError for a module whose output is not
-        weight · patch + bias, or for which compensation "exact" is not to be had; ValueError if the channels differ.
+        stands for some channels of a layer with one group. `folded` lets a single one apply this layer in training,
+        which is right where its output goes nowhere else. Raises TypeError for a module whose output is not
+        weight · patch + bias; ValueError if the channels differ, or if it cannot train so.
         """
         parts = [self._checked(part) for part in made]
         channels = sum(part.channels for part in parts)
         if channels != self.num_features:
             which = "the module has" if len(parts) == 1 else "the modules have"
             raise ValueError(f"cannot bind: {which} {channels} output channels, the norm {self.num_features}")
+        if folded and not (len(parts) == 1 and parts[0].whole and applies_stored_weight(parts[0].module)):
+            raise ValueError("cannot bind folded: this takes one whole layer that applies its weight as it is stored")
         self._unbind()
         self._sources, first = [], 0
         for part in parts:
             channels_here = None if len(parts) == 1 else slice(first, first + part.channels)
-            self._sources.append(Source(self._new_history(), InputTap(part, self), channels_here))
+            end_folding(part.module)  # its output goes to two norms now
+            self._sources.append(Source(self, InputTap(part, self), channels_here))
             first += part.channels
+        if folded:
+            begin_folding(parts[0].module, self._sources[0])
         return self
 
     def _checked(self, made: nn.Module | OutputChannels) -> OutputChannels:
@@ -175,8 +140,6 @@ class CrossIterationMixin(_BatchNorm):
                 f"cannot bind to {type(module).__name__}: its output is not known to be weight * patch + bias; bind "
                 "to a conv, transposed conv, linear or weight-standardised conv of torch or timm, or leave it unbound"
             )
-        if self.compensation == "exact" and not exact_is_possible(module):
-            raise TypeError(f'compensation "exact" is not known for {type(module).__name__}; use "projection"')
         part = made if isinstance(made, OutputChannels) else OutputChannels(module, 0, out_channels(module))
         if part.first < 0 or part.first + part.channels > out_channels(module):
             raise ValueError(
@@ -190,12 +153,29 @@ class CrossIterationMixin(_BatchNorm):
         for source in self._sources:
             if source.tap is not None:
                 source.tap.remove()
-        self._sources = [Source(self._new_history())]
+        self._sources = [Source(self)]
+        self._begun = False
+
+    def begin_training(self) -> None:
+        """Decides what each source remembers, by the running statistics that are there; once, until they are reset."""
+        if self._begun:
+            return
+        self._begun = True
+        carried = self.window.is_carried and not self.is_new
+        for source in self._sources:
+            if carried:
+                source.state = CarriedWindow(self.window, self.phase)
+                continue
+            window = self.window.for_new_layer() if self.window.is_carried else self.window
+            source.state = Ring(window if source.tap is not None else window.without_weight())
 
     def reset_history(self) -> None:
-        """Forgets the past iterations; the window begins anew as `start` says."""
+        """Forgets all but the running statistics, which are looked at once more when training goes on."""
+        self._begun = False
+        self._left = None
+        self.iteration = 0
         for source in self._sources:
-            source.history.clear()
+            source.state = None
 
     def reset_running_stats(self) -> None:
         """Resets the running statistics as BatchNorm does, and the history: both are to be estimated anew."""
@@ -207,52 +187,102 @@ class CrossIterationMixin(_BatchNorm):
         super()._load_from_state_dict(*args, **kwargs)
         self.reset_history()
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._carry()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in nn.Module; running statistics are taken to the weights as they are before an evaluation."""
+        if self.training and not mode:
+            self._carry()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _carry(self) -> None:
+        if not self.compensated or not self.window.is_carried:
+            return
+        for source in self._sources:
+            source.carry()
+        self._leave()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has nothing that could take its statistics to the weights that it is copied with
+        self._carry()
+        return dict(self.__dict__)
+
+    @property
+    def statistics_changed(self) -> bool:
+        """Whether anybody else has written to the running statistics since this layer left them."""
+        if self._left is None:
+            return True
+        (mean, mean_writes), (var, var_writes) = self._left
+        found = self._found()
+        same = mean is found[0][0] and var is found[1][0]
+        return not same or (mean_writes, var_writes) != (found[0][1], found[1][1])
+
+    def _leave(self) -> None:
+        """Notes the running statistics as this layer leaves them."""
+        self._left = self._found()
+
+    def _found(self) -> Any:
+        return tuple((t, _writes(t)) for t in (self.running_mean, self.running_var))
+
     def history_tensors(self) -> list[Tensor]:
         """The tensors that hold the past, to account for their memory."""
-        return [t for source in self._sources for t in source.history.tensors()]
+        return [t for source in self._sources if source.state is not None for t in source.state.tensors()]
 
     @property
     def history_bytes(self) -> int:
         """What the past will take once the window is full."""
-        return sum(source.history_bytes(self.num_features, self.compensation) for source in self._sources)
+        return sum(source.bytes(self.num_features) for source in self._sources)
 
+    @torch.no_grad()
     def history_state(self) -> dict[str, Any]:
         """What a bit-identical resume needs beside the state_dict; tensors, numbers and strings only."""
+        self._carry()
+        states = [source.state for source in self._sources]
         return {
             "iteration": self.iteration,
-            "start": self.start,
-            "gradient": self.gradient,
-            "sources": [source.history.state_dict() for source in self._sources],
+            "window": str(self.window),
+            "sources": [None if state is None else state.state_dict() for state in states],
         }
 
     def load_history_state(self, state: dict[str, Any]) -> None:
         """Restores `history_state`; load weights first, since that empties the history.
 
-        The window of an exponential history, its start and gradient are restored with it, as `convert` chooses them by
-        the statistics that it finds. Raises ValueError if it was taken with another kind of history, a ring of another
-        window, another number of channels, or gradient "current" on one side only.
+        What each source remembers is restored with it, as it depends on the statistics that were there when training
+        began. Raises ValueError if it was taken with another window, another number of modules or channels, or if it
+        is damaged.
         """
-        gradient = state.get("gradient", self.gradient)
-        if gradient != self.gradient and "current" in (gradient, self.gradient):
+        if state.get("window") != str(self.window):
             raise ValueError(
-                f"history was saved with gradient {gradient}, but the layer has {self.gradient}; "
-                "use the same settings to resume"
+                f"history was saved with window {state.get('window')}, but the layer has window {self.window}; use the "
+                "same settings to resume"
             )
-        every = range(self.num_features)
-        own = [len(every[source.channels or slice(None)]) for source in self._sources]
-        if len(own) != len(state["sources"]):
-            raise ValueError(f"history is of a layer fed by {len(state['sources'])} modules, this one by {len(own)}")
-        pairs = list(zip(self._sources, state["sources"], strict=True))
-        for channels, (source, saved) in zip(own, pairs, strict=True):
-            other = {len(t) for name, t in saved["slots"].items() if name in ("mean", "var")} - {channels}
-            if other:
-                raise ValueError(f"history is of a layer with {other.pop()} channels, this one has {channels}")
-            source.history.check(saved)
-        for source, saved in pairs:
-            source.history.load_state_dict(saved)
-            self.window = source.history.window
+        saved = state["sources"]
+        if len(self._sources) != len(saved):
+            raise ValueError(f"history is of a layer fed by {len(saved)} modules, this one by {len(self._sources)}")
+        for source, own in zip(self._sources, saved, strict=True):
+            channels = len(range(self.num_features)[source.channels or slice(None)])
+            for name, value in ({} if own is None else own["slots"]).items():
+                if name in ("mean", "var") and value.shape[-1] != channels:
+                    raise ValueError(f"history is of a layer with {value.shape[-1]} channels, this one has {channels}")
+                if not torch.isfinite(value).all():
+                    raise ValueError(f"history holds a {name} that is not finite; it is damaged")
+        self.reset_history()
         self.iteration = int(state["iteration"])
-        self.start, self.gradient = state.get("start", self.start), gradient
+        self._begun = None not in saved
+        for source, own in zip(self._sources, saved, strict=True):
+            if own is not None:
+                window = self.window
+                if own["kind"] == "ring" and window.is_carried:
+                    window = window.for_new_layer()
+                if own["kind"] == "ring":
+                    source.state = Ring(window if source.tap is not None else window.without_weight())
+                else:
+                    source.state = CarriedWindow(window, self.phase)
+                source.state.load_state_dict(own)
+        self._leave()
 
     def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""
@@ -260,10 +290,12 @@ class CrossIterationMixin(_BatchNorm):
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected input with {self.num_features} channels, got {tuple(x.shape)}")
         if self.training:
+            refuse_replica(self)
             if torch.compiler.is_compiling():
                 compiled: Tensor = torch.compiler.disable(self._normalize_by_window)(x, act)
                 return compiled
-            return self._normalize_by_window(x, act)
+            with what_lasts_may_be_made():
+                return self._normalize_by_window(x, act)
         y = self._normalize_by_running_statistics(x)
         return y if act is None else act(y)
 
@@ -273,109 +305,96 @@ class CrossIterationMixin(_BatchNorm):
         return F.batch_norm(x, mean, var, gamma, beta, mean is None and var is None, 0.0, self.eps)
 
     def _normalize_by_window(self, x: Tensor, act: nn.Module | None) -> Tensor:
-        # Inside a backward pass this is activation checkpointing at work: nothing may be counted a second time.
-        recomputing = torch._C._current_graph_task_id() != -1
+        recomputing = self.is_recomputing
+        self.begin_training()
+        if self._is_folded(x, recomputing):
+            if not recomputing:
+                self._count(None)
+            return x if act is None else activate(x, act)
         fused = name_of_activation(act, select(x).ACTIVATIONS)
-        needed = self.window > 1 and not recomputing
-        taken = [source.taken(source.of_input(x), needed) for source in self._sources]
-        if x.numel() == 0 and not (self.sync and world_size() > 1):
+        batches = [source.batch(source.of_input(x), recomputing) for source in self._sources]
+        if x.numel() == 0 and not (self.window.sync and world_size() > 1):
             y = self._normalize_by_running_statistics(x)
             return y if act is None else act(y)
-        parts: list[Tensor] = []
-        counted: list[Tensor] = []
-        # statistics, history and compensation are float32 whatever autocast does
+        # statistics and what is remembered are float32 whatever autocast does
         with _without_autocast(x):
-            for source, (module, source_input) in zip(self._sources, taken, strict=True):
-                y, finite = self._window_over(source, source.of_input(x), module, source_input, fused, recomputing)
-                parts.append(y)
-                counted += [] if finite is None else [finite]
+            made = [self._over(source, batch, fused) for source, batch in zip(self._sources, batches, strict=True)]
         if not recomputing:
-            self.iteration += 1
-            if self.num_batches_tracked is not None and counted:
-                # a part may be finite where another one is not
-                self.num_batches_tracked.add_(counted[0] if len(counted) == 1 else torch.stack(counted).all())
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            counted = [finite for _, finite in made if finite is not None]
+            # a part may be finite where another one is not
+            self._count(torch.stack(counted).all() if counted else None, counts=bool(counted))
+        y = made[0][0] if len(made) == 1 else torch.cat([part for part, _ in made], 1)
         return y if act is None or fused else act(y)
 
-    def _window_over(
-        self,
-        source: Source,
-        x: Tensor,
-        module: Producer | None,
-        source_input: Tensor | None,
-        act: str,
-        recomputing: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def _is_folded(self, x: Tensor, recomputing: bool) -> bool:
+        """Whether the layer that made x has normalised it already."""
+        (source, *more) = self._sources
+        if more or source.tap is None or not isinstance(source.state, CarriedWindow):
+            return False
+        if source.tap.take_folded(x):
+            return True
+        return recomputing and source.state.last_folded
+
+    def _count(self, finite: Tensor | None, counts: bool = True) -> None:
+        self.iteration += 1
+        if self.num_batches_tracked is not None and counts:
+            self.num_batches_tracked.add_(1 if finite is None else finite)
+        self._leave()
+
+    def _over(self, source: Source, batch: Batch, act: str) -> tuple[Tensor, Tensor | None]:
         """Output for a source's channels, and whether they count for the running statistics (None: they cannot)."""
-        ranks = world_size() if self.sync else 1
-        kernels, history = select(x), source.history
-        theta, bias = (None, None) if module is None else source.theta_and_bias(module, statistics_dtype(x))
-        with torch.no_grad():
-            positions: float | Tensor = x.numel() / x.shape[1]
-            spare = None
-            if ranks == 1:
-                mean, var, spare = kernels.statistics(x)
-            else:
-                positions, mean, var = joined_statistics(x)
-            if self.start == "running" and history.is_empty and self.window > 1:
-                self._start(source, mean.dtype)
-            remembered = history.past(mean, module is not None, recomputing)
-            past = None if self.iteration < self.burn_in + recomputing else remembered
-            newest_weight = 1.0 if past is None else history.newest_weight
-            count = positions / newest_weight
+        state = source.state
+        assert state is not None
+        x, kernels = batch.x, select(batch.x)
+        window = state.statistics(batch)
+        if isinstance(state, Ring):
+            count = batch.positions / window.share
             # one rank alone can tell without waiting for the device
-            single = ranks == 1 and count == 1
+            single = batch.ranks == 1 and count == 1
             if single and not self.track_running_stats:
                 raise ValueError(f"expected more than 1 value per channel in training, got input size {x.shape}")
-            pooled = self.momentum is None and self.window > 1
-            running = None if recomputing or single else self._running(source, count)
-            window, finite = kernels.window(
-                mean, var, past, newest_weight, theta, bias, self.compensation, self.gradient,
-                None if pooled else running,
-            )  # fmt: skip
-            if running is not None and pooled:
-                _pool_running_statistics(running, mean, var, finite)
-            if not recomputing and self.window > 1:
-                moments, carried = Moments(mean, var), None
-                if module is not None and theta is not None:
-                    if remembered is not None and remembered.patch_mean is not None and history.is_carried:
-                        carried = carry_over(remembered, theta, bias, self.compensation)
-                    if history.due:
-                        assert source_input is not None
-                        moments = source.with_patches(
-                            moments, module, source_input, x, theta, bias, self.compensation, self.moments_positions,
-                            (self.iteration + 1) // self.moments_every, ranks,
-                        )  # fmt: skip
-                        if remembered is not None and self.start == "running" and self.compensation != "taylor":
-                            moments = explaining(moments, remembered.var[:, 0], theta)
-                history.stage(moments, finite, carried)
-        if single:
-            # one value per channel has no variance, but it counts for the window, which fills from here
-            y = self._normalize_by_running_statistics(x, source)
-            return (getattr(F, act)(y) if act else y), None
-        reader = Reader()
-        y = WindowNormalize.apply(
-            x, theta, bias, source.of(self.weight), source.of(self.bias), window, self.eps, positions,
-            total if ranks > 1 else None, kernels, (spare,), reader, act,
-        )  # fmt: skip
-        if y.requires_grad and window.covariance is not None:
-            history.read_by(reader)
-        return y, None if running is None else finite
+            if not batch.recomputing and not single:
+                self._update_running_statistics(source, batch, window)
+            if single:
+                # one value per channel has no variance, but it counts for the window, which fills from here
+                y = self._normalize_by_running_statistics(x, source)
+                return (getattr(F, act)(y) if act else y), None
+        settings = Pass(kernels, self.eps, act, batch.positions, total if batch.ranks > 1 else None)
+        y = Normalize.apply(
+            x, source.of(self.weight), source.of(self.bias), window.past_mean, window.past_square, window, settings
+        )
+        return y, batch.finite
 
-    def _start(self, source: Source, dtype: torch.dtype) -> None:
-        """Fills a source's window with the running statistics, unless they are those of a new BatchNorm."""
-        mean, var = source.of(self.running_mean), source.of(self.running_var)
-        if mean is not None and var is not None and (self.FROZEN or is_measured(mean, var)):
-            source.history.start_from(mean.to(dtype), var.to(dtype))
+    @torch.no_grad()
+    def _update_running_statistics(self, source: Source, batch: Batch, window: WindowStatistics) -> None:
+        """Moves a source's running statistics to those of the window, as BatchNorm does, var with Bessel's correction.
 
-    def _running(self, source: Source, count: float | Tensor) -> Running | None:
-        """A source's running statistics, to move to the window's with Bessel's correction for `count` values."""
-        mean, var = source.of(self.running_mean), source.of(self.running_var)
-        if not self.track_running_stats or mean is None or var is None:
-            return None
-        assert self.num_batches_tracked is not None
-        share = (self.num_batches_tracked + 1).to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
-        return Running(mean, var, share, count / (count - 1))
+        With momentum None, as recalibration needs it, to those of all batches together: each counts once, and the
+        variance between them counts as well.
+        """
+        running = batch.running
+        if not self.track_running_stats or running is None:
+            return
+        count = batch.positions / window.share
+        mean, var = window.mean, window.var * count / (count - 1)
+        share: float | Tensor
+        if self.momentum is None:
+            assert self.num_batches_tracked is not None
+            share = (self.num_batches_tracked + 1).to(running.dtype).reciprocal()
+        else:
+            share = self.momentum
+        old_mean, old_var = running.read()
+        if self.momentum is None and self.window.size > 1:
+            assert batch.mean is not None
+            assert batch.var is not None
+            mean, var = pooled(old_mean, old_var, batch.mean, batch.var, share)
+        else:
+            mean, var = old_mean.lerp(mean, share), old_var.lerp(var, share)
+        if not is_known(batch.finite):  # decided on the device, without waiting for it
+            mean, var = torch.where(batch.finite, mean, old_mean), torch.where(batch.finite, var, old_var)
+        elif not batch.finite:
+            return
+        running.write(mean, var)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape: [N, C] or [N, C, ...], as the BatchNorm it stands for; output like input in shape and dtype."""
@@ -383,19 +402,11 @@ class CrossIterationMixin(_BatchNorm):
 
     def extra_repr(self) -> str:
         """BatchNorm's arguments and the window's."""
-        names = " and ".join(type(module).__name__ for module in self.producers)
-        bound = f", bound to {names}" if names else ""
+        names = " and ".join(plain_class(module).__name__ for module in self.producers)
+        how = "folded into" if self.trains_folded else "bound to"
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
-        return (
-            f"{plain}, window={self.window}, compensation={self.compensation}, "
-            f"gradient={self.gradient}, history={self.history}, start={self.start}{bound}"
-        )
+        return f"{plain}, window=({self.window}){f', {how} {names}' if names else ''}"
 
 
-def _pool_running_statistics(running: Running, mean: Tensor, var: Tensor, finite: Tensor) -> None:
-    """Makes the running statistics those of all batches together, as recalibration with momentum None needs them.
-
-    Each batch counts once, and the variance between them counts as well.
-    """
-    step = mean - running.mean.to(mean.dtype)
-    running._replace(correction=1.0).update(mean, var + (1 - running.momentum) * step * step, finite)
+def _writes(t: Tensor | None) -> int | None:
+    return None if t is None or t.is_inference() else t._version

@@ -11,6 +11,16 @@ from torch.nn.parameter import is_lazy
 
 
 @contextmanager
+def what_lasts_may_be_made() -> Iterator[None]:
+    """Makes normal tensors under inference_mode too, for what training goes on with."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+@contextmanager
 def modes_kept(module: nn.Module) -> Iterator[None]:
     """Gives every module below `module` its training mode back at the end."""
     modes = [(m, m.training) for m in module.modules()]

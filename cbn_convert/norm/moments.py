@@ -1,8 +1,8 @@
-"""Moments of the input patches of a conv or linear layer, without autograd: p̄, C = mean((x - μ) p), Σ = cov(p).
+"""Moments of the input patches of a conv or linear layer, without autograd: p̄, its variance d, C = mean((x - μ) p).
 
 p̄ is a strided mean of the input per kernel position, two small matrix products and no convolution. C is a weight
-gradient: that of the layer for the output gradient (x - μ) / m. Σ is a product of the unfolded input with itself. For a
-transposed conv the patch of an output position holds the inputs that reach it, with zeros where none does.
+gradient: that of the layer for the output gradient (x - μ) / m. For a transposed conv the patch of an output position
+holds the inputs that reach it, with zeros where none does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .producers import (
     Conv,
@@ -23,16 +23,10 @@ from .producers import (
     fan_in,
     groups_of,
     is_linear,
-    is_producer,
     is_transposed,
     padded_input,
     per_axis,
 )
-
-
-def exact_is_possible(module: nn.Module) -> bool:
-    """Whether Σ can be had: for every producer but transposed convs."""
-    return is_producer(module) and not is_transposed(module)
 
 
 class InputPatches:
@@ -96,9 +90,36 @@ class InputPatches:
             return x.transpose(0, 1).flatten(1)[:, self.grid[0]]
         return x[(slice(None), slice(None), *self.grid)]
 
+    @property
+    def groups(self) -> int:
+        """G, the groups that share their patches."""
+        return groups_of(self.module)
+
     def mean(self) -> Tensor:
         """p̄ [G, F]."""
+        return self._mean_of(self.y)
+
+    def mean_and_var(self) -> tuple[Tensor, Tensor]:
+        """p̄ and the variance of every entry of the patches [G, F].
+
+        About the mean of each input channel, so that a large one does not hide the variance. Where a patch reaches over
+        the edge, or no input reaches it, its entries are 0: they are at minus that mean.
+        """
         module, y = self.module, self.y
+        if not self.positions:
+            return self._mean_of(y), self._mean_of(y)
+        centre = y.mean([0] if is_linear(module) else [0, *range(2, y.dim())], keepdim=True)
+        centred = y - centre
+        first, square = self._mean_of(centred), self._mean_of(centred.square())
+        centre = centre.flatten().repeat_interleave(first.numel() // centre.numel()).view_as(first)
+        if is_transposed(module) or (not is_linear(module) and any(self.padding)):
+            filled = self._mean_of(torch.ones_like(y))
+            first, square = first - centre * (1 - filled), square + centre.square() * (1 - filled)
+        return centre + first, (square - first.square()).clamp_min(0)
+
+    def _mean_of(self, y: Tensor) -> Tensor:
+        """The mean patch [G, F] of values y in the place of the input."""
+        module = self.module
         if not self.positions:
             return y.new_zeros(groups_of(module), fan_in(module))
         if is_linear(module):
@@ -125,22 +146,6 @@ class InputPatches:
         else:
             total = as_rows(_weight_gradient(xc, y, module, self.stride, self.padding, self.dilation), module)
         return total.div_(self.positions)
-
-    def covariance(self, mean: Tensor) -> Tensor:
-        """mean((p - mean)(p - mean)ᵀ) [G, F, F]."""
-        module, y = self.module, self.y
-        assert not is_transposed(module)
-        if not self.positions:
-            return y.new_zeros(*mean.shape, mean.shape[1])
-        if is_linear(module):
-            patches = y[None]
-        elif self.pointwise and module.groups == 1:
-            rows = y.flatten(2) - mean.view(1, -1, 1)
-            return torch.bmm(rows, rows.transpose(1, 2)).sum(0, keepdim=True) / self.positions
-        else:
-            patches = _unfolded(y, module, self.stride, self.padding, self.dilation)
-        centred = patches - mean[:, None]
-        return torch.bmm(centred.transpose(1, 2), centred) / self.positions
 
 
 def _grid(sizes: Sequence[int], n: int, at_most: int | None, turn: int) -> tuple[slice, ...]:
@@ -248,15 +253,3 @@ def _weight_gradient(
         output_padding, conv.groups, [False, True, False],
     )[1]  # fmt: skip
     return result
-
-
-def _unfolded(y: Tensor, conv: Conv, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """Input patches [G, m, F] of zero-padded input."""
-    y = F.pad(y, [p for p in reversed(padding) for _ in range(2)])
-    kernel = per_axis(conv, "kernel_size")
-    rank = len(kernel)
-    y = _views(y, kernel, stride, dilation)
-    # [N, C_in, out..., kernel...] -> [G, N, out..., C_in / G, kernel...]
-    y = y.unflatten(1, (conv.groups, -1))
-    order = [1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]
-    return y.permute(order).flatten(2 + rank).flatten(1, 1 + rank)

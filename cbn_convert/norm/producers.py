@@ -48,11 +48,17 @@ def is_producer(module: nn.Module) -> TypeIs[Producer]:
     It is for the classes in `_KINDS` and for those subclasses that compute as they do, but not for subclasses and
     instances with a forward pass of their own.
     """
-    own = type_before_parametrizations(module)
+    own = plain_class(module)
     kind = next((cls for cls in own.__mro__ if cls in _KINDS or _name(cls) in _LINEAR_BY_NAME), None)
     if kind is None or not module.__dict__.keys().isdisjoint(_FORWARD[:3]):
         return False
     return all(getattr(own, name, None) is getattr(kind, name, None) for name in _FORWARD)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a layer had before it was parametrised, or trained folded."""
+    own = type_before_parametrizations(module)
+    return cast(type[nn.Module], getattr(own, "folded_class", own))
 
 
 def _name(cls: type[Any]) -> str:
@@ -72,7 +78,7 @@ def _is_linear_by_name(cls: type[Any]) -> bool:
 def own_forward(module: nn.Module) -> str | None:
     """The class of a conv or linear layer that computes in a way of its own; None for all other modules."""
     own = (isinstance(module, _KINDS) or is_linear(module)) and not is_producer(module)
-    return type_before_parametrizations(module).__name__ if own else None
+    return plain_class(module).__name__ if own else None
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -177,3 +183,82 @@ def padded_input(conv: Conv, y: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     if isinstance(conv.padding, str):
         return F.pad(y, conv._reversed_padding_repeated_twice), none
     return y, per_axis(conv, "padding")
+
+
+class LinearMap:
+    """x = W·y + b as a function of the weight that is applied, with its gradients; for linear layers and PyG's."""
+
+    def __call__(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies a weight of the layer's shape and a bias [C] to the last axis of y."""
+        return F.linear(y, weight, bias)
+
+    def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool) -> tuple[Tensor | None, Tensor]:
+        """∂L/∂y (if wanted) and ∂L/∂W from ∂L/∂x."""
+        rows = g.flatten(0, -2)
+        return g @ weight if of_input else None, rows.T @ y.flatten(0, -2)
+
+    def bias_gradient(self, g: Tensor, dtype: torch.dtype) -> Tensor:
+        """∂L/∂b from ∂L/∂x."""
+        return g.flatten(0, -2).sum(0, dtype=dtype)
+
+    def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x·scale + shift per channel, in place where x has their dtype."""
+        return _scaled(x, scale, shift)
+
+
+class Convolution(NamedTuple):
+    """x = W * y + b of a conv, transposed or not, as `LinearMap`; zero padding is all that is left of its padding."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def __call__(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies a weight of the conv's shape and a bias [C] to y [N, C_in, ...]."""
+        x: Tensor = torch.ops.aten.convolution(y, weight, bias, *self)
+        return x
+
+    def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool) -> tuple[Tensor | None, Tensor]:
+        """∂L/∂y (if wanted) and ∂L/∂W from ∂L/∂x."""
+        found = torch.ops.aten.convolution_backward(g, y, weight, None, *self, [of_input, True, False])
+        return found[0], found[1]
+
+    def bias_gradient(self, g: Tensor, dtype: torch.dtype) -> Tensor:
+        """∂L/∂b from ∂L/∂x."""
+        return g.sum([0, *range(2, g.dim())], dtype=dtype)
+
+    def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x·scale + shift per channel, in place where x has their dtype."""
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return _scaled(x, scale.view(shape), shift.view(shape))
+
+
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    if x.dtype == scale.dtype:
+        return x.mul_(scale).add_(shift)
+    return (x.to(scale.dtype) * scale + shift).to(x.dtype)  # half precision would round in between
+
+
+def as_function(module: Producer, y: Tensor, output_size: Any = None) -> tuple[LinearMap | Convolution, Tensor]:
+    """What the module computes of its weight, bias and input y, and the y that it is to be given, perhaps padded."""
+    if is_linear(module):
+        return LinearMap(), y
+    stride, dilation = per_axis(module, "stride"), per_axis(module, "dilation")
+    if is_transposed(module):
+        kernel, padding = per_axis(module, "kernel_size"), per_axis(module, "padding")
+        extra = module._output_padding(y, output_size, stride, padding, kernel, len(kernel), dilation)  # type: ignore[arg-type]
+        return Convolution(stride, padding, dilation, True, tuple(extra), module.groups), y
+    y, padding = padded_input(module, y)
+    return Convolution(stride, padding, dilation, False, (0,) * len(stride), module.groups), y
+
+
+def of_rows(rows: Tensor, module: Producer) -> Tensor:
+    """A weight [C, F] in the module's shape; the inverse of `as_rows`."""
+    shape = module.weight.shape
+    if is_transposed(module):
+        groups = module.groups
+        rows = rows.view(groups, -1, shape[0] // groups, *shape[2:]).transpose(1, 2)
+    return rows.reshape(shape)

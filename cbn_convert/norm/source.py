@@ -1,30 +1,40 @@
-"""What feeds some channels of a norm layer, and the past of those channels."""
+"""What feeds some channels of a norm layer, and the window of those channels."""
 
 from __future__ import annotations
 
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from .distributed import joined_mean
-from .functional import Compensation, Moments, by_group, per_channel, response
-from .history import History
-from .moments import InputPatches
-from .producers import Producer, fan_in, groups_of, is_linear, theta_and_bias
-from .tap import InputTap
+from .activation import origin
+from .batch import Batch, RunningStatistics
+from .carried import CarriedWindow
+from .distributed import world_size
+from .folded import FoldedMap, FoldedStep
+from .functional import statistics_dtype
+from .modes import what_lasts_may_be_made
+from .producers import as_function, fan_in, groups_of, is_linear, is_transposed, plain_class, theta_and_bias
+from .ring import Ring
+from .tap import InputTap, is_watched
+
+if TYPE_CHECKING:
+    from .layer import CrossIterationMixin
 
 
 class Source:
     """Channels of a norm layer that have one window: all of them, or those that one of several modules made.
 
     tap: on the module whose weight made them, None where no weight did. channels: which of the layer's, None for all.
+    state: the window, chosen when training begins.
     """
 
-    def __init__(self, history: History, tap: InputTap | None = None, channels: slice | None = None) -> None:
-        self.history = history
+    def __init__(self, norm: CrossIterationMixin, tap: InputTap | None = None, channels: slice | None = None) -> None:
+        self.norm = norm
         self.tap = tap
         self.channels = channels
+        self.state: CarriedWindow | Ring | None = None
 
     def of(self, values: Tensor | None) -> Tensor | None:
         """This source's part of a tensor [C]."""
@@ -34,77 +44,131 @@ class Source:
         """This source's part of x [N, C, ...]."""
         return x if self.channels is None else x[:, self.channels]
 
-    def history_bytes(self, channels: int, compensation: Compensation) -> int:
+    @property
+    def compensated(self) -> bool:
+        """Whether the window was recorded with what compensation needs."""
+        return self.state is not None and self.state.compensated
+
+    def bytes(self, channels: int) -> int:
         """What a full window takes in float32, for a layer of so many channels."""
         count = len(range(channels)[self.channels or slice(None)])
-        numbers = 2 * count  # mean and var
-        if self.tap is not None and self.tap.followed:
-            fan, groups = fan_in(self.tap.module), groups_of(self.tap.module)
-            numbers += 2 * count + groups * fan + (groups * fan * fan if compensation == "exact" else count * fan)
-        return 4 * numbers * self.history.capacity
+        window = self.norm.window
+        state = self.state or (CarriedWindow(window) if window.is_carried else Ring(window))
+        if self.tap is None or not self.tap.followed:
+            return state.bytes(count, 0, 1)
+        return state.bytes(count, fan_in(self.tap.module), groups_of(self.tap.module))
 
-    def taken(self, x: Tensor, needed: bool) -> tuple[Producer | None, Tensor | None]:
-        """The module whose weight is to be followed, if there is one, and the input of which it made x [N, C, ...].
+    def running(self, dtype: torch.dtype) -> RunningStatistics | None:
+        """This source's running statistics; None where the layer has none."""
+        mean, var = self.of(self.norm.running_mean), self.of(self.norm.running_var)
+        if mean is None or var is None:
+            return None
+        # DistributedDataParallel writes to buffers in a way that counts as no write
+        handed_out = world_size() > 1
+        return RunningStatistics(mean, var, dtype, self.norm.statistics_changed or handed_out, handed_out)
 
-        Raises RuntimeError if x is not what it made, or, where that is `needed`, if it has not run.
+    def batch(self, x: Tensor, recomputing: bool) -> Batch:
+        """What the window is to see of x [N, C, ...].
+
+        Raises RuntimeError if x is not what the tapped module made, or if that has not run.
         """
-        if self.tap is None:
-            return None, None
-        source_input = self.tap.take()
-        if not self.tap.followed:
-            return None, source_input
-        if needed and source_input is None:
-            raise RuntimeError(
-                f"a norm layer is bound to a {type(self.tap.module).__name__} that has not run since the last forward "
-                "pass; bind it to the module that produces its input, or leave it unbound"
-            )
-        self.tap.check_output(x)
-        return self.tap.module, source_input
+        norm, dtype = self.norm, statistics_dtype(x)
+        module = made_of = theta = bias = None
+        if self.tap is not None:
+            made_of = self.tap.take()
+            if self.tap.followed:
+                module = self.tap.module
+                if made_of is None and norm.window.size > 1 and not recomputing:
+                    raise RuntimeError(
+                        f"a norm layer is bound to a {plain_class(module).__name__} that has not run since the last "
+                        "forward pass; bind it to the module that produces its input, or leave it unbound"
+                    )
+                self.tap.check_output(x)
+                theta, bias = self.theta_and_bias(dtype)
+        ranks = world_size() if norm.window.sync else 1
+        return Batch(x, module, made_of, theta, bias, norm.iteration, recomputing, ranks, self.running(dtype))
 
-    def theta_and_bias(self, module: Producer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def theta_and_bias(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """θ [C, F] and b [C] of these channels, as `producers.theta_and_bias`."""
-        theta, bias = theta_and_bias(module, dtype)
-        if self.tap is None or self.tap.rows is None:
-            return theta, bias
-        return theta[self.tap.rows], None if bias is None else bias[self.tap.rows]
+        assert self.tap is not None
+        theta, bias = theta_and_bias(self.tap.module, dtype)
+        rows = self.tap.rows
+        return (theta, bias) if rows is None else (theta[rows], None if bias is None else bias[rows])
 
-    def with_patches(
-        self,
-        moments: Moments,
-        module: Producer,
-        y: Tensor,
-        x: Tensor,
-        theta: Tensor,
-        bias: Tensor | None,
-        compensation: Compensation,
-        at_most: int | None,
-        turn: int,
-        ranks: int,
-    ) -> Moments:
-        """Adds what compensation will need: `module` made x from y with θ [C, F] and bias [C].
+    def carry(self) -> None:
+        """Takes a carried window to the weights as they are, and the running statistics with it."""
+        if self.tap is None or not isinstance(self.state, CarriedWindow) or not self.state.compensated:
+            return
+        assert self.state.state is not None
+        dtype = self.state.state.mean.dtype
+        running = self.running(dtype)
+        if running is not None:
+            self.state.carry(running, *self.theta_and_bias(dtype))
 
-        at_most, turn: as in `InputPatches`. Means are over all ranks.
-        """
-        dtype = moments.mean.dtype
-        patches = InputPatches(module, y, x.shape[2:], dtype, at_most, turn)
-        joined = partial(joined_mean, count=patches.positions) if ranks > 1 else _as_it_is
-        patch_mean = joined(patches.mean())
-        anchor = response(patch_mean[:, None], theta, bias).squeeze(1)
-        moments = moments._replace(anchor=anchor, patch_mean=patch_mean)
-        if compensation == "exact":
-            patch_covariance = joined(patches.covariance(patch_mean))
-            rows = by_group(theta, len(patch_mean))
-            explained = torch.linalg.vecdot(rows @ patch_covariance, rows).flatten()
-            return moments._replace(patch_covariance=patch_covariance, explained=explained)
-        xs = patches.outputs(x).to(dtype)
-        xc = xs - (anchor[:, None] if is_linear(module) else per_channel(anchor, xs))
-        # what rounding left of the mean would be multiplied by a patch mean that may be large
-        axes = [1] if is_linear(module) else [0, *range(2, xc.dim())]
-        rest = by_group(joined(xc.mean(axes)), len(patch_mean))
-        covariance = joined(patches.covariance_with(xc))
-        by_group(covariance, len(patch_mean)).baddbmm_(rest[:, :, None], patch_mean[:, None], alpha=-1)
-        return moments._replace(covariance=covariance, explained=torch.linalg.vecdot(covariance, theta))
+    def folds(self, module: nn.Module, input: Any) -> bool:
+        """Whether the module is to apply the norm in this forward pass: what it makes goes there, and nowhere else."""
+        norm = self.norm
+        if not norm.training or self.tap is None or self.tap.module is not module:
+            refuse_replica(module)
+            return False
+        norm.begin_training()
+        if not isinstance(self.state, CarriedWindow) or not isinstance(input, Tensor) or _is_parametrized(module):
+            return False
+        weight = module._parameters.get("weight")
+        if weight is None or not (input.dim() >= 2 if is_linear(module) else input.dim() == weight.dim()):
+            return False
+        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            return False  # an error of torch's own
+        if not input.numel() and not (norm.window.sync and world_size() > 1):
+            return False
+        return not (is_watched(module) or is_watched(norm) or _any_module_is_watched())
+
+    def folded(self, module: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the module, normalised; input [N, C_in, ...], the rest as its forward pass takes it."""
+        if torch.compiler.is_compiling():
+            compiled: Tensor = torch.compiler.disable(self._folded)(module, input, *args, **kwargs)
+            return compiled
+        with what_lasts_may_be_made():
+            return self._folded(module, input, *args, **kwargs)
+
+    def _folded(self, module: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        norm, device = self.norm, input.device.type
+        weight, bias = module.weight, module.bias
+        assert self.tap is not None
+        made_of = origin(input)
+        if torch.is_autocast_enabled(device) and input.dtype != (dtype := torch.get_autocast_dtype(device)):
+            input, made_of = input.to(dtype), None
+        if not norm.is_recomputing:
+            self.tap.check_arrivals()
+        dtype = statistics_dtype(weight)
+        running = self.running(dtype)
+        assert running is not None
+        assert isinstance(self.state, CarriedWindow)
+        with torch.autocast(device, enabled=False):
+            apply, padded = as_function(module, input, *args, **kwargs)
+            step = FoldedStep(
+                module, apply, self.state, running, norm.eps, norm.iteration, norm.is_recomputing,
+                world_size() if norm.window.sync else 1, self.tap.followed,
+                None if is_transposed(module) else made_of, input.detach(),
+            )  # fmt: skip
+            y: Tensor = FoldedMap.apply(padded, weight, bias, norm.weight, norm.bias, step)
+        self.tap.folded = True
+        return y
 
 
-def _as_it_is(t: Tensor) -> Tensor:
-    return t
+def refuse_replica(module: nn.Module) -> None:
+    """Raises RuntimeError for a copy that nn.DataParallel made of a module for one step of training."""
+    if module.training and module.__dict__.get("_is_replica"):
+        raise RuntimeError(
+            "a converted layer cannot train in nn.DataParallel, whose copies lose what they learn; use "
+            "torch.nn.parallel.DistributedDataParallel"
+        )
+
+
+def _any_module_is_watched() -> bool:
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+    return any(getattr(torch_module, name) for name in names)
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    return "parametrizations" in module._modules

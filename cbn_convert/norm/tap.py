@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .producers import OutputChannels, is_linear, learns
+from .folded import end_folding
+from .producers import OutputChannels, is_linear, learns, plain_class
 
 if TYPE_CHECKING:
     from .layer import CrossIterationMixin
 
 # A copy of the output is compared with it in so many iterations only, since the comparison waits for the device.
 COMPARISONS = 2
+# A forward pass may break off between a conv and its norm; if it happens again and again, nothing ever comes there.
+MOST_LOST = 2
 
 
 class InputTap:
@@ -30,15 +33,17 @@ class InputTap:
         self.output: Tensor | None = None
         self.version: int | None = None
         self.compared = 0
+        self.folded = False  # whether the output that is on its way is normalised already
+        self.lost = 0  # such outputs in a row that never came to the norm
+        # before hooks of others, which may change the output
         self.handles = [
-            # before hooks of others, which may change the output
             self.module.register_forward_hook(self, with_kwargs=True, prepend=True),
             self.module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
         ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Runs behind the module's forward pass."""
-        if self.norm.training and self.followed:
+        if self.norm.training and (self.folded or self.followed):
             self.input = (args[0] if args else next(iter(kwargs.values()))).detach()
             self.output = output.detach()
             self.version = _version(output)
@@ -50,12 +55,30 @@ class InputTap:
     @property
     def followed(self) -> bool:
         """Whether past statistics need compensation: θ or b may change, or could when the past was recorded."""
-        return self.norm.compensation != "none" and (learns(self.module) or self.norm.compensated)
+        return self.norm.window.compensation != "none" and (learns(self.module) or self.norm.compensated)
 
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
         stored, self.input = self.input, None
         return stored
+
+    def check_arrivals(self) -> None:
+        """Raises RuntimeError where normalised outputs, again and again, never came to the norm."""
+        if self.folded:
+            self.lost += 1
+        if self.lost > MOST_LOST:
+            raise RuntimeError(
+                f"a {plain_class(self.module).__name__} trains as one with the norm layer behind it, but its output "
+                "goes elsewhere; convert again with an example_input that shows what training does, or exclude the norm"
+            )
+
+    def take_folded(self, x: Tensor) -> bool:
+        """Whether x [N, C, ...] is normalised already. Raises RuntimeError if it is not what the module made."""
+        folded, self.folded = self.folded, False
+        if folded:
+            self.input, self.lost = None, 0
+            self.check_output(x)
+        return folded
 
     def check_output(self, x: Tensor) -> None:
         """Raises RuntimeError unless x [N, C, ...] holds what the module made, its positions in the same order."""
@@ -75,17 +98,26 @@ class InputTap:
                 self.compared += 1
                 return
         raise RuntimeError(
-            f"{type(self.norm).__name__} is bound to a {type(self.module).__name__} whose output is changed before it "
-            "arrives; leave the layer unbound, or exclude it from the conversion"
+            f"{type(self.norm).__name__} is bound to a {plain_class(self.module).__name__} whose output is changed "
+            "before it arrives; leave the layer unbound, or exclude it from the conversion"
         )
 
     def remove(self) -> None:
-        """Takes the hooks off the module."""
+        """Takes the hooks off the module, which is of its own class again."""
         for handle in self.handles:
             handle.remove()
+        source = self.module.__dict__.get("folds_into")
+        if source is not None and source.tap is self:
+            end_folding(self.module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "input": None, "output": None}
+        return {**self.__dict__, "input": None, "output": None, "folded": False}
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks of others see what goes into the module or comes out of it."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(not isinstance(hook, InputTap) for name in names for hook in getattr(module, name).values())
 
 
 def _nearly_equal(copy: Tensor, original: Tensor) -> bool:

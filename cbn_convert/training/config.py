@@ -19,6 +19,7 @@ from ..files import read_json
 
 if TYPE_CHECKING:
     from ..models import ModelSpec
+    from ..norm import Window
 
 NORMS = ("cbn", "bn", "frozen", "gn", "brn")
 DEFAULT_LR = {"sgd": 3e-3, "adamw": 3e-4}
@@ -90,18 +91,19 @@ class FinetuneConfig:
         choices=NORMS,
     )  # fmt: skip
     window: int | None = _setting(
-        None,
-        METHOD,
-        "Steps averaged over; 1 is BN; default: as many as hold 8192 images, 2 for new layers.",
-        least=1,
+        None, METHOD, "Iterations of a ring, 1 is BN; with --history ema images; default: ema of 8192 images.", least=1
     )
     compensation: str = _setting("projection", METHOD, "projection, taylor (the paper's), none.")
     gradient: str = _setting("full", METHOD, "full, or current (the paper's code).")
-    history: str = _setting("ema", METHOD, "ring (exact window) or ema (less memory).")
-    start: str | None = _setting(
-        None, METHOD, "What the window holds at first: running (statistics; with ema the default) or empty."
+    history: str | None = _setting(
+        None,
+        METHOD,
+        "ema (running statistics that follow) or ring (the paper's); default: ring with --window, else ema.",
     )
-    burn_in: int = _setting(0, METHOD, "Iterations at the start that use their own batch only.", least=0)
+    start: str | None = _setting(
+        None, METHOD, "With ema: running (from the statistics; the default) or empty (as new layers do)."
+    )
+    burn_in: int = _setting(0, METHOD, "Iterations at the start of a ring that use their own batch only.", least=0)
     sync_cbn: bool = _setting(False, METHOD, "Share each batch's statistics among processes.")
     ema: float | None = _setting(
         None, METHOD, "Evaluate an average of weights and statistics with this decay, e.g. 0.999.", least=0, below=1,
@@ -184,15 +186,17 @@ class FinetuneConfig:
             raise RunError("freeze keeps BatchNorm's statistics, and a GroupNorm run has none; leave out norm 'gn'")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise RunError(f"mixup and cutmix mix pairs of images, so batch_size must be even, got {self.batch_size}")
-        from ..norm import check_window_options
-
         try:
-            check_window_options(
-                self.window or 1, self.compensation, self.gradient, self.history, self.burn_in,
-                start=self.start or "empty",
-            )  # fmt: skip
+            self.normalization_window()
         except ValueError as error:
             raise RunError(str(error)) from None
+
+    def normalization_window(self) -> Window:
+        """What layers normalise by with norm "cbn". Raises ValueError for settings that do not go together."""
+        from ..norm import window_of
+
+        names = ("compensation", "gradient", "history", "start", "burn_in")
+        return window_of(self.window, {**{name: getattr(self, name) for name in names}, "sync": self.sync_cbn})  # type: ignore[typeddict-item]
 
     def peak_lr(self, ranks: int = 1) -> float:
         """`lr`; or, where it is None, 3e-3 ("sgd") or 3e-4 ("adamw") for 2 images per update of all `ranks` processes.
@@ -227,12 +231,18 @@ class FinetuneConfig:
 
     def summary(self) -> dict[str, Any]:
         """What a reader of the exported model wants to know, without the paths of this machine."""
-        names = ["norm", "epochs", "batch_size", "opt"]
+        names = ["epochs", "batch_size", "opt"]
         if self.norm == "cbn":
-            names[1:1] = [*(["window"] if self.window else []), "compensation", "gradient", "history"]
+            window = self.normalization_window()
+            described = {
+                "window": window.size,
+                **{n: getattr(window, n) for n in ("compensation", "gradient", "history")},
+            }
+        else:
+            described = {}
         return {
-            "data": Path(self.data).resolve().name, **{name: getattr(self, name) for name in names},
-            "lr": self.peak_lr(),
+            "data": Path(self.data).resolve().name, "norm": self.norm, **described,
+            **{name: getattr(self, name) for name in names}, "lr": self.peak_lr(),
         }  # fmt: skip
 
     @classmethod

@@ -167,10 +167,12 @@ class _Trainer:
         """Begins the history under the weights that training starts from."""
         if self.config.norm == "cbn" and not self.config.burn_in:  # which would be over before the first update
             self.sampler.start(epoch=-1)
+            window = self.config.normalization_window()
             count = -(-WARM_UP_IMAGES // self.config.batch_size)
+            if not window.is_carried:
+                count = min(count, window.size)
             images = (
-                self.learner.on_device(batch.images)
-                for batch in islice(batches(self.loader, self._interrupted), min(self.config.window or count, count))
+                self.learner.on_device(batch.images) for batch in islice(batches(self.loader, self._interrupted), count)
             )
             with self.accelerator.autocast():
                 warm_up(self.model, images)

@@ -73,9 +73,7 @@ def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
     freeze(model, still)
     apply_norm(
         model, config.norm, set(still) & set(norm_layers(model)),
-        window=config.window, batch_size=config.batch_size, compensation=config.compensation, gradient=config.gradient,
-        history=config.history, burn_in=config.burn_in, start=config.start, sync=config.sync_cbn,
-        example_input=torch.zeros(1, *data_config["input_size"]),
+        window=config.normalization_window(), example_input=torch.zeros(1, *data_config["input_size"]),
     )  # fmt: skip
     return Setup(model, training, validation, data_config, described, still)
 

@@ -163,7 +163,7 @@ def test_synchronised_layers(act: bool) -> None:
     assert [row.status for row in cbn.convert(model, window=4, example_input=X)] == ["compensated"]
     cbn.convert(plain, window=4, example_input=X)
     assert isinstance(model[1], CrossIterationMixin)
-    assert model[1].sync
+    assert model[1].window.sync
     for _ in range(3):
         assert torch.equal(model.train()(X), plain.train()(X))
     assert torch.equal(model.eval()(X), plain.eval()(X))

@@ -1,4 +1,4 @@
-"""The layer against the paper written out literally (tests/reference.py), over several steps with moving weights."""
+"""The ring against the paper written out literally (tests/reference.py), over several steps with moving weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import ReferenceCBN
-from torch import nn
+from torch import Tensor, nn
 
-from cbn_convert.norm import (
-    CrossIterationBatchNorm1d,
-    CrossIterationBatchNorm2d,
-    CrossIterationBatchNorm3d,
-)
+from cbn_convert.norm import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d
+from cbn_convert.norm.ring import Iteration
 
 CONVS = {
     "plain": {"kernel_size": 3, "padding": 1, "bias": False},
@@ -28,7 +25,7 @@ CONVS = {
     "same": {"kernel_size": (4, 3), "padding": "same", "bias": False},
     "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
 }
-VARIANTS = [(c, g, h) for c in ("projection", "taylor", "none") for g in ("full", "current") for h in ("ring", "ema")]
+VARIANTS = [(c, g) for c in ("projection", "taylor", "none") for g in ("full", "current")]
 
 
 def compare(conv: nn.Module, norm: nn.Module, reference: ReferenceCBN, shape: tuple[int, ...], steps: int = 7) -> None:
@@ -55,10 +52,10 @@ def compare(conv: nn.Module, norm: nn.Module, reference: ReferenceCBN, shape: tu
 
 
 @pytest.mark.parametrize("kind", CONVS)
-@pytest.mark.parametrize(("compensation", "gradient", "history"), VARIANTS)
-def test_conv2d(kind: str, compensation: str, gradient: str, history: str) -> None:
+@pytest.mark.parametrize(("compensation", "gradient"), VARIANTS)
+def test_conv2d(kind: str, compensation: str, gradient: str) -> None:
     conv = nn.Conv2d(4, 8, **CONVS[kind]).double()
-    options = {"window": 4, "compensation": compensation, "gradient": gradient, "history": history}
+    options = {"window": 4, "compensation": compensation, "gradient": gradient}
     norm = CrossIterationBatchNorm2d(8, **options).double().bind(conv)
 
     def apply(y, weight, bias):
@@ -119,88 +116,53 @@ def test_float32_follows_float64() -> None:
             conv.weight += 0.02 * torch.randn_like(conv.weight)
 
 
-def test_projection_is_exact_when_weights_are_only_rescaled_and_never_below_taylor() -> None:
-    from cbn_convert.norm.functional import Moments, compensate, responses
-    from cbn_convert.norm.history import History
-    from cbn_convert.norm.moments import InputPatches
+def recorded(conv: nn.Conv2d, y: Tensor) -> Iteration:
+    """What one iteration leaves behind, by autograd: C is half the gradient of the variance, and p̄ that of the mean."""
+    weight = conv.weight.detach().requires_grad_()
+    x = conv._conv_forward(y, weight, None)
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    (of_mean,) = torch.autograd.grad(mean.sum(), weight, retain_graph=True)
+    (of_var,) = torch.autograd.grad(var.sum(), weight)
+    covariance = of_var.flatten(1) / 2
+    explained = (weight.flatten(1) * covariance).sum(1).detach()
+    return Iteration(mean.detach(), var.detach(), mean.detach(), explained, of_mean.flatten(1)[:1], covariance)
 
+
+def measured(conv: nn.Conv2d, y: Tensor) -> tuple[Tensor, Tensor]:
+    x = conv(y)
+    return x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+
+
+@torch.no_grad()
+def test_projection_is_exact_when_weights_are_only_rescaled_and_never_below_taylor() -> None:
     conv = nn.Conv2d(3, 5, 3, bias=False).double()
     y = torch.randn(4, 3, 9, 9, dtype=torch.float64)
+    with torch.enable_grad():
+        past = recorded(conv, y)
+    conv.weight *= torch.linspace(0.2, 3, 5, dtype=torch.float64).view(-1, 1, 1, 1)
+    for got, want in zip(past.seen_from(conv.weight.flatten(1), None, "projection"), measured(conv, y), strict=True):
+        torch.testing.assert_close(got, want)
 
-    def moments() -> Moments:
-        x = conv(y)
-        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-        patches = InputPatches(conv, y, x.shape[2:], torch.float64)
-        patch_mean, covariance = patches.mean(), patches.covariance_with(x - mean.view(1, -1, 1, 1))
-        theta = conv.weight.flatten(1)
-        return Moments(mean, var, theta @ patch_mean[0], (theta * covariance).sum(1), patch_mean, covariance)
-
-    with torch.no_grad():
-        history = History(2, "ring")
-        history.stage(moments(), torch.tensor(True))
-        past = history.past(y, True)
-        conv.weight *= torch.linspace(0.2, 3, 5, dtype=torch.float64).view(-1, 1, 1, 1)
-        now, guess = moments(), compensate(past, responses(past, conv.weight.flatten(1), None), "projection")
-        torch.testing.assert_close(guess.mean[:, 0], now.mean)
-        torch.testing.assert_close(guess.var[:, 0], now.var)
-
-        conv.weight += 0.3 * torch.randn_like(conv.weight)
-        now = moments()
-        projection = compensate(past, responses(past, conv.weight.flatten(1), None), "projection").var[:, 0]
-        taylor = compensate(past, responses(past, conv.weight.flatten(1), None), "taylor").var[:, 0]
-        assert (projection >= taylor).all()
-        assert (projection <= now.var * (1 + 1e-12)).all()
-        assert (projection < now.var * 0.999).any()
+    conv.weight += 0.3 * torch.randn_like(conv.weight)
+    _, var = measured(conv, y)
+    _, projection = past.seen_from(conv.weight.flatten(1), None, "projection")
+    _, taylor = past.seen_from(conv.weight.flatten(1), None, "taylor")
+    assert (projection >= taylor).all()
+    assert (projection <= var * (1 + 1e-12)).all()
+    assert (projection < var * 0.999).any()
 
 
-def test_compensation_error_is_second_order_in_the_weight_change() -> None:
-    from cbn_convert.norm.functional import Moments, compensate, responses
-    from cbn_convert.norm.moments import InputPatches
-
+@pytest.mark.parametrize("compensation", ["projection", "taylor"])
+def test_compensation_error_is_second_order_in_the_weight_change(compensation: str) -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).double()
     y = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    direction = torch.randn_like(conv.weight)
+    past, start, direction = recorded(conv, y), conv.weight.detach().clone(), torch.randn_like(conv.weight)
+    errors = []
     with torch.no_grad():
-        x = conv(y)
-        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-        patches = InputPatches(conv, y, x.shape[2:], torch.float64)
-        patch_mean, covariance = patches.mean(), patches.covariance_with(x - mean.view(1, -1, 1, 1))
-        anchor = (conv.weight.flatten(1) @ patch_mean[0])[:, None]
-        now = [t[:, None] for t in (mean, var, patch_mean, covariance)]
-        past = Moments(now[0], now[1], anchor, now[1], now[2], now[3])
-        for compensation in ("projection", "taylor"):
-            errors = []
-            for step in (1e-2, 1e-3):
-                weight = conv.weight + step * direction
-                new = F.conv2d(y, weight, padding=1)
-                guess = compensate(past, responses(past, weight.flatten(1), None), compensation)
-                torch.testing.assert_close(guess.mean[:, 0], new.mean((0, 2, 3)))
-                errors.append((guess.var[:, 0] - new.var((0, 2, 3), correction=0)).abs().max())
-            assert 80 < errors[0] / errors[1] < 120
-
-
-@pytest.mark.parametrize("history", ["ring", "ema"])
-@pytest.mark.parametrize("kind", CONVS)
-def test_exact_is_the_past_batch_seen_again(kind: str, history: str) -> None:
-    """Oracle: run the past inputs through today's weights, with autograd, and pool them."""
-    conv = nn.Conv2d(4, 8, **CONVS[kind]).double()
-    norm = CrossIterationBatchNorm2d(8, window=4, compensation="exact", history=history).double().bind(conv)
-    inputs, weights = [], []
-    for step in range(7):
-        y = torch.randn(2, 4, 9, 8, dtype=torch.float64) + 0.5
-        k = min(step + 1, 4)
-        weights = [(1 - 1 / k) * w for w in weights] + [1 / k] if history == "ema" else [1 / k] * k
-        inputs = [*inputs, y] if history == "ema" else [*inputs, y][-4:]
-        out = norm(conv(y))
-        xs = [conv(old) for old in inputs]
-        mean = sum(w * x.mean((0, 2, 3)) for w, x in zip(weights, xs, strict=True)).view(1, -1, 1, 1)
-        var = sum(w * (x - mean).square().mean((0, 2, 3)) for w, x in zip(weights, xs, strict=True)).view(1, -1, 1, 1)
-        expected = (xs[-1] - mean) / torch.sqrt(var + norm.eps)
-        torch.testing.assert_close(out, expected)
-        direction = torch.randn_like(out)
-        (got,) = torch.autograd.grad((out * direction).sum(), conv.weight)
-        (want,) = torch.autograd.grad((expected * direction).sum(), conv.weight)
-        torch.testing.assert_close(got, want)
-        with torch.no_grad():
-            for p in conv.parameters():
-                p += 0.3 * torch.randn_like(p) * p.std()
+        for step in (1e-2, 1e-3):
+            conv.weight.copy_(start + step * direction)
+            mean, var = measured(conv, y)
+            got_mean, got_var = past.seen_from(conv.weight.flatten(1), None, compensation)
+            torch.testing.assert_close(got_mean, mean)
+            errors.append((got_var - var).abs().max())
+    assert 80 < errors[0] / errors[1] < 120

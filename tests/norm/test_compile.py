@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo
+from conftest import randomize_norms
 from torch import nn
 
 import cbn_convert as cbn
@@ -32,15 +33,19 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def converted() -> Net:
+WAYS = {"ring": {"window": 4}, "carried": {"history": "ema", "window": 64, "moments_every": 2}}
+
+
+def converted(way: str) -> Net:
     torch.manual_seed(0)
-    net = Net()
-    cbn.convert(net, window=4, example_input=torch.randn(1, 3, 12, 12))
+    net = randomize_norms(Net())
+    cbn.convert(net, example_input=torch.randn(1, 3, 12, 12), **WAYS[way])
     return net.train()
 
 
-def test_compiled_training_has_one_break_per_layer_and_the_same_numbers() -> None:
-    net, twin = converted(), converted()
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_training_has_one_break_per_layer_and_the_same_numbers(way: str) -> None:
+    net, twin = converted(way), converted(way)
     graphs = []
 
     def backend(graph, inputs):
@@ -66,17 +71,19 @@ def test_compiled_training_has_one_break_per_layer_and_the_same_numbers() -> Non
     assert len([g for g in graphs if any(node.op == "call_function" for node in g.graph.nodes)]) == 3
 
 
-def test_compiled_evaluation_has_no_break() -> None:
-    net = converted()
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_evaluation_has_no_break(way: str) -> None:
+    net = converted(way)
     net(torch.randn(2, 3, 12, 12))
     x = torch.randn(2, 3, 12, 12)
     compiled = torch.compile(copy.deepcopy(net).eval(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net.eval()(x))
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("into", ["bn", "affine", "conv"])
-def test_folded_models_can_be_exported(into: str) -> None:
-    net = converted()
+def test_folded_models_can_be_exported(into: str, way: str) -> None:
+    net = converted(way)
     for _ in range(3):
         net(torch.randn(2, 3, 12, 12))
     x = torch.randn(2, 3, 12, 12)

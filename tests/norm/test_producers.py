@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d
-from cbn_convert.norm.producers import is_producer
+from cbn_convert.norm.producers import applies_stored_weight, as_rows, is_producer, of_rows
 
 WINDOW = 3
 
@@ -107,7 +107,7 @@ def move(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", PRODUCERS)
-def test_past_follows_the_effective_weight(kind: str) -> None:
+def test_the_past_of_a_ring_follows_the_effective_weight(kind: str) -> None:
     """Oracle for projection: cov of the past output under old and today's weights, from both outputs themselves."""
     build, shape = PRODUCERS[kind]
     module = build().double()
@@ -145,16 +145,79 @@ def test_past_follows_the_effective_weight(kind: str) -> None:
         assert step == 0 or norm.history_state()["sources"][0]["seen"] == step + 1
 
 
-def test_exact_covers_weight_standardised_and_parametrised_convs() -> None:
-    for module in (StdConv2d(4, 6, 1, bias=False).double(), weight_norm(nn.Conv2d(4, 6, 3)).double()):
-        norm = CrossIterationBatchNorm2d(6, window=2, compensation="exact").double().bind(module)
-        old = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-        norm(module(old))
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    axes = [0, *range(2, x.dim())]
+    return x.mean(axes), x.var(axes, correction=0)
+
+
+@pytest.mark.parametrize("kind", PRODUCERS)
+def test_the_carried_mean_follows_the_effective_weight(kind: str) -> None:
+    """With statistics that are those of one batch, the window's mean at other weights is that batch's at these.
+
+    Its gradient is that mean's too: oracle for a window whose variance does not move, which is where the gradient of
+    the variance is orthogonal to what is asked for.
+    """
+    build, shape = PRODUCERS[kind]
+    module = build().double()
+    norm = NORMS[len(shape)](6, window=1000, history="ema", moments_every=1000, moments_positions=None)
+    norm = randomize_norms(norm).double().bind(module)
+    y = torch.randn(shape, dtype=torch.float64) + 0.5
+    x = module(y)
+    for own, value in zip((norm.running_mean, norm.running_var), moments(x.detach()), strict=True):
+        own.copy_(value)
+    norm(x)
+    for _ in range(3):
         move(module)
-        y = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-        both = torch.cat([module(old), module(y)])
-        expected = F.batch_norm(both, None, None, norm.weight, norm.bias, training=True)[2:]
-        torch.testing.assert_close(norm(module(y)), expected)
+        new = torch.randn(shape, dtype=torch.float64) - 1
+        x = module(new)
+        out = norm(x)
+        # parametrisations with a state of their own answer here what the forward pass used
+        module.eval()
+        mean, _ = moments(module(y))
+        module.train()
+        torch.testing.assert_close(norm.running_mean, mean.detach())
+        assert (norm.running_var > 0).all()
+        view = [1, -1, *[1] * (x.dim() - 2)]
+        gamma, beta, var = (t.detach().view(view) for t in (norm.weight, norm.bias, norm.running_var))
+        expected = (x - mean.view(view)) / torch.sqrt(var + norm.eps) * gamma + beta
+        torch.testing.assert_close(out, expected)
+        # what sums to zero over (x - M) says nothing of the variance
+        axes = [0, *range(2, x.dim())]
+        deviation = (x - mean.view(view)).detach()
+        direction = torch.randn_like(out)
+        direction -= deviation * ((direction * deviation).sum(axes) / deviation.square().sum(axes)).view(view)
+        parameters = list(module.parameters())
+        got = torch.autograd.grad((out * direction).sum(), parameters, retain_graph=True)
+        want = torch.autograd.grad((expected * direction).sum(), parameters)
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+
+
+PLAIN_WEIGHT = [kind for kind in PRODUCERS if applies_stored_weight(PRODUCERS[kind][0]())]
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("kind", PLAIN_WEIGHT)
+@torch.no_grad()
+def test_rescaled_weights_are_carried_exactly(kind: str, folded: bool) -> None:
+    build, shape = PRODUCERS[kind]
+    module = build().double()
+    norm = NORMS[len(shape)](6, window=1000, history="ema", moments_every=1000, moments_positions=None)
+    norm = randomize_norms(norm).double().bind(module, folded=folded)
+    y = torch.randn(shape, dtype=torch.float64) + 0.5
+    norm.eval()
+    for own, value in zip((norm.running_mean, norm.running_var), moments(module(y)), strict=True):
+        own.copy_(value)
+    norm.train()
+    norm(module(y))
+    rows = as_rows(module.weight, module) * torch.linspace(0.2, 3, 6, dtype=torch.float64)[:, None]
+    module.weight.copy_(of_rows(rows, module))
+    if module.bias is not None:
+        module.bias += 1
+    norm(module(torch.randn_like(y)))
+    norm.eval()
+    for own, value in zip((norm.running_mean, norm.running_var), moments(module(y)), strict=True):
+        torch.testing.assert_close(own, value)
 
 
 def test_reading_the_weight_does_not_step_a_parametrisation() -> None:
@@ -177,17 +240,14 @@ def test_reading_the_weight_does_not_step_a_parametrisation() -> None:
 def test_linear_with_more_than_two_dimensions(arrange: Callable[[Tensor], Tensor]) -> None:
     """Linear on tokens, flattened or transposed before BatchNorm1d, as in LeViT."""
     linear = nn.Linear(5, 6, bias=False).double()
-    norm = CrossIterationBatchNorm1d(6, window=2, compensation="exact", affine=False).double().bind(linear)
-    projected = CrossIterationBatchNorm1d(6, window=2, affine=False).double().bind(linear)
+    norm = CrossIterationBatchNorm1d(6, window=2, affine=False).double().bind(linear)
     old, new = torch.randn(2, 2, 7, 5, dtype=torch.float64)
-    for layer in (norm, projected):
-        layer(arrange(linear(old)))
+    norm(arrange(linear(old)))
     with torch.no_grad():
         linear.weight *= torch.linspace(0.5, 2, 6, dtype=torch.float64)[:, None]
     tokens = linear(torch.cat([old, new])).flatten(0, 1)
     expected = (arrange(linear(new)).movedim(1, -1) - tokens.mean(0)) / torch.sqrt(tokens.var(0, correction=0) + 1e-5)
-    for layer in (norm, projected):
-        torch.testing.assert_close(layer(arrange(linear(new))).movedim(1, -1), expected)
+    torch.testing.assert_close(norm(arrange(linear(new))).movedim(1, -1), expected)
 
 
 def test_a_linear_of_pyg_does_what_torchs_does() -> None:
@@ -324,10 +384,14 @@ def test_a_layer_that_hands_on_what_one_inside_of_it_made_is_looked_through() ->
     assert (row.status, row.fed_by) == ("compensated", "0.inner")
 
 
-def test_one_conv_may_feed_several_norms() -> None:
+@pytest.mark.parametrize("options", [{"window": 3}, {"window": 16, "history": "ema", "moments_every": 2}], ids=str)
+def test_one_conv_may_feed_several_norms(options: dict) -> None:
     conv = nn.Conv2d(3, 4, 3, bias=False).double()
-    first, second = (CrossIterationBatchNorm2d(4, window=3).double().bind(conv) for _ in range(2))
-    alone = CrossIterationBatchNorm2d(4, window=3).double()
+    first, second, alone = (randomize_norms(CrossIterationBatchNorm2d(4, **options)).double() for _ in range(3))
+    for norm in (first, second):
+        norm.load_state_dict(alone.state_dict())
+        # one that trained folded cannot do so any more
+        norm.bind(conv, folded=norm is first and norm.window.is_carried)
     twin = nn.Conv2d(3, 4, 3, bias=False).double()
     twin.load_state_dict(conv.state_dict())
     alone.bind(twin)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import randomize_norms
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
@@ -16,11 +17,28 @@ from ways import X, assert_same_state, batch, converted, layers, step
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationMixin, history_state
 
+# a ring, and carried windows that look at some of the batches of a short training, and so briefly that it matters
+RING = {"window": 4}
+CARRIED = {"history": "ema", "window": 64, "moments_every": 2, "moments_positions": 100}
+both_kinds = pytest.mark.parametrize("options", [RING, CARRIED], ids=["ring", "carried"])
 
-@pytest.mark.parametrize("history", ["ring", "ema"])
+
+def bound(conv: nn.Module, options: dict, **more) -> CrossIterationBatchNorm2d:
+    """A layer behind a conv, with statistics of its own; one that carries them trains folded."""
+    norm = randomize_norms(CrossIterationBatchNorm2d(conv.out_channels, **{**options, **more}))
+    return norm.to(conv.weight.dtype).bind(conv, folded=norm.window.is_carried)
+
+
+def twin_of(norm: CrossIterationBatchNorm2d, conv: nn.Module, options: dict, **more) -> CrossIterationBatchNorm2d:
+    other = bound(conv, options, **more)
+    other.load_state_dict(norm.state_dict())
+    return other
+
+
+@both_kinds
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_changes_nothing(use_reentrant: bool, history: str) -> None:
-    plain, saving = converted(history=history), converted(history=history)
+def test_activation_checkpointing_changes_nothing(use_reentrant: bool, options: dict) -> None:
+    plain, saving = converted(**options), converted(**options)
     saving.around = lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant)
     for i in range(6):
         # the reentrant form needs an input that requires grad
@@ -30,8 +48,9 @@ def test_activation_checkpointing_changes_nothing(use_reentrant: bool, history: 
         assert_same_state(plain, saving, rtol=0, atol=0)
 
 
-def test_checkpointed_segments_that_part_conv_and_norm() -> None:
-    plain, saving = converted(), converted()
+@both_kinds
+def test_checkpointed_segments_that_part_conv_and_norm(options: dict) -> None:
+    plain, saving = converted(**options), converted(**options)
     for part in (saving.stem, saving.body):
         part.forward = partial(_each_layer_alone, part)
     for i in range(5):
@@ -46,55 +65,95 @@ def _each_layer_alone(part: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def test_gradient_accumulation_gives_the_statistics_of_the_whole_batch() -> None:
-    """Micro-batches share their weights: the fourth of a window of 4 is normalised as in a batch of all four."""
+    """Micro-batches share their weights: the fourth of a ring of 4 is normalised as in a batch of all four."""
     conv = nn.Conv2d(3, 4, 3).double()
-    for history in ("ring", "ema"):
-        norm = CrossIterationBatchNorm2d(4, window=4, history=history).double().bind(conv)
-        micro = [batch(i) for i in range(4)]
-        for x in micro:
-            out = norm(conv(x))
-            out.square().mean().backward()
-        expected = F.batch_norm(conv(torch.cat(micro)), None, None, training=True)[-2:]
-        torch.testing.assert_close(out, expected)
+    norm = bound(conv, RING)
+    micro = [batch(i) for i in range(4)]
+    for x in micro:
+        out = norm(conv(x))
+        out.square().mean().backward()
+    expected = F.batch_norm(conv(torch.cat(micro)), None, None, norm.weight, norm.bias, training=True)[-2:]
+    torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("history", ["ring", "ema"])
-def test_batch_and_image_size_may_change(history: str) -> None:
-    net = converted(history=history)
+def test_gradient_accumulation_under_a_carried_window_is_the_gradient_of_the_whole_batch() -> None:
+    """Between two looks nothing depends on what else is in the batch."""
+    whole, parts = (converted(history="ema", moments_every=100) for _ in range(2))
+    for net in (whole, parts):
+        step(net, batch(0))  # the first step has to look
+        net.zero_grad()
+    micro = [batch(i) for i in range(1, 5)]
+    whole(torch.cat(micro)).pow(3).sum().backward()
+    for x in micro:
+        parts(x).pow(3).sum().backward()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    for key, value in whole.state_dict().items():
+        if "num_batches" not in key:
+            torch.testing.assert_close(value, parts.state_dict()[key])
+
+
+@both_kinds
+def test_two_forward_passes_before_one_backward_pass(options: dict) -> None:
+    """What a pass keeps for its gradient is not written to by the next one."""
+    together, apart = converted(**options), converted(**options)
+    for i in range(4):
+        losses = [together(batch(10 * i + k)).pow(3).mean() for k in range(2)]
+        together.zero_grad()
+        sum(losses).backward()
+        apart.zero_grad()
+        for k in range(2):
+            apart(batch(10 * i + k)).pow(3).mean().backward()
+        with torch.no_grad():
+            for p, q in zip(together.parameters(), apart.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad)
+                p -= 0.05 * p.grad
+                q -= 0.05 * q.grad
+    assert_same_state(together, apart)
+
+
+@both_kinds
+def test_batch_and_image_size_may_change(options: dict) -> None:
+    net = converted(**options)
     for i, (n, size) in enumerate([(2, 12), (5, 7), (1, 20), (3, 12), (1, 3), (2, 9)]):
         assert torch.isfinite(step(net, batch(i, n, size))).all()
     assert {s["sources"][0]["seen"] for s in history_state(net).values()} == {6}
 
 
-def test_empty_batch_is_ignored() -> None:
-    net, twin = converted(), converted()
+@both_kinds
+def test_empty_batch_is_ignored(options: dict) -> None:
+    net, twin = converted(**options), converted(**options)
     step(net, batch(0))
     step(twin, batch(0))
     out = net(batch(0)[:0])
     assert out.shape == (0, 4)
     out.sum().backward()
-    assert torch.equal(step(net, batch(1)), step(twin, batch(1)))
+    for i in range(1, 4):
+        assert torch.equal(step(net, batch(i)), step(twin, batch(i)))
     assert_same_state(net, twin, rtol=0, atol=0)
 
 
-def test_weights_that_jump_leave_statistics_finite_and_positive() -> None:
-    for compensation in ("projection", "taylor", "none"):
-        for history in ("ring", "ema"):
-            net = converted(compensation=compensation, history=history, double=False)
-            for i in range(6):
-                out = step(net, batch(i, dtype=torch.float32), lr=0)
-                assert torch.isfinite(out).all()
-                with torch.no_grad():
-                    for p in net.parameters():
-                        p += 10.0 ** (i - 1) * torch.randn_like(p)
-                for layer in layers(net):
-                    assert torch.isfinite(layer.running_mean).all()
-                    assert (layer.running_var > 0).all()
+@pytest.mark.parametrize("options", [
+    RING, {**RING, "compensation": "taylor"}, {**RING, "compensation": "none"}, CARRIED,
+    {**CARRIED, "moments_every": 1}, {**CARRIED, "compensation": "none"},
+], ids=str)  # fmt: skip
+def test_weights_that_jump_leave_statistics_finite_and_positive(options: dict) -> None:
+    net = converted(double=False, **options)
+    for i in range(6):
+        out = step(net, batch(i, dtype=torch.float32), lr=0)
+        assert torch.isfinite(out).all()
+        with torch.no_grad():
+            for p in net.parameters():
+                p += 10.0 ** (i - 1) * torch.randn_like(p)
+        for layer in layers(net):
+            assert torch.isfinite(layer.running_mean).all()
+            assert (layer.running_var > 0).all()
 
 
-def test_update_bn_recalibrates() -> None:
+@both_kinds
+def test_update_bn_recalibrates(options: dict) -> None:
     """torch's recalibration must end near the statistics of the data, not of the weights trained with."""
-    net = converted()
+    net = converted(**options)
     for i in range(3):
         step(net, batch(i), lr=0.5)
     images = [3 * batch(i, n=4) + 1 for i in range(40)]
@@ -106,9 +165,11 @@ def test_update_bn_recalibrates() -> None:
     torch.testing.assert_close(norm.running_var, conv_outputs.var((0, 2, 3)), rtol=0.1, atol=0.1)
 
 
+# a layer that follows its weights looks at its first batch at once, another one in its turn
+@pytest.mark.parametrize("options", [RING, {**CARRIED, "moments_every": 1}], ids=["ring", "carried"])
 @pytest.mark.parametrize("frozen", ["convs", "affine", "stem", "all but the head"])
-def test_frozen_parts_get_no_gradient_and_the_rest_its_own(frozen: str) -> None:
-    net, free = converted(), converted()
+def test_frozen_parts_get_no_gradient_and_the_rest_its_own(frozen: str, options: dict) -> None:
+    net, free = converted(**options), converted(**options)
     for name, p in net.named_parameters():
         module = net.get_submodule(name.rpartition(".")[0])
         chosen = {
@@ -132,22 +193,22 @@ def test_frozen_parts_get_no_gradient_and_the_rest_its_own(frozen: str) -> None:
     assert compensated == expected.get(frozen, own_weight)
 
 
-def test_weight_decay_is_followed_exactly() -> None:
-    """Weights that only shrink change nothing: the projection is exact there."""
+@both_kinds
+def test_weight_decay_is_followed_exactly(options: dict) -> None:
+    """Weights that only shrink change nothing: compensation is exact there."""
     conv = nn.Conv2d(3, 4, 3, bias=False).double()
-    norm = CrossIterationBatchNorm2d(4, window=3, eps=0).double().bind(conv)
-    fixed = CrossIterationBatchNorm2d(4, window=3, eps=0).double()
     twin = copy.deepcopy(conv)
-    twin._forward_hooks.clear()
-    fixed.bind(twin)
-    for i in range(4):
+    norm = bound(conv, options, eps=0)
+    fixed = twin_of(norm, twin, options, eps=0)
+    for i in range(6):
         torch.testing.assert_close(norm(conv(batch(i))), fixed(twin(batch(i))))
         with torch.no_grad():
             conv.weight *= 0.7
 
 
-def test_two_optimizers_see_one_gradient() -> None:
-    one, two = converted(), converted()
+@both_kinds
+def test_two_optimizers_see_one_gradient(options: dict) -> None:
+    one, two = converted(**options), converted(**options)
     single = torch.optim.SGD(one.parameters(), 0.1, momentum=0.9)
     norms = {id(p) for layer in layers(two) for p in layer.parameters()}
     halves = [
@@ -163,14 +224,16 @@ def test_two_optimizers_see_one_gradient() -> None:
     assert_same_state(one, two)
 
 
-def test_same_seed_same_run() -> None:
-    runs = [converted(seed=3) for _ in range(2)]
+@both_kinds
+def test_same_seed_same_run(options: dict) -> None:
+    runs = [converted(seed=3, **options) for _ in range(2)]
     for i in range(5):
         assert torch.equal(*(step(net, batch(i)) for net in runs))
 
 
-def test_channels_last_and_dtype_moves() -> None:
-    net, last = converted(double=False), converted(double=False)
+@both_kinds
+def test_channels_last_and_dtype_moves(options: dict) -> None:
+    net, last = converted(double=False, **options), converted(double=False, **options)
     last.to(memory_format=torch.channels_last)
     for i in range(5):
         x = batch(i, dtype=torch.float32)
@@ -183,8 +246,9 @@ def test_channels_last_and_dtype_moves() -> None:
     assert torch.isfinite(step(net, batch(9, dtype=torch.float32))).all()
 
 
-def test_pure_bfloat16() -> None:
-    net, full = converted(double=False), converted(double=False)
+@both_kinds
+def test_pure_bfloat16(options: dict) -> None:
+    net, full = converted(double=False, **options), converted(double=False, **options)
     net.bfloat16()
     for i in range(6):
         x = batch(i, dtype=torch.float32)
@@ -196,9 +260,10 @@ def test_pure_bfloat16() -> None:
         assert {t.dtype for t in state["sources"][0]["slots"].values()} == {torch.float32}
 
 
+@both_kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_with_a_gradient_scaler(dtype: torch.dtype) -> None:
-    mixed, full = converted(double=False), converted(double=False)
+def test_autocast_with_a_gradient_scaler(dtype: torch.dtype, options: dict) -> None:
+    mixed, full = converted(double=False, **options), converted(double=False, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizers = [torch.optim.SGD(net.parameters(), 0.05) for net in (mixed, full)]
     for i in range(6):
@@ -221,14 +286,13 @@ def test_autocast_with_a_gradient_scaler(dtype: torch.dtype) -> None:
         assert {t.dtype for t in state["sources"][0]["slots"].values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("history", ["ring", "ema"])
-def test_a_mean_of_a_thousand_standard_deviations(history: str) -> None:
+@both_kinds
+def test_a_mean_of_a_thousand_standard_deviations(options: dict) -> None:
     """Input patches and outputs far from zero: float32 must stay near float64."""
     conv = nn.Conv2d(4, 6, 3, bias=False)
-    norm = CrossIterationBatchNorm2d(6, window=4, history=history).bind(conv)
-    conv64, norm64 = copy.deepcopy(conv).double(), CrossIterationBatchNorm2d(6, window=4, history=history).double()
-    conv64._forward_hooks.clear()
-    norm64.bind(conv64)
+    conv64 = copy.deepcopy(conv).double()
+    norm = CrossIterationBatchNorm2d(6, **options).bind(conv)
+    norm64 = CrossIterationBatchNorm2d(6, **options).double().bind(conv64)
     for i in range(6):
         y = batch(i, dtype=torch.float32)
         y = torch.cat([y, y[:, :1]], 1) + 1000
@@ -238,6 +302,11 @@ def test_a_mean_of_a_thousand_standard_deviations(history: str) -> None:
         x = conv64(y.double()).float()
         conv(y)
         conv64(y.double())
+        if i == 0:
+            var, mean = torch.var_mean(x, (0, 2, 3))
+            for layer in (norm, norm64):
+                layer.running_mean.copy_(mean)
+                layer.running_var.copy_(var)
         out = norm(x)
         torch.testing.assert_close(out.double(), norm64(x.double()), rtol=0, atol=2e-2)
         torch.testing.assert_close(norm.running_var.double(), norm64.running_var, rtol=1e-2, atol=0)
@@ -245,8 +314,9 @@ def test_a_mean_of_a_thousand_standard_deviations(history: str) -> None:
             conv.weight += 0.01 * torch.randn_like(conv.weight) * conv.weight.std()
 
 
-def test_functional_call_uses_the_weights_it_is_given() -> None:
-    net, twin = converted(), converted(seed=1)
+@both_kinds
+def test_functional_call_uses_the_weights_it_is_given(options: dict) -> None:
+    net, twin = converted(**options), converted(seed=1, **options)
     step(net, batch(0), lr=0)
     step(twin, batch(0), lr=0)
     given = {n: p.detach().clone().requires_grad_() for n, p in twin.named_parameters()}
@@ -277,9 +347,10 @@ def test_a_norm_called_twice_in_a_pass_counts_two_iterations() -> None:
     assert norm.history_state()["sources"][0]["seen"] == 2
 
 
-def test_without_running_statistics() -> None:
+@pytest.mark.parametrize("options", [{"window": 2}, {"history": "ema"}], ids=["ring", "nothing to carry"])
+def test_without_running_statistics(options: dict) -> None:
     conv = nn.Conv2d(3, 4, 3).double()
-    norm = CrossIterationBatchNorm2d(4, window=2, track_running_stats=False, affine=False).double().bind(conv)
+    norm = CrossIterationBatchNorm2d(4, track_running_stats=False, affine=False, **options).double().bind(conv)
     assert not norm.state_dict()
     norm(conv(batch(0)))
     both = F.batch_norm(conv(torch.cat([batch(0), batch(1)])), None, None, training=True)
@@ -288,27 +359,31 @@ def test_without_running_statistics() -> None:
     torch.testing.assert_close(norm.eval()(x), F.batch_norm(x, None, None, training=True))
 
 
-def test_what_acts_between_conv_and_norm_in_training_is_refused() -> None:
+@both_kinds
+def test_what_acts_between_conv_and_norm_in_training_is_refused(options: dict) -> None:
     """DropPath is nothing in evaluation; its output is not the conv's."""
     from timm.layers import DropPath
 
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), DropPath(0.5), nn.BatchNorm2d(4)).train()
-    assert cbn.convert(net, example_input=X).counts["window"] == 1
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), DropPath(0.5), nn.BatchNorm2d(4))).train()
+    assert cbn.convert(net, example_input=X, **options).counts["window"] == 1
     net(X)
-    net[2].bind(net[0])
-    with pytest.raises(RuntimeError, match="bound to a Conv2d whose output is changed"):
-        net(batch(0, n=20, dtype=torch.float32))
+    for folded in {False, net[2].window.is_carried}:
+        net[2].bind(net[0], folded=folded)
+        with pytest.raises(RuntimeError, match="bound to a Conv2d whose output is changed"):
+            net(batch(0, n=20, dtype=torch.float32))
+        net[1].eval()
+        net(batch(0, dtype=torch.float32))
+        net[1].train()
     inplace = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5, inplace=True), nn.BatchNorm2d(4)).train()
-    inplace[2].__class__ = CrossIterationBatchNorm2d
-    inplace[2].set_window(4, "projection", "full", "ring", 0, False)
-    inplace[2].bind(inplace[0])
+    inplace[2] = bound(inplace[0], options)
     with pytest.raises(RuntimeError, match="changed"):
         inplace(batch(0, dtype=torch.float32))
 
 
-def test_a_copy_of_the_conv_output_is_its_output() -> None:
+@both_kinds
+def test_a_copy_of_the_conv_output_is_its_output(options: dict) -> None:
     conv = nn.Conv2d(3, 4, 3)
-    norm = CrossIterationBatchNorm2d(4, window=3).bind(conv)
+    norm = bound(conv, options)
     x = batch(0, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         norm(conv(x).float())
@@ -316,21 +391,23 @@ def test_a_copy_of_the_conv_output_is_its_output() -> None:
     assert norm.history_state()["sources"][0]["seen"] == 2
 
 
-def test_rows_in_another_order_are_refused() -> None:
+@both_kinds
+def test_rows_in_another_order_are_refused(options: dict) -> None:
     """At batch size 1 a sequence-first layout looks like the right one; training shows the difference."""
     linear = nn.Linear(5, 6)
-    norm = cbn.CrossIterationBatchNorm1d(6, window=3).bind(linear)
+    norm = randomize_norms(cbn.CrossIterationBatchNorm1d(6, **options)).bind(linear)
     norm(linear(torch.randn(7, 1, 5)).permute(1, 2, 0))
     with pytest.raises(RuntimeError, match="changed"):
         norm(linear(torch.randn(7, 3, 5)).permute(1, 2, 0))
 
 
-def test_an_input_that_the_conv_skips_may_be_infinite() -> None:
-    net = nn.Sequential(nn.Conv2d(16, 8, 1, stride=2), nn.BatchNorm2d(8)).train()
-    cbn.convert(net, example_input=torch.randn(1, 16, 8, 8))
+@both_kinds
+def test_an_input_that_the_conv_skips_may_be_infinite(options: dict) -> None:
+    net = randomize_norms(nn.Sequential(nn.Conv2d(16, 8, 1, stride=2), nn.BatchNorm2d(8))).train()
+    cbn.convert(net, example_input=torch.randn(1, 16, 8, 8), **options)
     for i in range(8):
         x = torch.randn(2, 16, 8, 8)
-        if i == 3:
+        if i % 3 == 0:  # in steps that look at their batch and in others
             x[0, 0, 1, 1] = float("inf")
         out = net(x)
         net.zero_grad()
@@ -339,8 +416,9 @@ def test_an_input_that_the_conv_skips_may_be_infinite() -> None:
         assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
-def test_momentum_none_counts_every_batch_once() -> None:
-    norm = CrossIterationBatchNorm2d(3, window=8, momentum=None).double()
+@pytest.mark.parametrize("options", [{"window": 8}, {"history": "ema"}], ids=["ring", "nothing to carry"])
+def test_momentum_none_counts_every_batch_once(options: dict) -> None:
+    norm = CrossIterationBatchNorm2d(3, momentum=None, **options).double()
     x = [batch(i, n=1) + i for i in range(12)]
     for part in x:
         norm(part)
@@ -350,6 +428,16 @@ def test_momentum_none_counts_every_batch_once() -> None:
     assert norm.num_batches_tracked == 12
 
 
+def test_momentum_means_nothing_to_a_carried_window() -> None:
+    """It forgets images at a rate of its own."""
+    plain, cumulative = converted(**CARRIED), converted(**CARRIED)
+    for layer in layers(cumulative):
+        layer.momentum = None
+    for i in range(4):
+        assert torch.equal(step(plain, batch(i)), step(cumulative, batch(i)))
+    assert_same_state(plain, cumulative, rtol=0, atol=0)
+
+
 def test_transposed_conv_with_an_output_size() -> None:
     conv = nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1).double()
     norm = CrossIterationBatchNorm2d(4, window=2).double().bind(conv)
@@ -357,3 +445,20 @@ def test_transposed_conv_with_an_output_size() -> None:
     norm(conv(y, output_size=(24, 23)))
     both = F.batch_norm(conv(torch.cat([y, batch(1)]), output_size=(24, 23)), None, None, training=True)
     torch.testing.assert_close(norm(conv(batch(1), output_size=(24, 23))), both[2:])
+
+
+def test_a_transposed_conv_with_an_output_size_trains_folded_as_it_does_apart() -> None:
+    convs = [nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1).double() for _ in range(2)]
+    convs[1].load_state_dict(convs[0].state_dict())
+    folded = bound(convs[0], CARRIED)
+    apart = randomize_norms(CrossIterationBatchNorm2d(4, **CARRIED)).double().bind(convs[1])
+    apart.load_state_dict(folded.state_dict())
+    for i in range(4):
+        one, other = (
+            norm(conv(batch(i), output_size=(24, 23))) for norm, conv in zip((folded, apart), convs, strict=True)
+        )
+        assert one.shape == (2, 4, 24, 23)
+        torch.testing.assert_close(one, other)
+        with torch.no_grad():
+            convs[0].weight += 0.1 * torch.randn_like(convs[0].weight)
+            convs[1].weight.copy_(convs[0].weight)

@@ -60,7 +60,7 @@ def test_warm_up_runs_before_the_first_update(colors: Path, tmp_path: Path, monk
 
     def spy(model, batches):
         original(model, batches)
-        lengths.append({len(m._sources[0].history) for m in model.modules() if hasattr(m, "_sources")})
+        lengths.append({m._sources[0].state.seen for m in model.modules() if hasattr(m, "_sources")})
 
     monkeypatch.setattr(engine, "warm_up", spy)
     cbn.finetune(config(colors, tmp_path / "run", history="ring"), quiet=True)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import randomize_norms
 from test_engine import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cbn_convert.norm import functional, history, kernels
+from cbn_convert.norm import carried, kernels, layer, ring
 from cbn_convert.training.environment import make_accelerator
 from cbn_convert.training.learner import Learner
 from cbn_convert.training.loading import batches, training_loader
@@ -56,8 +57,9 @@ class Questions(TorchDispatchMode):
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.parametrize("measured", [True, False])
 def test_an_update_asks_for_no_value(
-    changes: dict[str, Any], colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measured: bool, changes: dict[str, Any], colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(colors, tmp_path / "run", **changes)
     setup = build(settings)
@@ -65,13 +67,15 @@ def test_an_update_asks_for_no_value(
     parts = list(batches(loader))[: settings.accumulate]
     learner = Learner(settings, setup, make_accelerator(settings), Ranks(), 100)
     learner.wrapped.train()
-    for module in (functional, history):
+    if measured:  # so that there is something to carry
+        randomize_norms(learner.model)
+    for module in (carried, layer, ring):
         monkeypatch.setattr(module, "is_known", lambda condition: False)
     monkeypatch.setattr(learner, "stop_if_bad", lambda: None)
     for _ in range(2):  # the first may ask: there is no state of the optimizer and no past
         learner.update(parts)
     with kernels.forced("plain"), Questions() as questions:
-        for _ in range(9):  # every eighth measures how the statistics respond to the weights
+        for _ in range(9):  # every eighth looks at its batch
             learner.update(parts)
     assert questions.asked == []
 

@@ -1,8 +1,8 @@
-"""The passes over activations that a layer makes, and the per-channel work between them, for each device.
+"""The passes over activations that a layer makes where it does not train folded, and those over weights where it does.
 
 `select` is the one place that chooses. On the CPU: "compiled", the C++ of passes.cpp, where it was built and the layout
-is NCHW, else "cpu", ATen's own BatchNorm passes. On CUDA: "triton" where Triton is installed, else "native", the
-kernels of torch's SyncBatchNorm. "plain", for everything else, is the reference for all.
+is NCHW, else "cpu", ATen's own BatchNorm passes. On CUDA: "triton" where Triton is installed.
+"plain", for everything else, is the reference for all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from ..functional import Affine, Compensation, Gradient, InputGradient, Moments, Running, WindowStatistics
+from ..functional import Affine, FoldGradient, InputGradient
 from . import compiled, cpu, plain
 
 _forced: Kernels | None = None
@@ -29,26 +29,11 @@ class Kernels(Protocol):
 
     ACTIVATIONS: frozenset[str]
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mean and biased variance [C], and perhaps a tensor like x that `normalize` may overwrite."""
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [C]."""
         ...
 
-    def window(
-        self,
-        mean: Tensor,
-        var: Tensor,
-        past: Moments | None,
-        newest_weight: float,
-        theta: Tensor | None,
-        bias: Tensor | None,
-        compensation: Compensation,
-        gradient: Gradient,
-        running: Running | None,
-    ) -> tuple[WindowStatistics, Tensor]:
-        """`window_statistics`, `Running.update`, and whether mean and var are all finite."""
-        ...
-
-    def normalize(self, x: Tensor, affine: Affine, spare: Tensor | None) -> Tensor:
+    def normalize(self, x: Tensor, affine: Affine) -> Tensor:
         """act((x - mean)·scale + shift) in x's dtype."""
         ...
 
@@ -67,21 +52,26 @@ class Kernels(Protocol):
         """
         ...
 
-    def gradient_through_the_past(
-        self, window: WindowStatistics, grad_mean: Tensor, grad_var: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`functional.gradient_through_the_past`."""
+    def respond(self, theta: Tensor, patch_mean: Tensor, patch_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """θ·p̄, Σ d θ² and θ·θ [C] for weights [C, F], and p̄ and d [G, F]."""
+        ...
+
+    def folded_gradient(self, theta: Tensor, g: Tensor, fold: FoldGradient) -> tuple[Tensor, Tensor]:
+        """t = θ·g + away·shift [C] and ∂L/∂θ [C, F], from g, the gradient of the rows s θ, which may be overwritten.
+
+        ∂L/∂θ = s g + g_M (p̄ + along_length θ) + g_S along_spread d θ, with g_M = -s·shift and g_S = -½ s t / (S + eps).
+        """
         ...
 
 
 def select(x: Tensor) -> Kernels:
-    """The kernels for a tensor."""
+    """The kernels for a tensor, of activations or of weights [C, F]."""
     if _forced is not None:
         return _forced
     if x.is_cpu:
         return cast(Kernels, compiled if compiled.suits(x) else cpu)
     if x.is_cuda and x.dtype != torch.float64:
-        return named("triton" if _triton_runs(x.get_device()) else "native")
+        return named("triton" if _triton_runs(x.get_device()) else "plain")
     return cast(Kernels, plain)
 
 
@@ -94,7 +84,7 @@ def _triton_runs(device: int) -> bool:
         named("triton").statistics(torch.zeros(1, 1, 1, 1, device=f"cuda:{device}"))
     except Exception as error:  # whatever a compiler may raise
         warnings.warn(
-            f"Triton does not run on cuda:{device} ({type(error).__name__}: {error}); CBN uses torch's kernels there",
+            f"Triton does not run on cuda:{device} ({type(error).__name__}: {error}); CBN uses plain operations there",
             stacklevel=2,
         )
         return False
@@ -102,7 +92,7 @@ def _triton_runs(device: int) -> bool:
 
 
 def named(name: str) -> Kernels:
-    """The kernels called "compiled", "cpu", "triton", "native" or "plain"."""
+    """The kernels called "compiled", "cpu", "triton" or "plain"."""
     return cast(Kernels, import_module(".fused" if name == "triton" else f".{name}", __name__))
 
 
@@ -119,4 +109,4 @@ def forced(name: str) -> Iterator[None]:
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of x [N, C, ...], in float32 (float64 for float64 x)."""
-    return select(x).statistics(x)[:2]
+    return select(x).statistics(x)

@@ -12,15 +12,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..functional import Affine, gradient_through_the_past, per_channel, statistics_dtype
-from .plain import in_two_passes, window
+from ..functional import Affine, per_channel, statistics_dtype
+from .plain import folded_gradient, in_two_passes, respond
 
-__all__ = ["ACTIVATIONS", "backward", "gradient_through_the_past", "normalize", "statistics", "window"]
+__all__ = ["ACTIVATIONS", "backward", "folded_gradient", "normalize", "respond", "statistics"]
 
 ACTIVATIONS: frozenset[str] = frozenset()
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     x = x.to(statistics_dtype(x))
     positions = x.numel() / x.shape[1]
@@ -28,13 +28,13 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     # the variance of centred values: a difference of large sums would leave nothing where |mean| is many times the std
     centred = _affine(x, mean, torch.ones_like(mean), torch.zeros_like(mean), torch.empty_like(x))
     rest, square = (t / positions for t in _sums(centred, x, mean))
-    return mean + rest, square - rest * rest, centred
+    return mean + rest, square - rest * rest
 
 
-def normalize(x: Tensor, affine: Affine, spare: Tensor | None) -> Tensor:
+def normalize(x: Tensor, affine: Affine) -> Tensor:
     """See `Kernels`."""
     xs = x.to(affine.mean.dtype)
-    return _affine(xs, *affine[:3], torch.empty_like(xs) if spare is None else spare).to(x.dtype)
+    return _affine(xs, *affine[:3], torch.empty_like(xs)).to(x.dtype)
 
 
 def reduce(g: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:

@@ -83,80 +83,6 @@ def merge_statistics(sums_ptr, mean_ptr, var_ptr, C, splits, count, BC: tl.const
 
 
 @triton.jit
-def window(
-    mean_ptr, var_ptr, past_mean, past_var, anchor, explained, patch_mean, covariance, theta, bias,
-    m_ptr, s_ptr, along_ptr, pull_ptr, running_mean, running_var, finite_ptr,
-    C, F, per_group, n, slots, newest_weight, momentum, correction,
-    FOLLOWS: tl.constexpr, BIAS: tl.constexpr, RUNNING: tl.constexpr, TAYLOR: tl.constexpr,
-    BF: tl.constexpr, ALL: tl.constexpr,
-):  # fmt: skip
-    """One program per channel; see functional.window_statistics."""
-    c = tl.program_id(0).to(tl.int64)
-    every = tl.arange(0, ALL)
-    both = tl.load(mean_ptr + every, mask=every < C, other=0.0) + tl.load(var_ptr + every, mask=every < C, other=0.0)
-    finite = tl.sum((tl.abs(both) < float("inf")).to(tl.int32)) == ALL
-    if c == 0:
-        tl.store(finite_ptr, finite)
-    mean, var = tl.load(mean_ptr + c), tl.load(var_ptr + c)
-    total = mean * 0.0
-    for i in range(n):
-        at = c * slots + i
-        m = tl.load(past_mean + at)
-        if FOLLOWS:
-            reply, gain = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
-            for start in range(0, F, BF):
-                f = start + tl.arange(0, BF)
-                row = tl.load(theta + c * F + f, mask=f < F, other=0.0)
-                reply += row * tl.load(patch_mean + ((c // per_group) * slots + i) * F + f, mask=f < F, other=0.0)
-                gain += row * tl.load(covariance + at * F + f, mask=f < F, other=0.0)
-            drift = tl.sum(reply) - tl.load(anchor + at)
-            if BIAS:
-                drift += tl.load(bias + c)
-            m += drift
-            # kept for the second loop, which needs all means first
-            tl.store(pull_ptr + c * n + i, drift)
-            tl.store(along_ptr + c * n + i, tl.sum(gain) - tl.load(explained + at))
-        total += m
-    if FOLLOWS:
-        tl.debug_barrier()
-    rest = 1 - newest_weight
-    center = newest_weight * mean + rest * total / n
-    spreads = mean * 0.0
-    for i in range(n):
-        at = c * slots + i
-        v, spread = tl.load(past_var + at), tl.load(past_mean + at) - center
-        if FOLLOWS:
-            drift, gain = tl.load(pull_ptr + c * n + i), tl.load(along_ptr + c * n + i)
-            spread += drift
-            pull = spread
-            if TAYLOR:
-                v += 2 * gain - drift * drift
-                along = tl.where(v > 0, 1.0, 0.0)
-                pull -= along * drift
-                v = tl.where(v < 0, 0.0, v)
-            else:
-                known = tl.load(explained + at)
-                inverse = 1 / tl.where(known > 1e-15, known, 1e-15)
-                growth = 1 + gain * inverse
-                v *= growth
-                along = v * inverse
-                v *= growth
-            tl.store(pull_ptr + c * n + i, pull)
-            tl.store(along_ptr + c * n + i, along)
-        spreads += v + spread * spread
-    step = mean - center
-    s = newest_weight * (var + step * step) + rest * spreads / n
-    tl.store(m_ptr + c, center)
-    tl.store(s_ptr + c, s)
-    if RUNNING:  # decided when compiled
-        if finite:
-            old = tl.load(running_mean + c).to(tl.float32)
-            tl.store(running_mean + c, old + momentum * (center - old))
-            old = tl.load(running_var + c).to(tl.float32)
-            tl.store(running_var + c, old + momentum * (s * correction - old))
-
-
-@triton.jit
 def normalize(
     x_ptr, y_ptr, mean_ptr, scale_ptr, shift_ptr, C, P, sn, sc, sp,
     BP: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr,
@@ -230,22 +156,3 @@ def input_gradient(
     d = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean
     g = through(tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32), d * scale + shift, ACT)
     tl.store(out_ptr + offsets, g * scale + (slope * d + constant), mask=mask)
-
-
-@triton.jit
-def through_the_past(
-    covariance, patch_mean, along, pull, grad_mean, grad_var, theta_ptr, bias_ptr,
-    C, F, per_group, n, slots, pm_slots, w, BF: tl.constexpr,
-):  # fmt: skip
-    """One program per channel and block of F; see functional.gradient_through_the_past."""
-    c, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BF + tl.arange(0, BF)
-    g_mean, g_var = w * tl.load(grad_mean + c), w * tl.load(grad_var + c)
-    row, b = tl.zeros([BF], tl.float32), g_mean * 0.0
-    for i in range(n):
-        u, v = g_var * tl.load(along + c * n + i), g_mean + g_var * tl.load(pull + c * n + i)
-        row += u * tl.load(covariance + (c * slots + i) * F + f, mask=f < F, other=0.0)
-        row += v * tl.load(patch_mean + ((c // per_group) * pm_slots + i) * F + f, mask=f < F, other=0.0)
-        b += v
-    tl.store(theta_ptr + c * F + f, row, mask=f < F)
-    if tl.program_id(1) == 0:
-        tl.store(bias_ptr + c, b)

@@ -1,8 +1,8 @@
 """The CUDA path: Triton kernels for [N, C, ...] in NCHW and channels_last, float32, bfloat16 and float16.
 
-A forward pass is the sums of x, the per-channel part, and the
-normalisation with its activation; a backward pass the sums of g, their merging, and the gradient of x. Sums are of
-distances to a first guess of the mean, in float32, split among enough programs to fill the device.
+A forward pass is the sums of x and the normalisation with its activation; a backward pass the sums of g, their merging,
+and the gradient of x. Sums are of distances to a first guess of the mean, in float32, split among enough programs to
+fill the device.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..functional import Affine, Compensation, Gradient, InputGradient, Moments, Running, WindowStatistics
-from . import device, plain
+from ..functional import Affine, InputGradient
+from . import device
+from .plain import folded_gradient, respond
+
+__all__ = ["ACTIVATIONS", "backward", "folded_gradient", "normalize", "respond", "statistics"]
 
 _ACTS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 ACTIVATIONS = frozenset(_ACTS) - {""}
@@ -84,7 +87,7 @@ def _splits(layout: _Layout) -> int:
     return max(1, min(layout.tiles, _PROGRAMS // layout.columns))
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     layout = _layout(x)
     splits, channels = _splits(layout), layout.channels
@@ -95,58 +98,10 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             layout.x, sums, channels, layout.positions, layout.tiles, *layout.strides, **layout.options
         )
         device.merge_statistics[(triton.cdiv(channels, 128),)](sums, mean, var, channels, splits, layout.values, BC=128)
-    return mean, var, None
+    return mean, var
 
 
-def window(
-    mean: Tensor,
-    var: Tensor,
-    past: Moments | None,
-    newest_weight: float,
-    theta: Tensor | None,
-    bias: Tensor | None,
-    compensation: Compensation,
-    gradient: Gradient,
-    running: Running | None,
-) -> tuple[WindowStatistics, Tensor]:
-    """See `Kernels`."""
-    plainly = running is not None and (isinstance(running.momentum, Tensor) or isinstance(running.correction, Tensor))
-    if past is None or past.patch_covariance is not None or plainly:
-        return plain.window(mean, var, past, newest_weight, theta, bias, compensation, gradient, running)
-    channels, n = past.mean.shape
-    follows = theta is not None and past.patch_mean is not None
-    width, groups = 1, 1
-    if theta is not None and past.patch_mean is not None:
-        theta, width, groups = theta.contiguous(), theta.shape[1], past.patch_mean.shape[0]
-        bias = None if bias is None else bias.contiguous()
-    M, S = torch.empty(2, channels, dtype=torch.float32, device=mean.device).unbind()
-    along, pull = torch.empty(2, channels, n, dtype=torch.float32, device=mean.device).unbind()
-    finite = torch.empty((), dtype=torch.bool, device=mean.device)
-
-    def given(t: Tensor | None) -> Tensor:
-        return mean if t is None else t  # a pointer that is not followed
-
-    with _on(mean):
-        device.window[(channels,)](
-            mean, var, past.mean, past.var, given(past.anchor), given(past.explained), given(past.patch_mean),
-            given(past.covariance), given(theta), given(bias), M, S, along, pull,
-            *((mean, mean) if running is None else (running.mean, running.var)), finite,
-            channels, width, channels // groups, n, past.mean.stride(0), newest_weight,
-            *((0.0, 0.0) if running is None else (running.momentum, running.correction)),
-            FOLLOWS=follows, BIAS=follows and bias is not None, RUNNING=running is not None,
-            TAYLOR=compensation == "taylor", BF=min(1024, triton.next_power_of_2(width)),
-            ALL=triton.next_power_of_2(channels),
-        )  # fmt: skip
-    if running is not None:
-        torch.autograd.graph.increment_version((running.mean, running.var))
-    answer = WindowStatistics(M, S, 1.0 if gradient == "straight_through" else newest_weight)
-    if gradient == "full" and follows:
-        w = (1 - newest_weight) / n
-        answer = WindowStatistics(M, S, newest_weight, w, along, pull, past.covariance, past.patch_mean)
-    return answer, finite
-
-
-def normalize(x: Tensor, affine: Affine, spare: Tensor | None) -> Tensor:
+def normalize(x: Tensor, affine: Affine) -> Tensor:
     """See `Kernels`."""
     layout = _layout(x)
     y = torch.empty_like(layout.x)
@@ -191,22 +146,3 @@ def backward(
                 **layout.options, ACT=act,
             )  # fmt: skip
     return InputGradient(g_x, *out[:4].unbind())
-
-
-def gradient_through_the_past(window: WindowStatistics, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, Tensor]:
-    """See `Kernels`."""
-    _, _, _, w, along, pull, covariance, patch_mean = window
-    assert along is not None
-    assert pull is not None
-    assert covariance is not None
-    assert patch_mean is not None
-    channels, n, width = covariance.shape
-    g_theta, g_b = covariance.new_empty(channels, width), covariance.new_empty(channels)
-    block = min(1024, triton.next_power_of_2(width))
-    with _on(covariance):
-        device.through_the_past[channels, triton.cdiv(width, block)](
-            covariance, patch_mean, along.contiguous(), pull.contiguous(), grad_mean, grad_var, g_theta, g_b,
-            channels, width, channels // len(patch_mean), n, covariance.stride(0) // width,
-            patch_mean.stride(0) // width, w, BF=block,
-        )  # fmt: skip
-    return g_theta, g_b

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t BLOCK = 2048;
 constexpr int64_t SMALL = 65536;  // work that is not worth waking other threads for
-constexpr double NEGLIGIBLE = 1e-15;  // as in functional.py
 
 enum Act { NONE, RELU, RELU6 };
 
@@ -134,94 +133,65 @@ void input_gradient(const T* g, const T* x, T* g_x, const T* mean, const T* scal
     }
 }
 
-// The past has n iterations; theta is null where it is only averaged. Returns whether mean and var are all finite.
+// What rows of weights [C, F] make of mean and variance of patches [G, F]: mean = p.row, spread = d.row^2, and their
+// square = row.row.
 template <class T>
-int window(const T* mean, const T* var, const T* past_mean, const T* past_var, const T* anchor, const T* explained,
-           const T* patch_mean, const T* covariance, const T* theta, const T* bias, T* M, T* S, T* along, T* pull,
-           T* running_mean, T* running_var, int64_t C, int64_t F, int64_t per_group, int64_t n, int64_t slots,
-           int taylor, double newest_weight, double momentum, double correction, int threads) {
-  int finite = 1;
-  for (int64_t c = 0; c < C; ++c) finite &= std::isfinite(mean[c]) && std::isfinite(var[c]);
-#pragma omp parallel for num_threads(threads) if (theta && C * F * n > SMALL)
+void respond(const T* theta, const T* patch_mean, const T* patch_var, T* mean, T* spread, T* square, int64_t C,
+             int64_t F, int64_t per_group, int threads) {
+#pragma omp parallel for num_threads(threads) if (C * F > SMALL)
   for (int64_t c = 0; c < C; ++c) {
-    double m_sum = 0, mean_c = mean[c], var_c = var[c];
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = c * slots + i;
-      double m = past_mean[at];
-      if (theta) {
-        const T *row = theta + c * F, *p = patch_mean + ((c / per_group) * slots + i) * F, *k = covariance + at * F;
-        T reply = 0, gain = 0;
-#pragma omp simd reduction(+ : reply, gain)
-        for (int64_t f = 0; f < F; ++f) {
-          reply += row[f] * p[f];
-          gain += row[f] * k[f];
-        }
-        // kept for the second loop, which needs all means first
-        pull[c * n + i] = T(double(reply) + (bias ? double(bias[c]) : 0.0) - double(anchor[at]));
-        along[c * n + i] = T(double(gain) - double(explained[at]));
-        m += pull[c * n + i];
+    const T *row = theta + c * F, *p = patch_mean + (c / per_group) * F, *d = patch_var + (c / per_group) * F;
+    double m = 0, q = 0, l = 0;
+    for (int64_t start = 0; start < F; start += BLOCK) {
+      const int64_t end = start + BLOCK < F ? start + BLOCK : F;
+      T a = 0, b = 0, s = 0;
+#pragma omp simd reduction(+ : a, b, s)
+      for (int64_t f = start; f < end; ++f) {
+        const T w = row[f] * row[f];
+        a += row[f] * p[f];
+        b += w * d[f];
+        s += w;
       }
-      m_sum += m;
+      m += a;
+      q += b;
+      l += s;
     }
-    const double rest = 1 - newest_weight, center = newest_weight * mean_c + rest * m_sum / n;
-    double s_sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = c * slots + i;
-      double v = past_var[at], spread = double(past_mean[at]) - center;
-      if (theta) {
-        const double drift = pull[c * n + i], gain = along[c * n + i];
-        spread += drift;
-        double slope, across = 0;
-        if (taylor) {
-          v += 2 * gain - drift * drift;
-          slope = v > 0;
-          across = slope * drift;
-          v = v > 0 ? v : (v == v ? 0 : v);
-        } else {
-          const double inverse = 1 / (explained[at] > NEGLIGIBLE ? double(explained[at]) : NEGLIGIBLE);
-          const double growth = 1 + gain * inverse;
-          v *= growth;
-          slope = v * inverse;
-          v *= growth;
-        }
-        along[c * n + i] = T(slope);
-        pull[c * n + i] = T(spread - across);
-      }
-      s_sum += v + spread * spread;
-    }
-    const double step = mean_c - center, s = newest_weight * (var_c + step * step) + rest * s_sum / n;
-    M[c] = T(center);
-    S[c] = T(s);
-    if (running_mean && finite) {
-      running_mean[c] = T(running_mean[c] + momentum * (center - running_mean[c]));
-      running_var[c] = T(running_var[c] + momentum * (s * correction - running_var[c]));
-    }
+    mean[c] = T(m);
+    spread[c] = T(q);
+    square[c] = T(l);
   }
-  return finite;
 }
 
+// From g, the gradient of the rows scale * theta, that of theta in its place; t is what the scale gets of it. The
+// per-channel vectors are those of FoldGradient in functional.py. Nothing goes through M and S where patch_mean is null.
 template <class T>
-void through_the_past(const T* covariance, const T* patch_mean, const T* along, const T* pull, const T* grad_mean,
-                      const T* grad_var, T* g_theta, T* g_b, int64_t C, int64_t F, int64_t per_group, int64_t n,
-                      int64_t slots, double w, int threads) {
-#pragma omp parallel for num_threads(threads) if (C * F * n > SMALL)
+void folded_gradient(const T* theta, T* g, const T* patch_mean, const T* patch_var, const T* scale, const T* inv_std,
+                     const T* away, const T* g_shift, const T* along_length, const T* along_spread, T* t, int64_t C,
+                     int64_t F, int64_t per_group, int threads) {
+#pragma omp parallel for num_threads(threads) if (C * F > SMALL)
   for (int64_t c = 0; c < C; ++c) {
-    double b = 0;
-    T* to = g_theta + c * F;
-    for (int64_t i = 0; i < n; ++i) {
-      const T u = T(w * grad_var[c] * along[c * n + i]);
-      const T v = T(w * grad_mean[c] + w * grad_var[c] * pull[c * n + i]);
-      b += v;
-      const T *k = covariance + (c * slots + i) * F, *p = patch_mean + ((c / per_group) * slots + i) * F;
-      if (i == 0) {
-#pragma omp simd
-        for (int64_t f = 0; f < F; ++f) to[f] = u * k[f] + v * p[f];
-      } else {
-#pragma omp simd
-        for (int64_t f = 0; f < F; ++f) to[f] += u * k[f] + v * p[f];
-      }
+    const T* row = theta + c * F;
+    T* to = g + c * F;
+    double sum = double(g_shift[c]) * away[c];
+    for (int64_t start = 0; start < F; start += BLOCK) {
+      const int64_t end = start + BLOCK < F ? start + BLOCK : F;
+      T part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t f = start; f < end; ++f) part += row[f] * to[f];
+      sum += part;
     }
-    g_b[c] = T(b);
+    t[c] = T(sum);
+    const double s = scale[c];
+    if (!patch_mean) {
+#pragma omp simd
+      for (int64_t f = 0; f < F; ++f) to[f] *= T(s);
+      continue;
+    }
+    const T *p = patch_mean + (c / per_group) * F, *d = patch_var + (c / per_group) * F;
+    const double g_mean = -s * g_shift[c], g_var = -0.5 * s * sum * inv_std[c] * inv_std[c];
+    const T a = T(s), b = T(g_mean), k = T(g_mean * along_length[c]), v = T(g_var * along_spread[c]);
+#pragma omp simd
+    for (int64_t f = 0; f < F; ++f) to[f] = a * to[f] + b * p[f] + (k + v * d[f]) * row[f];
   }
 }
 
@@ -247,24 +217,20 @@ void through_the_past(const T* covariance, const T* patch_mean, const T* along, 
                                  int threads) {                                                                     \
     CHOOSE(input_gradient, g, x, g_x, mean, scale, shift, slope, constant, N, C, P, threads);                       \
   }                                                                                                                 \
-  int cbn_window_##name(const T* mean, const T* var, const T* past_mean, const T* past_var, const T* anchor,        \
-                        const T* explained, const T* patch_mean, const T* covariance, const T* theta,               \
-                        const T* bias, T* M, T* S, T* along, T* pull, T* running_mean, T* running_var, int64_t C,   \
-                        int64_t F, int64_t per_group, int64_t n, int64_t slots, int taylor, double newest_weight,   \
-                        double momentum, double correction, int threads) {                                          \
-    return window(mean, var, past_mean, past_var, anchor, explained, patch_mean, covariance, theta, bias, M, S,     \
-                  along, pull, running_mean, running_var, C, F, per_group, n, slots, taylor, newest_weight,         \
-                  momentum, correction, threads);                                                                   \
+  void cbn_respond_##name(const T* theta, const T* patch_mean, const T* patch_var, T* mean, T* spread, T* square,   \
+                          int64_t C, int64_t F, int64_t per_group, int threads) {                                   \
+    respond(theta, patch_mean, patch_var, mean, spread, square, C, F, per_group, threads);                          \
   }                                                                                                                 \
-  void cbn_through_the_past_##name(const T* covariance, const T* patch_mean, const T* along, const T* pull,         \
-                                   const T* grad_mean, const T* grad_var, T* g_theta, T* g_b, int64_t C, int64_t F, \
-                                   int64_t per_group, int64_t n, int64_t slots, double w, int threads) {            \
-    through_the_past(covariance, patch_mean, along, pull, grad_mean, grad_var, g_theta, g_b, C, F, per_group, n,    \
-                     slots, w, threads);                                                                            \
+  void cbn_folded_gradient_##name(const T* theta, T* g, const T* patch_mean, const T* patch_var, const T* scale,    \
+                                  const T* inv_std, const T* away, const T* g_shift, const T* along_length,         \
+                                  const T* along_spread, T* t, int64_t C, int64_t F, int64_t per_group,             \
+                                  int threads) {                                                                    \
+    folded_gradient(theta, g, patch_mean, patch_var, scale, inv_std, away, g_shift, along_length, along_spread, t,  \
+                    C, F, per_group, threads);                                                                      \
   }
 
 extern "C" {
-int cbn_version() { return 1; }  // to be raised with every change of a signature
+int cbn_version() { return 2; }  // to be raised with every change of a signature
 EXPORT(float, f32)
 EXPORT(double, f64)
 }

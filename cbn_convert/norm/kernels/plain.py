@@ -7,51 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..functional import (
-    Affine,
-    Compensation,
-    Gradient,
-    InputGradient,
-    Moments,
-    Running,
-    WindowStatistics,
-    gradient_through_the_past,
-    per_channel,
-    statistics_dtype,
-    window_statistics,
-)
-
-__all__ = ["ACTIVATIONS", "backward", "gradient_through_the_past", "normalize", "statistics", "window"]
+from ..functional import Affine, FoldGradient, InputGradient, by_group, per_channel, response, statistics_dtype
 
 ACTIVATIONS: frozenset[str] = frozenset()
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `Kernels`."""
     var, mean = torch.var_mean(x.to(statistics_dtype(x)), [0, *range(2, x.dim())], correction=0)
-    return mean, var, None
+    return mean, var
 
 
-def window(
-    mean: Tensor,
-    var: Tensor,
-    past: Moments | None,
-    newest_weight: float,
-    theta: Tensor | None,
-    bias: Tensor | None,
-    compensation: Compensation,
-    gradient: Gradient,
-    running: Running | None,
-) -> tuple[WindowStatistics, Tensor]:
-    """See `Kernels`."""
-    answer = window_statistics(mean, var, past, newest_weight, theta, bias, compensation, gradient)
-    finite = torch.isfinite(mean + var).all()
-    if running is not None:
-        running.update(answer.mean, answer.var, finite)
-    return answer, finite
-
-
-def normalize(x: Tensor, affine: Affine, spare: Tensor | None) -> Tensor:
+def normalize(x: Tensor, affine: Affine) -> Tensor:
     """See `Kernels`."""
     mean, scale, shift = (per_channel(t, x) for t in affine[:3])
     return ((x.to(mean.dtype) - mean) * scale + shift).to(x.dtype)
@@ -101,3 +68,24 @@ def input_gradient(g: Tensor, x: Tensor, affine: Affine, slope: Tensor, constant
     """g'·scale + slope·(x - mean) + constant in x's dtype."""
     mean, scale, slope, constant = (per_channel(t, x) for t in (affine.mean, affine.scale, slope, constant))
     return (g.to(mean.dtype) * scale + slope * (x.to(mean.dtype) - mean) + constant).to(x.dtype)
+
+
+def respond(theta: Tensor, patch_mean: Tensor, patch_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels`."""
+    square = theta.square()
+    return response(patch_mean, theta, None), response(patch_var, square, None), square.sum(1)
+
+
+def folded_gradient(theta: Tensor, g: Tensor, fold: FoldGradient) -> tuple[Tensor, Tensor]:
+    """See `Kernels`."""
+    scale, inv_std, away, shift, along_length, along_spread, patch_mean, patch_var = fold
+    t = torch.linalg.vecdot(theta, g) + shift * away
+    g_theta = g * scale[:, None]
+    if patch_mean is not None and patch_var is not None:
+        groups = len(patch_mean)
+        g_mean, g_var = -scale * shift, -0.5 * scale * t * inv_std * inv_std
+        rows = by_group(g_theta, groups)
+        rows += by_group((g_mean * along_length)[:, None] * theta, groups)
+        rows += by_group((g_var * along_spread)[:, None] * theta, groups) * patch_var[:, None]
+        rows.baddbmm_(by_group(g_mean, groups)[:, :, None], patch_mean[:, None])
+    return t, g_theta

@@ -1,0 +1,257 @@
+"""The carried window: the running statistics, following the weights in every step and the images in some.
+
+A window that starts at running_mean and running_var, forgets slowly and is carried to the weights of every step needs
+no history: the running statistics are the window, valid at the weights of the last step. What must be known besides is
+how they respond to the weights, for which p̄ and d, mean and variance of every entry of the input patches, are enough:
+[G, F] numbers, shared by all channels of a group. From the weights θ_0 of the last step to θ, with q(θ) = Σ_f d_f θ_f²,
+
+    M = μ + p̄·(θ - θ_0) + (b - b_0) + (|θ| / |θ_0| - 1) (μ - θ_0·p̄ - b_0)            S = σ² q(θ) / q(θ_0)
+
+Both are exact if weights are only rescaled, and M wherever p̄ is the mean patch of what μ was taken of; S also if the
+entries of a patch are uncorrelated. What p̄ does not explain of μ grows with the length of θ alone, since p̄ says all
+that is known of directions. q is positive, so nothing can vanish or turn negative. θ·∂L/∂θ = 0, up to eps.
+
+One step of `every` looks at its batch, the layers of a model taking turns: mean and variance of x, and p̄ and d of some
+positions, join with the share 1 - (1 - 1/size)^n, n being the images since the last look. They do so behind the step:
+what a step normalises by depends on the weights alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, RunningStatistics
+from .distributed import joined_moments
+from .functional import WindowStatistics, is_known, pooled
+from .kernels import plain, select
+from .window import Window
+
+# A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
+# patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
+LEAST_VARIANCE, TINY = 0.05, 1e-12
+
+
+class Carried(NamedTuple):
+    """Statistics of some channels at certain weights, and how they respond to these; None where they need not.
+
+    Never written to: whoever keeps one for a backward pass finds it as it was.
+    """
+
+    mean: Tensor  # M [C]
+    var: Tensor  # S [C]
+    patch_mean: Tensor | None = None  # p̄ [G, F]
+    patch_var: Tensor | None = None  # d [G, F]
+    anchor: Tensor | None = None  # θ·p̄ + b [C]
+    spread: Tensor | None = None  # q [C]
+    square: Tensor | None = None  # θ·θ [C]
+
+    def moved(self, theta: Tensor, bias: Tensor | None) -> Carried:
+        """The statistics at θ [C, F] and b [C]; may be differentiated with respect to both.
+
+        The same to the bit where θ and b are those that they are at.
+        """
+        if self.patch_mean is None or self.patch_var is None:
+            return self
+        assert self.anchor is not None
+        assert self.spread is not None
+        assert self.square is not None
+        anchor, spread, square = self._anchored(theta, bias)
+        growth = _ratio(square, self.square).sqrt()
+        mean = self.mean + (anchor - self.anchor) + (growth - 1) * (self.mean - self.anchor)
+        var = self.var * _ratio(spread, self.spread)
+        return Carried(mean, var, self.patch_mean, self.patch_var, anchor, spread, square)
+
+    @property
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """How ∂M/∂θ - p̄ depends on θ, and ∂S/∂θ on d θ [C]; see `FoldGradient`."""
+        assert self.anchor is not None
+        assert self.spread is not None
+        assert self.square is not None
+        return (self.mean - self.anchor) / self.square, 2 * self.var / self.spread
+
+    def placed(self, mean: Tensor, var: Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
+        """Other statistics [C] at θ and b that respond in the same way."""
+        if self.patch_mean is None:
+            return Carried(mean, var)
+        return Carried(mean, var, self.patch_mean, self.patch_var, *self._anchored(theta, bias))
+
+    def _anchored(self, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.patch_mean is not None
+        assert self.patch_var is not None
+        kernels = plain if theta.requires_grad and torch.is_grad_enabled() else select(theta)
+        anchor, spread, square = kernels.respond(theta, self.patch_mean, self.patch_var)
+        return anchor if bias is None else anchor + bias, spread.clamp_min(TINY**2), square.clamp_min(TINY**2)
+
+    def with_patches(
+        self, mean: Tensor, var: Tensor, share: float | Tensor, theta: Tensor, bias: Tensor | None
+    ) -> Carried:
+        """Patches with p̄ and d [G, F] joined with a share; statistics as they are, anchored at θ and b."""
+        if self.patch_mean is None or self.patch_var is None:
+            joined = self._replace(patch_mean=mean, patch_var=_at_least(var))
+        else:
+            step = mean - self.patch_mean
+            own = _at_least(var + (1 - share) * step * step)
+            joined = self._replace(patch_mean=self.patch_mean + share * step, patch_var=self.patch_var.lerp(own, share))
+        return joined.placed(self.mean, self.var, theta, bias)
+
+    def where(self, finite: Tensor, other: Carried) -> Carried:
+        """This one where `finite`, else the other; decided on the device, without waiting for it."""
+        pairs = zip(self, other, strict=True)
+        return Carried(*[t if t is None or u is None else torch.where(finite, t, u) for t, u in pairs])  # type: ignore[arg-type]
+
+
+def _ratio(new: Tensor, old: Tensor) -> Tensor:
+    """new / old; 1 where weights were zero, of which nothing can be said that grows with them."""
+    return torch.where(old > TINY**2, new / old, 1.0)
+
+
+def _at_least(var: Tensor) -> Tensor:
+    return var + LEAST_VARIANCE * var.mean(1, keepdim=True) + TINY
+
+
+class CarriedWindow:
+    """The state of the carried window for some channels of a layer.
+
+    `state` holds at the weights of the last step, `last` is what that step normalised by, for a forward pass that is
+    computed once more. Copies and pickles keep neither: they go on from their own running statistics.
+    """
+
+    compensated = property(lambda self: self.state is not None and self.state.patch_mean is not None)
+
+    def __init__(self, window: Window, phase: int = 0) -> None:
+        self.window = window
+        self.phase = phase
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all but what the running statistics say."""
+        self.seen = 0  # steps
+        self.looks = 0
+        self.waiting = 0  # images since the last look
+        self.state: Carried | None = None
+        self.last: Carried | None = None
+        self.last_looked = self.last_folded = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"window": self.window, "phase": self.phase}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def is_due(self, iteration: int, follows: bool) -> bool:
+        """Whether the step looks at its batch: in turn, or because nothing is known of the patches yet."""
+        return (follows and not self.compensated) or (iteration + self.phase) % self.window.every == 0
+
+    def begin(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None, images: int) -> Carried:
+        """The statistics at θ [C, F] and b [C], for a step with so many images; θ None where it is not followed."""
+        self.seen += 1
+        self.waiting += images
+        self.last_looked = self.last_folded = False
+        self.last = self._moved(running, theta, bias)
+        self.state = self.last
+        return self.last
+
+    def _moved(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None) -> Carried:
+        state = self.state
+        if state is None or (theta is None and running.changed):
+            return Carried(*running.read())
+        if (state.mean.dtype, state.mean.device) != (running.dtype, running.mean.device):
+            state = Carried(*[None if t is None else t.to(running.mean.device, running.dtype) for t in state])  # type: ignore[arg-type]
+        if theta is None:
+            return state
+        if not running.changed:
+            return state.moved(theta, bias)
+        # Somebody else wrote to the buffers. What DistributedDataParallel hands out before every step are those of
+        # rank 0 at the weights of the step before; what others write goes with the weights as they are.
+        mean, var = running.read()
+        if running.handed_out:
+            return state._replace(mean=mean, var=var).moved(theta, bias)
+        return state.placed(mean, var, theta, bias)
+
+    def look(self, batch: Batch) -> Carried:
+        """Takes the batch in, behind the step that `begin` began; returns what the step is to normalise by."""
+        before = self.last
+        assert before is not None
+        self.last_looked = True
+        theta, bias = batch.theta, batch.bias
+        patches = (
+            None if theta is None or batch.input is None else batch.patches(self.window.positions, self._turn(batch))
+        )
+        found = joined_moments(batch, patches, before, self.waiting)
+        share = 1 - (1 - 1 / self.window.size) ** found.images
+        if found.patch_mean is not None and found.patch_var is not None and theta is not None:
+            of_patches = (found.patch_mean, found.patch_var)
+            if before.patch_mean is None:
+                # they serve this step already, so that here it has to be known whether they can be trusted
+                if type(found.finite) is Tensor and not found.finite:
+                    return before
+                before = before.with_patches(*of_patches, 1.0, theta, bias)
+            first = 1 / (self.looks + 1)  # the mean of the first looks
+            of_look = share.clamp_min(first) if isinstance(share, Tensor) else max(share, first)
+            joined = before.with_patches(*of_patches, of_look, theta, bias)
+        else:
+            joined = before
+        mean, var = pooled(before.mean, before.var, found.mean, found.var, share)
+        joined = joined._replace(mean=mean, var=var)
+        self.last = before
+        if not is_known(found.finite):
+            self.state = joined.where(found.finite, before)
+        elif found.finite:
+            self.state = joined
+        else:
+            return before
+        self.looks += 1
+        self.waiting = 0
+        return before
+
+    def _turn(self, batch: Batch) -> int:
+        return (batch.iteration + 1) // self.window.every
+
+    def statistics(self, batch: Batch) -> WindowStatistics:
+        """What a step normalises x by where the layer does not train folded; see `folded` for where it does."""
+        if batch.recomputing and self.last is not None:
+            carried = self.last
+        else:
+            with torch.no_grad():
+                assert batch.running is not None
+                detached = batch.detached()
+                carried = self.begin(batch.running, detached.theta, detached.bias, batch.images)
+                if self.is_due(batch.iteration, batch.theta is not None):
+                    carried = self.look(detached)
+                self.write(batch.running)
+        if batch.theta is None or carried.patch_mean is None or self.window.gradient != "full":
+            return WindowStatistics(carried.mean, carried.var, 0.0)
+        return WindowStatistics(carried.mean, carried.var, 0.0, *carried.moved(batch.theta, batch.bias)[:2])
+
+    def write(self, running: RunningStatistics) -> None:
+        """Makes the running statistics those of the window."""
+        if self.state is not None:
+            running.write(self.state.mean, self.state.var)
+
+    def carry(self, running: RunningStatistics, theta: Tensor, bias: Tensor | None) -> None:
+        """Takes the window, and the running statistics with it, to other weights between two steps."""
+        if self.state is not None:
+            self.state = self._moved(running, theta, bias)
+            self.write(running)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the state, to account for their memory."""
+        return [] if self.state is None else [t for t in self.state if t is not None]
+
+    def bytes(self, channels: int, fan_in: int, groups: int) -> int:
+        """What the state takes in float32; fan_in 0 where no weight is followed."""
+        return 4 * (2 * channels + (3 * channels + 2 * groups * fan_in if fan_in else 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
+        slots = {} if self.state is None else {k: v.clone() for k, v in self.state._asdict().items() if v is not None}
+        return {"kind": "ema", "seen": self.seen, "looks": self.looks, "waiting": self.waiting, "slots": slots}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.clear()
+        self.seen, self.looks, self.waiting = int(state["seen"]), int(state["looks"]), int(state["waiting"])
+        self.state = Carried(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
