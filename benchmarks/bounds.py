@@ -23,13 +23,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from cbn_convert.norm.history import History
 from report import RESULTS, provenance
 from torch import nn
 
 import cbn_convert as cbn
 from cbn_convert.conversion.converting import MOMENTS_EVERY, MOMENTS_POSITIONS
 from cbn_convert.norm import CrossIterationMixin
-from cbn_convert.norm.history import History
 from cbn_convert.norm.kernels import compiled
 from cbn_convert.norm.moments import _grid
 

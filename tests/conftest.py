@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is obeyed
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is defined
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -65,7 +65,7 @@ class Batch:
     recomputing: bool
     ranks: int
     running: RunningStatistics | None = None
-    positions: float | Tensor = field(default=0.0, init=False)  # values per channel, of all ranks
+    positions: float | Tensor = field(default=0.0, init=False)  # values per channel in the window
     mean: Tensor | None = field(default=None, init=False)  # of x, over all ranks
     var: Tensor | None = field(default=None, init=False)
     finite: Tensor = field(default_factory=lambda: torch.tensor(True), init=False)
@@ -88,7 +88,7 @@ class Batch:
         return replace(self, x=x, theta=theta, bias=bias)
 
     def measured(self, positions: float | Tensor, mean: Tensor, var: Tensor) -> None:
-        """Notes the number of values per channel, and their mean and variance [C], of all ranks."""
+        """Notes mean and variance [C] of x over all ranks, and how many values per channel the window holds."""
         self.positions, self.mean, self.var = positions, mean, var
         self.finite = torch.isfinite(mean + var).all()
 

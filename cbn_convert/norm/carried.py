@@ -25,8 +25,8 @@ from torch import Tensor
 
 from .batch import Batch, RunningStatistics
 from .distributed import joined_moments
-from .functional import WindowStatistics, is_known, pooled
-from .kernels import plain, select
+from .functional import is_known, pooled
+from .kernels import KERNELS, select
 from .window import Window
 
 # A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
@@ -81,7 +81,7 @@ class Carried(NamedTuple):
     def _anchored(self, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         assert self.patch_mean is not None
         assert self.patch_var is not None
-        kernels = plain if theta.requires_grad and torch.is_grad_enabled() else select(theta)
+        kernels = KERNELS["plain"] if theta.requires_grad and torch.is_grad_enabled() else select(theta)
         anchor, spread, square = kernels.respond(theta, self.patch_mean, self.patch_var)
         return anchor if bias is None else anchor + bias, spread.clamp_min(TINY**2), square.clamp_min(TINY**2)
 
@@ -210,8 +210,8 @@ class CarriedWindow:
     def _turn(self, batch: Batch) -> int:
         return (batch.iteration + 1) // self.window.every
 
-    def statistics(self, batch: Batch) -> WindowStatistics:
-        """What a step normalises x by where the layer does not train folded; see `folded` for where it does."""
+    def statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """M and S that a step normalises x by where the layer does not train folded; see `folded` for where it does."""
         if batch.recomputing and self.last is not None:
             carried = self.last
         else:
@@ -222,9 +222,9 @@ class CarriedWindow:
                 if self.is_due(batch.iteration, batch.theta is not None):
                     carried = self.look(detached)
                 self.write(batch.running)
-        if batch.theta is None or carried.patch_mean is None or self.window.gradient != "full":
-            return WindowStatistics(carried.mean, carried.var, 0.0)
-        return WindowStatistics(carried.mean, carried.var, 0.0, *carried.moved(batch.theta, batch.bias)[:2])
+        if batch.theta is not None and self.window.gradient == "full":
+            carried = carried.moved(batch.theta, batch.bias)
+        return carried.mean, carried.var
 
     def write(self, running: RunningStatistics) -> None:
         """Makes the running statistics those of the window."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 from .functional import statistics_dtype
 from .kernels import batch_statistics
@@ -30,15 +31,20 @@ def total(t: Tensor) -> Tensor:
 
 
 def joined_statistics(x: Tensor, ranks: int) -> tuple[float | Tensor, Tensor, Tensor]:
-    """Number of values per channel, mean and biased variance [C] of x [N, C, ...] over all ranks; N may be 0 here."""
-    count = x.numel() // x.shape[1]
+    """Number of values per channel, mean and biased variance [C] of x [N, C, ...] over all ranks, with gradients.
+
+    N may be 0 here, but not on all ranks.
+    """
+    axes, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
+    x = x.to(statistics_dtype(x))
     if ranks == 1:
-        return float(count), *batch_statistics(x)
-    nothing = x.new_zeros(x.shape[1], dtype=statistics_dtype(x))
-    mean, var = batch_statistics(x) if count else (nothing, nothing)
-    sums = total(torch.cat([mean * count, mean.new_full((1,), count)]))
-    every, joined = sums[-1], sums[:-1] / sums[-1]
-    return every, joined, total(count * (var + (mean - joined) ** 2)) / every
+        var, mean = torch.var_mean(x, axes, correction=0)
+        return float(count), mean, var
+    sums = all_reduce(torch.cat([x.sum(axes), x.new_full((1,), count)]))
+    every = sums[-1].detach()
+    mean = sums[:-1] / every
+    spread = (x - mean.view(1, -1, *[1] * (x.dim() - 2))).square().sum(axes)
+    return every, mean, all_reduce(spread) / every
 
 
 def joined_mean(t: Tensor, count: int, ranks: int) -> Tensor:

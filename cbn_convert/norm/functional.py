@@ -12,14 +12,11 @@ expression subtracts two large numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .kernels import Kernels
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -63,25 +60,6 @@ def pooled(
     return mean + share * step, var + share * (new_var - var) + share * (1 - share) * step * step
 
 
-class Affine(NamedTuple):
-    """y = act((x - mean)·scale + shift), per channel [C]; act is the name of an activation, or empty."""
-
-    mean: Tensor
-    scale: Tensor
-    shift: Tensor
-    act: str = ""
-
-
-class InputGradient(NamedTuple):
-    """What a backward pass over x finds: ∂L/∂x, γ's and β's gradient, ∂L/∂M and 2 ∂L/∂S, all but the first [C]."""
-
-    x: Tensor | None
-    gamma: Tensor
-    beta: Tensor
-    mean: Tensor
-    twice_var: Tensor
-
-
 class FoldGradient(NamedTuple):
     """What the gradient of folded rows s θ is made of [C]; p̄ and d [G, F] are None where M and S are fixed."""
 
@@ -95,144 +73,24 @@ class FoldGradient(NamedTuple):
     patch_var: Tensor | None = None
 
 
-class WindowStatistics(NamedTuple):
-    """M and S of a window as the sum of what the current batch and the past contribute.
+def normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    """γ (x - M) / sqrt(S + eps) + β of x [N, C, ...] in its dtype, with the gradients of all; M and S [C].
 
-        M = share·μ + past_mean        S = share·(σ² + (μ - M)²) + past_square, where past_square is about M
-
-    past_mean and past_square [C] carry the gradient to the weights, if there is one. They are None where the batch is
-    all of the window, where a carried window is constant (share 0), and with `replaces`, by which the batch gets the
-    gradient of the whole window, as if it were all of it.
+    As BatchNorm in evaluation with M and S as they are, whose γ and β carry the gradients of M and S: its passes are
+    fast, keep x alone, and have second derivatives.
     """
-
-    mean: Tensor
-    var: Tensor
-    share: float
-    past_mean: Tensor | None = None
-    past_square: Tensor | None = None
-    replaces: bool = False
-
-
-class Pass(NamedTuple):
-    """How `Normalize` makes its passes over x.
-
-    eps: as in BatchNorm. act: the name of one of the kernels' activations, applied to y, or empty. positions: values
-    per channel in the current batch. total: sums a tensor over the ranks where the batch is the joined one of all.
-    """
-
-    kernels: Kernels
-    eps: float
-    act: str
-    positions: float | Tensor
-    total: Callable[[Tensor], Tensor] | None
-
-
-class Normalize(torch.autograd.Function):
-    """y = act(γ (x - M) / sqrt(S + eps) + β), backpropagated through M and S to x and to the past.
-
-    forward(x, γ, β, past_mean, past_square, window, settings): x [N, C, ...] of any float dtype; γ and β [C] or None;
-    the past's tensors once more, as what autograd sees, beside the `WindowStatistics` that they belong to; `Pass`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        past_mean: Tensor | None,
-        past_square: Tensor | None,
-        window: WindowStatistics,
-        settings: Pass,
-    ) -> Tensor:
-        """See the class."""
-        inv_std = torch.rsqrt(window.var + settings.eps)
-        dtype = inv_std.dtype
-        scale = inv_std if gamma is None else (inv_std * gamma).to(dtype)
-        shift = torch.zeros_like(inv_std) if beta is None else beta.to(dtype).contiguous()
-        affine = Affine(window.mean, scale, shift, settings.act)
-        ctx.save_for_backward(x, gamma, beta, past_mean, past_square, window.mean, window.var, inv_std, scale, shift)
-        ctx.share, ctx.replaces, ctx.settings = window.share, window.replaces, settings
-        return settings.kernels.normalize(x, affine)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients for x, γ, β and the past. ∂L/∂M and ∂L/∂S collect what every output says about the statistics.
-
-        ∂L/∂M = -Σ g γ / sqrt(S + eps)              ∂L/∂S = -½ Σ g γ (x - M) / (S + eps)^(3/2)
-        ∂L/∂x = g γ / sqrt(S + eps) + (share/m) (∂L/∂M + 2 ∂L/∂S (x - M))
-
-        With create_graph, all of it by the formulas that have derivatives of their own.
-        """
-        (g,) = grads
-        x, gamma, beta, past_mean, past_square, M, S, inv_std, scale, shift = ctx.saved_tensors
-        settings: Pass = ctx.settings
-        if torch.is_grad_enabled():
-            window = WindowStatistics(M, S, ctx.share, past_mean, past_square, ctx.replaces)
-            return (
-                *gradients(plainly_normalized, (x, gamma, beta, past_mean, past_square), g, window, settings),
-                None,
-                None,
-            )
-        share = 1.0 if ctx.replaces else ctx.share
-        share = share / settings.positions if share else 0.0
-        found = settings.kernels.backward(
-            g, x, Affine(M, scale, shift, settings.act), inv_std, share if ctx.needs_input_grad[0] else None,
-            settings.total,
-        )  # fmt: skip
-        g_mean, g_var = found.mean, found.twice_var / 2
-        if not x.numel():  # a rank without images has no part in statistics that perhaps no rank could compute
-            g_mean, g_var = (torch.nan_to_num(t, 0, 0, 0) for t in (g_mean, g_var))
-        return (
-            found.x,
-            None if gamma is None else found.gamma.to(gamma.dtype),
-            None if beta is None else found.beta.to(beta.dtype),
-            None if past_mean is None else g_mean,
-            None if past_square is None else g_var,
-            None,
-            None,
-        )
-
-
-def plainly_normalized(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    past_mean: Tensor | None,
-    past_square: Tensor | None,
-    window: WindowStatistics,
-    settings: Pass,
-) -> Tensor:
-    """The function that `Normalize` computes, in operations that can be differentiated as often as one likes.
-
-    past_square is about the value of M; about M itself it is
-    past_square - 2 (M - value) (past_mean - (1 - share) value) + (1 - share) (M - value)²,
-    whose first derivative is that of past_square.
-    """
-    if settings.total is not None:
-        raise RuntimeError(
-            "second derivatives are not known through statistics that are synchronised; convert without sync"
-        )
-    dtype, axes = window.mean.dtype, [0, *range(2, x.dim())]
-    xs, at = x.to(dtype), window.mean.detach()
-    share, rest = window.share, 1 - window.share
-    if window.replaces:
-        # the values of the window, with the derivatives that the batch alone would give it
-        own, square = xs.mean(axes), (xs - per_channel(at, xs)).square().mean(axes)
-        mean, var = at + own - own.detach(), window.var + square - square.detach()
-    elif share:
-        mean = share * xs.mean(axes) + (0 if past_mean is None else past_mean)
-        var = share * (xs - per_channel(mean, xs)).square().mean(axes)
-        if past_mean is not None and past_square is not None:
-            step = mean - at
-            var = var + past_square - 2 * step * (past_mean - rest * at) + rest * step * step
-    else:
-        mean = window.mean if past_mean is None else past_mean
-        var = window.var if past_square is None else past_square
-    scale = torch.rsqrt(var + settings.eps)
-    y = (xs - per_channel(mean, xs)) * per_channel(scale if gamma is None else scale * gamma.to(dtype), xs)
-    y = (y if beta is None else y + per_channel(beta.to(dtype), xs)).to(x.dtype)
-    return getattr(F, settings.act)(y) if settings.act else y
+    M, S = mean.detach(), var.detach()
+    if mean.requires_grad or var.requires_grad:
+        # ones and zeros, to the bit, so that a pass without gradients gives the same
+        inv_std = torch.rsqrt(var + eps)
+        ratio, shift = inv_std * (S + eps).sqrt(), (M - mean) * inv_std
+        gain = 1 + (ratio - ratio.detach())
+        shift = shift if gamma is None else shift * gamma.to(M.dtype)
+        gamma = gain if gamma is None else gain * gamma.to(M.dtype)
+        beta = shift if beta is None else shift + beta.to(M.dtype)
+    elif gamma is not None and gamma.dtype != M.dtype:
+        gamma, beta = gamma.to(M.dtype), None if beta is None else beta.to(M.dtype)
+    return F.batch_norm(x, M, S, gamma, beta, False, 0.0, eps)
 
 
 def gradients(

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from .activation import activate, name_of_activation
+from .activation import activate
 from .batch import Batch
 from .carried import CarriedWindow
-from .distributed import total, world_size
+from .distributed import world_size
 from .folded import begin_folding, end_folding
-from .functional import Normalize, Pass, WindowStatistics, is_known, is_measured, pooled
-from .kernels import select
+from .functional import is_known, is_measured, normalize, pooled
 from .modes import what_lasts_may_be_made
 from .producers import (
     OutputChannels,
@@ -311,20 +310,19 @@ class CrossIterationMixin(_BatchNorm):
             if not recomputing:
                 self._count(None)
             return x if act is None else activate(x, act)
-        fused = name_of_activation(act, select(x).ACTIVATIONS)
         batches = [source.batch(source.of_input(x), recomputing) for source in self._sources]
         if x.numel() == 0 and not (self.window.sync and world_size() > 1):
             y = self._normalize_by_running_statistics(x)
             return y if act is None else act(y)
         # statistics and what is remembered are float32 whatever autocast does
         with _without_autocast(x):
-            made = [self._over(source, batch, fused) for source, batch in zip(self._sources, batches, strict=True)]
+            made = [self._over(source, batch) for source, batch in zip(self._sources, batches, strict=True)]
         if not recomputing:
             counted = [finite for _, finite in made if finite is not None]
             # a part may be finite where another one is not
             self._count(torch.stack(counted).all() if counted else None, counts=bool(counted))
         y = made[0][0] if len(made) == 1 else torch.cat([part for part, _ in made], 1)
-        return y if act is None or fused else act(y)
+        return y if act is None else act(y)
 
     def _is_folded(self, x: Tensor, recomputing: bool) -> bool:
         """Whether the layer that made x has normalised it already."""
@@ -341,33 +339,27 @@ class CrossIterationMixin(_BatchNorm):
             self.num_batches_tracked.add_(1 if finite is None else finite)
         self._leave()
 
-    def _over(self, source: Source, batch: Batch, act: str) -> tuple[Tensor, Tensor | None]:
+    def _over(self, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Output for a source's channels, and whether they count for the running statistics (None: they cannot)."""
         state = source.state
         assert state is not None
-        x, kernels = batch.x, select(batch.x)
-        window = state.statistics(batch)
+        mean, var = state.statistics(batch)
         if isinstance(state, Ring):
-            count = batch.positions / window.share
             # one rank alone can tell without waiting for the device
-            single = batch.ranks == 1 and count == 1
-            if single and not self.track_running_stats:
-                raise ValueError(f"expected more than 1 value per channel in training, got input size {x.shape}")
-            if not batch.recomputing and not single:
-                self._update_running_statistics(source, batch, window)
-            if single:
+            if batch.ranks == 1 and batch.positions == 1:
+                if not self.track_running_stats:
+                    raise ValueError(
+                        f"expected more than 1 value per channel in training, got input size {batch.x.shape}"
+                    )
                 # one value per channel has no variance, but it counts for the window, which fills from here
-                y = self._normalize_by_running_statistics(x, source)
-                return (getattr(F, act)(y) if act else y), None
-        settings = Pass(kernels, self.eps, act, batch.positions, total if batch.ranks > 1 else None)
-        y = Normalize.apply(
-            x, source.of(self.weight), source.of(self.bias), window.past_mean, window.past_square, window, settings
-        )
-        return y, batch.finite
+                return self._normalize_by_running_statistics(batch.x, source), None
+            if not batch.recomputing:
+                self._update_running_statistics(batch, mean, var)
+        return normalize(batch.x, mean, var, source.of(self.weight), source.of(self.bias), self.eps), batch.finite
 
     @torch.no_grad()
-    def _update_running_statistics(self, source: Source, batch: Batch, window: WindowStatistics) -> None:
-        """Moves a source's running statistics to those of the window, as BatchNorm does, var with Bessel's correction.
+    def _update_running_statistics(self, batch: Batch, mean: Tensor, var: Tensor) -> None:
+        """Moves a source's running statistics to mean and var of the window, as BatchNorm, with Bessel's correction.
 
         With momentum None, as recalibration needs it, to those of all batches together: each counts once, and the
         variance between them counts as well.
@@ -375,8 +367,7 @@ class CrossIterationMixin(_BatchNorm):
         running = batch.running
         if not self.track_running_stats or running is None:
             return
-        count = batch.positions / window.share
-        mean, var = window.mean, window.var * count / (count - 1)
+        var = var * batch.positions / (batch.positions - 1)
         share: float | Tensor
         if self.momentum is None:
             assert self.num_batches_tracked is not None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .distributed import joined_mean, joined_statistics
-from .functional import WindowStatistics, by_group, is_known, per_channel, response
+from .functional import by_group, is_known, per_channel, response
 from .producers import is_linear
 from .window import Window
 
@@ -93,30 +93,30 @@ class Ring:
         recorded = self._past if self._current is None else (*self._past, self._current[0])
         return any(i.covariance is not None for i in recorded)
 
-    def statistics(self, batch: Batch) -> WindowStatistics:
-        """The window over the batch and the past, and the batch recorded unless it is only computed once more."""
-        compensation, gradient = self.window.compensation, self.window.gradient
+    def statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """M and S of the window over the past and the batch, which is recorded unless it is only computed once more."""
+        positions, mean, var = joined_statistics(batch.x, batch.ranks)
         with torch.no_grad():
-            positions, mean, var = joined_statistics(batch.x, batch.ranks)
-            batch.measured(positions, mean, var)
             past = self._recorded(batch, mean)
         if batch.iteration < self.window.burn_in:
             past = ()
         share = 1 / (len(past) + 1)
+        batch.measured(positions / share, mean.detach(), var.detach())
+        if not batch.recomputing and self.window.size > 1:
+            self._current = (self._iteration(batch, mean.detach(), var.detach()), batch.finite)
+        gradient = self.window.gradient
         theta, bias = batch.theta, batch.bias
         if gradient != "full":
             theta, bias = (None if t is None else t.detach() for t in (theta, bias))
-        seen = [i.seen_from(theta, bias, compensation) for i in past]
-        with torch.no_grad():
-            M = share * (mean + sum(m for m, _ in seen))
-            S = share * (var + (mean - M) ** 2 + sum(v + (m - M) ** 2 for m, v in seen))
-        if not batch.recomputing and self.window.size > 1:
-            self._current = (self._iteration(batch, mean, var), batch.finite)
-        if not past or gradient == "straight_through":
-            return WindowStatistics(M, S, share, replaces=bool(past))
-        past_mean = share * torch.stack([m for m, _ in seen]).sum(0)
-        past_square = share * torch.stack([v + (m - M) ** 2 for m, v in seen]).sum(0)
-        return WindowStatistics(M, S, share, past_mean, past_square)
+        seen = [i.seen_from(theta, bias, self.window.compensation) for i in past]
+        M = share * (mean + sum(m for m, _ in seen))
+        S = share * (var + (mean - M) ** 2 + sum(v + (m - M) ** 2 for m, v in seen))
+        if gradient != "straight_through":
+            return M, S
+        # the values of the window, with the derivatives that the batch alone would give it
+        M, S = M.detach(), S.detach()
+        square = var + (mean - M) ** 2
+        return M + mean - mean.detach(), S + square - square.detach()
 
     def _recorded(self, batch: Batch, mean: Tensor) -> tuple[Iteration, ...]:
         """The past for a batch; moments of another kind, dtype or size are dropped, or moved to its device."""

@@ -1,6 +1,5 @@
-// The CPU's passes over activations x [N, C, P], contiguous, and the per-channel work between them. What they compute is
-// written down in cbn_convert/norm/functional.py; kernels/compiled.py calls them. Sums over positions are in the type of
-// x within a block and in double beyond, so that they are as exact as pairwise summation.
+// What kernels/compiled.py calls on the CPU: statistics of activations x [N, C, P], contiguous, and passes over weights
+// [C, F]. Sums are in the type of the tensor within a block and in double beyond, as exact as pairwise summation.
 
 #include <cmath>
 #include <cstdint>
@@ -9,23 +8,6 @@ namespace {
 
 constexpr int64_t BLOCK = 2048;
 constexpr int64_t SMALL = 65536;  // work that is not worth waking other threads for
-
-enum Act { NONE, RELU, RELU6 };
-
-template <int act, class T>
-inline T activate(T z) {
-  if (act != NONE) z = z > 0 ? z : (z == z ? T(0) : z);
-  if (act == RELU6) z = z < 6 ? z : (z == z ? T(6) : z);
-  return z;
-}
-
-// the gradient g taken through the activation, as torch does it at the edges; z is its input
-template <int act, class T>
-inline T through(T g, T z) {
-  if (act == RELU) return z > 0 ? g : T(0);
-  if (act == RELU6) return z > 0 && z < 6 ? g : T(0);
-  return g;
-}
 
 template <class T>
 void shifted_sums(const T* x, int64_t n, T shift, double& sum, double& square) {
@@ -59,78 +41,6 @@ void statistics(const T* x, T* mean, T* var, int64_t N, int64_t C, int64_t P, in
     const double v = square / count - rest * rest;
     var[c] = T(v < 0 ? 0 : v);
   }
-}
-
-template <int act, class T>
-void normalize(const T* x, T* y, const T* mean, const T* scale, const T* shift, int64_t N, int64_t C, int64_t P,
-               int threads) {
-#pragma omp parallel for collapse(2) num_threads(threads) if (N * C * P > SMALL)
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t c = 0; c < C; ++c) {
-      const T m = mean[c], a = scale[c], b = shift[c];
-      const T* from = x + (n * C + c) * P;
-      T* to = y + (n * C + c) * P;
-#pragma omp simd
-      for (int64_t i = 0; i < P; ++i) to[i] = activate<act>((from[i] - m) * a + b);
-    }
-}
-
-// out: γ's and β's gradient, ∂L/∂M and 2 ∂L/∂S, C numbers each; g_x may be null
-template <int act, class T>
-void backward(const T* g, const T* x, T* g_x, const T* mean, const T* inv_std, const T* scale, const T* shift, T* out,
-              double share, int64_t N, int64_t C, int64_t P, int threads) {
-#pragma omp parallel for num_threads(threads) if (N * C * P > SMALL)
-  for (int64_t c = 0; c < C; ++c) {
-    const T m = mean[c], a = scale[c], b = shift[c];
-    double total = 0, products = 0;
-    for (int64_t n = 0; n < N; ++n)
-      for (int64_t start = 0; start < P; start += BLOCK) {
-        const int64_t end = start + BLOCK < P ? start + BLOCK : P;
-        const T *gs = g + (n * C + c) * P, *xs = x + (n * C + c) * P;
-        T s = 0, q = 0;
-#pragma omp simd reduction(+ : s, q)
-        for (int64_t i = start; i < end; ++i) {
-          const T d = xs[i] - m, gi = through<act>(gs[i], d * a + b);
-          s += gi;
-          q += gi * d;
-        }
-        total += s;
-        products += q;
-      }
-    const double g_gamma = products * inv_std[c];
-    const double g_mean = -double(a) * total, g_var = -double(a) * inv_std[c] * g_gamma;
-    out[c] = T(g_gamma);
-    out[C + c] = T(total);
-    out[2 * C + c] = T(g_mean);
-    out[3 * C + c] = T(g_var);
-    if (!g_x) continue;
-    const T slope = T(share * g_var), constant = T(share * g_mean);
-    for (int64_t n = 0; n < N; ++n) {
-      const T *gs = g + (n * C + c) * P, *xs = x + (n * C + c) * P;
-      T* to = g_x + (n * C + c) * P;
-#pragma omp simd
-      for (int64_t i = 0; i < P; ++i) {
-        const T d = xs[i] - m;
-        to[i] = through<act>(gs[i], d * a + b) * a + (slope * d + constant);
-      }
-    }
-  }
-}
-
-template <int act, class T>
-void input_gradient(const T* g, const T* x, T* g_x, const T* mean, const T* scale, const T* shift, const T* slope,
-                    const T* constant, int64_t N, int64_t C, int64_t P, int threads) {
-#pragma omp parallel for collapse(2) num_threads(threads) if (N * C * P > SMALL)
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t c = 0; c < C; ++c) {
-      const T m = mean[c], a = scale[c], b = shift[c], s = slope[c], k = constant[c];
-      const int64_t at = (n * C + c) * P;
-#pragma omp simd
-      for (int64_t i = at; i < at + P; ++i) {
-        const T d = x[i] - m;
-        g_x[i] = through<act>(g[i], d * a + b) * a + (s * d + k);
-      }
-    }
 }
 
 // What rows of weights [C, F] make of mean and variance of patches [G, F]: mean = p.row, spread = d.row^2, and their
@@ -197,25 +107,10 @@ void folded_gradient(const T* theta, T* g, const T* patch_mean, const T* patch_v
 
 }  // namespace
 
-// one C function per template and type; `act` chooses the instance
-#define CHOOSE(f, ...) (act == RELU ? f<RELU>(__VA_ARGS__) : act == RELU6 ? f<RELU6>(__VA_ARGS__) : f<NONE>(__VA_ARGS__))
+// one C function per template and type
 #define EXPORT(T, name)                                                                                             \
   void cbn_statistics_##name(const T* x, T* mean, T* var, int64_t N, int64_t C, int64_t P, int threads) {           \
     statistics(x, mean, var, N, C, P, threads);                                                                     \
-  }                                                                                                                 \
-  void cbn_normalize_##name(const T* x, T* y, const T* mean, const T* scale, const T* shift, int64_t N, int64_t C,  \
-                            int64_t P, int act, int threads) {                                                      \
-    CHOOSE(normalize, x, y, mean, scale, shift, N, C, P, threads);                                                  \
-  }                                                                                                                 \
-  void cbn_backward_##name(const T* g, const T* x, T* g_x, const T* mean, const T* inv_std, const T* scale,         \
-                           const T* shift, T* out, double share, int64_t N, int64_t C, int64_t P, int act,          \
-                           int threads) {                                                                           \
-    CHOOSE(backward, g, x, g_x, mean, inv_std, scale, shift, out, share, N, C, P, threads);                         \
-  }                                                                                                                 \
-  void cbn_input_gradient_##name(const T* g, const T* x, T* g_x, const T* mean, const T* scale, const T* shift,     \
-                                 const T* slope, const T* constant, int64_t N, int64_t C, int64_t P, int act,       \
-                                 int threads) {                                                                     \
-    CHOOSE(input_gradient, g, x, g_x, mean, scale, shift, slope, constant, N, C, P, threads);                       \
   }                                                                                                                 \
   void cbn_respond_##name(const T* theta, const T* patch_mean, const T* patch_var, T* mean, T* spread, T* square,   \
                           int64_t C, int64_t F, int64_t per_group, int threads) {                                   \
@@ -230,7 +125,7 @@ void folded_gradient(const T* theta, T* g, const T* patch_mean, const T* patch_v
   }
 
 extern "C" {
-int cbn_version() { return 2; }  // to be raised with every change of a signature
+int cbn_version() { return 3; }  // to be raised with every change of a signature
 EXPORT(float, f32)
 EXPORT(double, f64)
 }
