@@ -18,7 +18,6 @@ from torch import Tensor
 from .producers import (
     Conv,
     Producer,
-    TransposedConv,
     as_rows,
     fan_in,
     groups_of,
@@ -127,11 +126,11 @@ class InputPatches:
         if is_transposed(module):
             # the mean over outputs is one more output channel per group: its weight gradient is the mean patch
             ones = y.new_ones(()).expand(len(y), module.groups, *self.out_size)
-            total = _weight_gradient(ones, y, module, self.stride, self.padding, self.dilation)
+            total = self._weight_gradient(ones, y)
         elif self.pointwise:
             total = y.sum([0, *range(2, y.dim())])
         else:
-            total = _patch_sum(y, module, self.stride, self.padding, self.dilation, self.out_size)
+            total = self._patch_sum(y)
         return total.reshape(module.groups, -1) / self.positions
 
     def covariance_with(self, xc: Tensor) -> Tensor:
@@ -144,8 +143,42 @@ class InputPatches:
         if self.pointwise and module.groups == 1:
             total = torch.bmm(xc.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
         else:
-            total = as_rows(_weight_gradient(xc, y, module, self.stride, self.padding, self.dilation), module)
+            total = as_rows(self._weight_gradient(xc, y), module)
         return total.div_(self.positions)
+
+    def _patch_sum(self, y: Tensor) -> Tensor:
+        """Sum of the patches [C_in, K_1, K_2, ...] of y over all output positions."""
+        total, kernel = y.sum(0), per_axis(self.module, "kernel_size")
+        # what is made for a FakeTensor is one itself, and of no use to others
+        selector_of = _selector if type(y) is Tensor else _selector.__wrapped__
+        for d in reversed(range(len(kernel))):
+            steps = (self.stride[d], self.padding[d], self.dilation[d])
+            selector = selector_of(y.shape[2 + d], self.out_size[d], kernel[d], *steps, y.device).to(y.dtype)
+            # contracts the last of the untouched axes; the kernel axes collect at the end, first dimension first
+            total = torch.tensordot(total, selector, dims=([1 + d], [0]))
+        return total.permute([0, *reversed(range(1, len(kernel) + 1))])
+
+    def _weight_gradient(self, g: Tensor, y: Tensor) -> Tensor:
+        """Gradient of the conv's weight for input y and output gradient g, which may have fewer channels."""
+        conv = self.module
+        assert not is_linear(conv)
+        transposed, kernel = is_transposed(conv), per_axis(conv, "kernel_size")
+        inputs, channels = conv.in_channels, g.shape[1]
+        shape = (inputs, channels // conv.groups) if transposed else (channels, inputs // conv.groups)
+        # only the shape of this weight is read
+        weight = y.new_empty(()).expand(*shape, *kernel)
+        output_padding = [0] * len(kernel)
+        if transposed:  # as the output is, whatever output_size was asked for
+            output_padding = [
+                g.shape[2 + d] - (y.shape[2 + d] - 1) * self.stride[d] + 2 * self.padding[d]
+                - self.dilation[d] * (kernel[d] - 1) - 1
+                for d in range(len(kernel))
+            ]  # fmt: skip
+        result: Tensor = torch.ops.aten.convolution_backward(
+            g, y, weight, None, self.stride, self.padding, self.dilation, transposed, output_padding, conv.groups,
+            [False, True, False],
+        )[1]  # fmt: skip
+        return result
 
 
 def _grid(sizes: Sequence[int], n: int, at_most: int | None, turn: int) -> tuple[slice, ...]:
@@ -191,65 +224,10 @@ def _views(y: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Se
     return y
 
 
-def _patch_sum(
-    y: Tensor,
-    conv: Conv,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out_size: Sequence[int],
-) -> Tensor:
-    """Sum of the input patches [C_in, K_1, K_2, ...] over all output positions."""
-    total = y.sum(0)
-    kernel = per_axis(conv, "kernel_size")
-    rank = len(kernel)
-    # what is made for a FakeTensor is one itself, and of no use to others
-    selector_of = _selector if type(y) is Tensor else _selector.__wrapped__
-    for d in reversed(range(rank)):
-        selector = selector_of(
-            y.shape[2 + d], out_size[d], kernel[d], stride[d], padding[d], dilation[d], y.dtype, y.device
-        )
-        # contracts the last of the untouched axes; the kernel axes collect at the end, first dimension first
-        total = torch.tensordot(total, selector, dims=([1 + d], [0]))
-    return total.permute([0, *reversed(range(1, rank + 1))])
-
-
 @lru_cache(maxsize=1024)
-def _selector(
-    size: int, out: int, k: int, stride: int, padding: int, dilation: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """[size, k]: 1 where an input index is read by a kernel position, for any of `out` output positions."""
+def _selector(size: int, out: int, k: int, stride: int, padding: int, dilation: int, device: torch.device) -> Tensor:
+    """[size, k]: whether an input index is read by a kernel position, for any of `out` output positions."""
     with torch.inference_mode(False):
         first = torch.arange(k, device=device) * dilation - padding
         offset = torch.arange(size, device=device)[:, None] - first[None, :]
-        selector = (offset >= 0) & (offset <= stride * (out - 1)) & (offset % stride == 0)
-        return selector.to(dtype)
-
-
-def _weight_gradient(
-    g: Tensor,
-    y: Tensor,
-    conv: Conv | TransposedConv,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """Gradient of the conv's weight for input y and output gradient g, which may have fewer channels than the conv."""
-    transposed = is_transposed(conv)
-    inputs, channels = conv.in_channels, g.shape[1]
-    shape = (inputs, channels // conv.groups) if transposed else (channels, inputs // conv.groups)
-    kernel = per_axis(conv, "kernel_size")
-    # only the shape of this weight is read
-    weight = y.new_empty(()).expand(*shape, *kernel)
-    output_padding = [0] * len(kernel)
-    if transposed:  # as the output is, whatever output_size was asked for
-        output_padding = [
-            g.shape[2 + d] - (y.shape[2 + d] - 1) * stride[d] + 2 * padding[d]
-            - dilation[d] * (kernel[d] - 1) - 1
-            for d in range(len(kernel))
-        ]  # fmt: skip
-    result: Tensor = torch.ops.aten.convolution_backward(
-        g, y, weight, None, stride, padding, dilation, transposed,
-        output_padding, conv.groups, [False, True, False],
-    )[1]  # fmt: skip
-    return result
+        return (offset >= 0) & (offset <= stride * (out - 1)) & (offset % stride == 0)
