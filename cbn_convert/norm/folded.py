@@ -208,12 +208,13 @@ class FoldingMixin(nn.Module):
 
     folded_class: type[nn.Module]
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class does, and normalised where `Source.folds` says so."""
         source: Source | None = self.__dict__.get("folds_into")
-        if source is not None and source.folds(self, input):
-            return source.folded(self, input, *args, **kwargs)
-        return super().forward(input, *args, **kwargs)
+        given = [*args, *kwargs.values()]
+        if source is not None and source.folds(self, given[0]):
+            return source.folded(self, *given)
+        return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new_folding, (self.folded_class,), dict(self.__dict__)

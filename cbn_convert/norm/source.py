@@ -108,7 +108,8 @@ class Source:
     def folds(self, module: nn.Module, input: Any) -> bool:
         """Whether the module is to apply the norm in this forward pass: what it makes goes there, and nowhere else."""
         norm = self.norm
-        if not norm.training or self.tap is None or self.tap.module is not module:
+        # a norm that is no longer in the model would go on training
+        if not (norm.training and module.training) or self.tap is None or self.tap.module is not module:
             refuse_replica(module)
             return False
         norm.begin_training()
@@ -123,15 +124,15 @@ class Source:
             return False
         return not (is_watched(module) or is_watched(norm) or _any_module_is_watched())
 
-    def folded(self, module: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of the module, normalised; input [N, C_in, ...], the rest as its forward pass takes it."""
+    def folded(self, module: Any, input: Tensor, output_size: Any = None) -> Tensor:
+        """The output of the module, normalised; input [N, C_in, ...], the rest as a transposed conv takes it."""
         if torch.compiler.is_compiling():
-            compiled: Tensor = torch.compiler.disable(self._folded)(module, input, *args, **kwargs)
+            compiled: Tensor = torch.compiler.disable(self._folded)(module, input, output_size)
             return compiled
         with what_lasts_may_be_made():
-            return self._folded(module, input, *args, **kwargs)
+            return self._folded(module, input, output_size)
 
-    def _folded(self, module: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _folded(self, module: Any, input: Tensor, output_size: Any) -> Tensor:
         norm, device = self.norm, input.device.type
         weight, bias = module.weight, module.bias
         assert self.tap is not None
@@ -145,7 +146,7 @@ class Source:
         assert running is not None
         assert isinstance(self.state, CarriedWindow)
         with torch.autocast(device, enabled=False):
-            apply, padded = as_function(module, input, *args, **kwargs)
+            apply, padded = as_function(module, input, output_size)
             step = FoldedStep(
                 module, apply, self.state, running, norm.eps, norm.iteration, norm.is_recomputing,
                 world_size() if norm.window.sync else 1, self.tap.followed,

@@ -288,6 +288,26 @@ def test_an_output_that_never_comes_to_the_norm_is_an_error() -> None:
         model[0](inputs((2, 3, 8, 8), 0))
 
 
+def test_a_norm_that_is_taken_out_of_the_model_does_nothing_in_evaluation() -> None:
+    """It is not told of model.eval(), and goes on as in training."""
+    model = conv_pair()
+    model(inputs((2, 3, 8, 8), 0))
+    model[1] = nn.Identity()
+    x = inputs((2, 3, 8, 8), 1)
+    torch.testing.assert_close(model.eval()(x), F.conv2d(x, *model[0].parameters()))
+    model.train()
+    for _ in range(3):
+        model(x)
+    with pytest.raises(RuntimeError, match="its output goes elsewhere"):
+        model(x)
+
+
+def test_the_input_may_be_named() -> None:
+    model, twin = conv_pair(), conv_pair()
+    x = inputs((2, 3, 8, 8), 0)
+    torch.testing.assert_close(model[1](input=model[0](input=x)), twin(x))
+
+
 def test_one_pass_that_broke_off_is_none() -> None:
     model, twin = conv_pair(), conv_pair()
     model[0](inputs((2, 3, 8, 8), 0))
