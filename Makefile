@@ -67,13 +67,14 @@ training: $(STAMP)
 	$(PY) benchmarks/recipes.py --data ../shared/data
 	$(PY) benchmarks/training.py
 
-# docs/results.md and the last tables of docs/method.md: hundreds of runs, most of a day on two cores; it goes on where
-# it was stopped
+# docs/results.md and tables of docs/experiments.md: hundreds of runs, most of a day on two cores; it goes on where it
+# was stopped
 study: $(STAMP)
 	$(PY) benchmarks/study.py --data ../shared/data --work study
 	$(PY) benchmarks/time_to_accuracy.py --data ../shared/data
 	$(PY) benchmarks/study_report.py
 	$(PY) benchmarks/from_scratch.py --data ../shared/data
+	$(PY) benchmarks/carried_forms.py --data ../shared/data
 	$(PY) benchmarks/readme.py
 
 estimation: $(STAMP)

@@ -58,7 +58,7 @@ RECALIBRATED = {
 }  # fmt: skip
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 SETTINGS = {
-    "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:taylor,cbn:current,cbn:none,cbn:empty",
+    "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:ring:taylor,cbn:current,cbn:none,cbn:empty",
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 # 8192 is in the others

@@ -18,7 +18,7 @@ from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
 LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
     PUBLISHED: "CBN as published", f"{PUBLISHED}:burn_in=100": "CBN as published, burn-in of 100 iterations",
-    "cbn:ring": "CBN, ring of 8", "cbn:taylor": "CBN, ring of 8, Taylor's step",
+    "cbn:ring": "CBN, ring of 8", "cbn:ring:taylor": "CBN, ring of 8, Taylor's step",
     "cbn:current": "CBN, no gradient through what follows the weights",
     "cbn:none": "CBN, following the images only", "cbn:empty": "CBN, every layer as a new one: ring of 2",
     "cbn:ring:window=2": "CBN, ring of 2", "cbn:window=2": "CBN, window of 2 iterations",
