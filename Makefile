@@ -32,13 +32,11 @@ format: $(STAMP)
 # about 25 minutes on a machine that does nothing else; README's and docs/performance.md's tables come from the JSON
 bench-cpu: $(STAMP)
 	$(PY) benchmarks/step_time.py --again
-	$(PY) benchmarks/layer.py
 	$(PY) benchmarks/bounds.py
 	$(PY) benchmarks/readme.py
 
 bench-gpu: $(STAMP)
 	$(PY) benchmarks/step_time.py --device cuda --again
-	$(PY) benchmarks/layer.py --device cuda
 	$(PY) benchmarks/readme.py
 
 # long studies on ../shared/data, whose JSON is committed: about two hours and ten minutes of one core
@@ -67,13 +65,14 @@ training: $(STAMP)
 	$(PY) benchmarks/recipes.py --data ../shared/data
 	$(PY) benchmarks/training.py
 
-# docs/results.md and the last tables of docs/method.md: hundreds of runs, most of a day on two cores; it goes on where
-# it was stopped
+# docs/results.md and tables of docs/experiments.md: hundreds of runs, most of a day on two cores; it goes on where it
+# was stopped
 study: $(STAMP)
 	$(PY) benchmarks/study.py --data ../shared/data --work study
 	$(PY) benchmarks/time_to_accuracy.py --data ../shared/data
 	$(PY) benchmarks/study_report.py
 	$(PY) benchmarks/from_scratch.py --data ../shared/data
+	$(PY) benchmarks/carried_forms.py --data ../shared/data
 	$(PY) benchmarks/readme.py
 
 estimation: $(STAMP)

@@ -1,45 +1,60 @@
-"""What CBN must cost beside BN, in multiplications and in bytes, and where the time of a step goes on the CPU.
+"""What CBN must move beside BN, in bytes, and where the time of a step goes on the CPU.
 
-    python benchmarks/bounds.py
+    python benchmarks/bounds.py [--bounds-only]
 
 Operations: a training step of a conv with m positions, C channels and F weights per channel is 3·m·F·C multiply-adds
-(forward, gradient of the input, of the weight); the covariance C of one iteration is m'·F·C over the m' positions
-that are looked at, every r-th step. Bytes: BN reads and writes 8 times the activations (benchmarks/layer.py); CBN
-adds passes over tensors of the weights' size, 6 in every step (θ and C read, ∂L/∂θ made from C and added to the
-conv's) and 6 more in a step with new moments. Times are wall clock around the functions named, in a step of the
-default conversion at batch size 2. Writes benchmarks/results/bounds.json.
+(forward, gradient of the input, of the weight). Bytes: BN reads and writes 8 times the activations
+(forward x twice and y, backward x and g twice and the gradient of x). The carried window, where the conv trains folded,
+makes passes over tensors of the weights' size in every step: θ is read for θ·p̄ and q, read and written as sθ, once more in the backward pass, and ∂L/∂θ is made of
+θ and the conv's gradient. In a look, one step of `every`, x is read for its statistics, read and written to be
+normalised, and the patches of some positions are read twice. Times are wall clock around the functions named, in a
+step of the default conversion at batch size 2. Writes benchmarks/results/bounds.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from cbn_convert.norm.history import History
 from report import RESULTS, provenance
 from torch import nn
 
 import cbn_convert as cbn
-from cbn_convert.conversion.converting import MOMENTS_EVERY, MOMENTS_POSITIONS
-from cbn_convert.norm import CrossIterationMixin
-from cbn_convert.norm.kernels import compiled
+from cbn_convert.bench.steps import _model
+from cbn_convert.norm import CrossIterationMixin, Window
+from cbn_convert.norm.carried import CarriedWindow
+from cbn_convert.norm.folded import FoldedMap
+from cbn_convert.norm.kernels.compiled import Compiled
 from cbn_convert.norm.moments import _grid
+from cbn_convert.norm.producers import Convolution, fan_in, groups_of
 
 ARCHS = ("resnet50", "mobilenetv2_100")
-TIMED = ("statistics", "window", "normalize", "backward", "gradient_through_the_past")
+WEIGHT_PASSES, LOOK_PASSES, PATCH_PASSES = 8, 3, 2
+# what is timed, by the name in the report; all but the first and the last are parts of the first
+TIMED: dict[str, list[tuple[Any, str]]] = {
+    "folded": [(FoldedMap, "forward"), (FoldedMap, "backward")],
+    "convs": [(Convolution, "__call__"), (Convolution, "gradients")],
+    "begin": [(CarriedWindow, "begin")],
+    "look": [(CarriedWindow, "look"), (Convolution, "scaled")],
+    "write": [(CarriedWindow, "write")],
+    "gradient": [(Compiled, "folded_gradient")],
+    "shift": [(Convolution, "bias_gradient")],
+    "norms": [(CrossIterationMixin, "normalize")],
+}
 
 
 def bounds(arch: str, batch: int) -> dict[str, Any]:
-    model = timm.create_model(arch, num_classes=10)
-    cbn.convert(model)
+    model, window = _model(arch), Window()
+    report = cbn.convert(model)
     sizes: dict[nn.Module, tuple[int, ...]] = {}
     for module in model.modules():
         if isinstance(module, CrossIterationMixin) and module.producers:
@@ -47,49 +62,54 @@ def bounds(arch: str, batch: int) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         model(torch.randn(1, 3, 224, 224))
-    step = every = default = activations = weights = 0
+    macs = activations = weights = patches = 0
     for conv, size in sizes.items():
-        per_position, positions = conv.weight.numel(), batch * math.prod(size)
-        grid = _grid(size, batch, MOMENTS_POSITIONS, 0)
+        positions = batch * math.prod(size)
+        grid = _grid(size, batch, window.positions, 0)
         some = batch * math.prod(len(range(*g.indices(n))) for g, n in zip(grid, size, strict=True))
-        step += 3 * positions * per_position
-        every += positions * per_position
-        default += some * per_position / MOMENTS_EVERY
+        macs += 3 * positions * conv.weight.numel()
         activations += positions * conv.out_channels
-        weights += per_position
+        weights += conv.weight.numel()
+        patches += some * groups_of(conv) * fan_in(conv)
+    looks = (LOOK_PASSES * activations + PATCH_PASSES * patches) / window.every
     return {
-        "arch": arch, "batch_size": batch, "step_gmacs": step / 1e9, "moments_of_all": every / step,
-        "moments_default": default / step, "bn_mb": 8 * 4 * activations / 1e6,
-        "weight_passes_mb": 4 * weights * (6 + 6 / MOMENTS_EVERY) / 1e6,
+        "arch": arch, "batch_size": batch, "step_gmacs": macs / 1e9, "bn_mb": 8 * 4 * activations / 1e6,
+        "weight_passes_mb": 4 * WEIGHT_PASSES * weights / 1e6, "looks_mb": 4 * looks / 1e6,
+        "state_mb": report.history_bytes / 1e6,
     }  # fmt: skip
 
 
 @contextmanager
-def clocks(times: dict[str, float]) -> Any:
+def clocks(times: dict[str, float]) -> Iterator[None]:
     """Adds up the seconds spent in the layer's parts."""
-    targets: list[tuple[Any, str]] = [(compiled, name) for name in TIMED]
-    targets += [(CrossIterationMixin, "_with_patches"), (History, "past"), (CrossIterationMixin, "_window_over")]
-    originals = [getattr(owner, name) for owner, name in targets]
-    for (owner, name), original in zip(targets, originals, strict=True):
+    targets = [(name, owner, attribute) for name, parts in TIMED.items() for owner, attribute in parts]
+    originals = [getattr(owner, attribute) for _, owner, attribute in targets]
 
-        def timed(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+    def timed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return _original(*args, **kwargs)
+                return original(*args, **kwargs)
             finally:
-                times[_name] += time.perf_counter() - start
+                times[name] += time.perf_counter() - start
 
-        setattr(owner, name, timed)
+        return call
+
+    def put(owner: Any, attribute: str, function: Callable[..., Any]) -> None:
+        setattr(owner, attribute, staticmethod(function) if owner is FoldedMap else function)
+
+    for (name, owner, attribute), original in zip(targets, originals, strict=True):
+        put(owner, attribute, timed(name, original))
     try:
         yield
     finally:
-        for (owner, name), original in zip(targets, originals, strict=True):
-            setattr(owner, name, original)
+        for (_, owner, attribute), original in zip(targets, originals, strict=True):
+            put(owner, attribute, original)
 
 
-def profile(arch: str, steps: int = 12) -> dict[str, Any]:
+def profile(arch: str, steps: int = 16) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = timm.create_model(arch, num_classes=10).train()
+    model = _model(arch).train()
     cbn.convert(model)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
     x, y = torch.randn(2, 3, 224, 224), torch.arange(2)
@@ -105,19 +125,21 @@ def profile(arch: str, steps: int = 12) -> dict[str, Any]:
             times["step"] = time.perf_counter() - start
         if i >= 4:
             rows.append(times)
-    mean = {name: 1000 * sum(r[name] for r in rows) / len(rows) for name in rows[0]}
+    mean = {name: 1000 * sum(r[name] for r in rows) / len(rows) for name in ("step", *TIMED)}
     mean["step"] = 1000 * median(r["step"] for r in rows)
-    # what the forward pass of the layers spends outside of the parts that are timed
-    inner = sum(mean[n] for n in ("statistics", "window", "normalize", "_with_patches", "past"))
-    mean["python"] = mean.pop("_window_over") - inner
-    return {"arch": arch, "ms": {k.lstrip("_"): round(v, 2) for k, v in mean.items()}}
+    parts = ("convs", "begin", "look", "write", "gradient", "shift")
+    mean["rest"] = mean.pop("folded") - sum(mean[name] for name in parts)
+    return {"arch": arch, "ms": {name: round(value, 2) for name, value in mean.items()}}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bounds-only", action="store_true", help="no times, on a machine that does other things, too")
+    without = parser.parse_args().bounds_only
     report = {
         **provenance("python benchmarks/bounds.py"),
         "bounds": [bounds(arch, batch) for arch in ARCHS for batch in (2, 8)],
-        "profile": [profile(arch) for arch in ARCHS],
+        "profile": [] if without else [profile(arch) for arch in ARCHS],
     }
     (RESULTS / "bounds.json").write_text(json.dumps(report, indent=1) + "\n")
 

@@ -4,9 +4,9 @@
 
 The network trains with CBN as `convert` makes it. At some steps every layer's estimates of μ and σ² are compared with
 the truth: those of the same layer over 96 training images, with all layers before it normalising as they did in this
-step. Estimates: the batch of 2 alone; the window without compensation, with Taylor's step, and with the projection.
-They differ in the layer that is looked at and not in the layers before it, and each has the exponential window of 16.
-Writes benchmarks/results/estimation.json and docs/estimation.png.
+step. Estimates: the batch of 2 alone; the carried window; the same with d = 1, and following the images only; the
+paper's ring of 8, with Taylor's step and with the projection. They differ in the layer that is looked at and not in the
+layers before it. Writes benchmarks/results/estimation.json and docs/estimation.png.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import stability
 import torch
@@ -24,10 +26,11 @@ from report import provenance
 from torch import Tensor, nn
 
 import cbn_convert as cbn
-from cbn_convert.norm import CrossIterationMixin
-from cbn_convert.norm.functional import Moments, window_statistics
+from cbn_convert.norm import CrossIterationMixin, Window, carried
+from cbn_convert.norm.batch import Batch, RunningStatistics
+from cbn_convert.norm.carried import Carried, CarriedWindow
 from cbn_convert.norm.kernels import batch_statistics
-from cbn_convert.norm.producers import theta_and_bias
+from cbn_convert.norm.ring import Ring
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "results" / "estimation.json"
@@ -35,35 +38,58 @@ STEPS, MEASURED = 400, (*range(10, 100, 15), *range(100, 400, 30))
 RATES = (1e-3, 1e-2)  # with the gradient's norm clipped at 5
 ESTIMATES = {
     "batch": "this batch of 2",
-    "none": "window, no compensation",
-    "taylor": "Taylor",
-    "projection": "projection",
+    "carried": "carried window",
+    "even": "carried window, d = 1",
+    "images": "following images only",
+    "taylor": "ring of 8, Taylor",
+    "projection": "ring of 8, projection",
 }
+STYLES = (":", "-", (0, (1, 1)), (0, (5, 3)), "--", "-.")
+
+
+class EvenWindow(CarriedWindow):
+    """A carried window for which every entry of a patch varies alike: S grows with θ·θ."""
+
+    def look(self, batch: Batch) -> Carried:
+        with mock.patch.object(carried, "_at_least", torch.ones_like):
+            return super().look(batch)
 
 
 class Probe:
-    """Takes a layer's estimates in its forward pass, from the state that this pass itself uses."""
+    """Takes a layer's estimates in its forward pass, from windows that see what the layer itself sees."""
 
     def __init__(self, layer: CrossIterationMixin) -> None:
-        self.layer, self.active = layer, False
+        self.layer = layer
         self.estimates: dict[str, tuple[Tensor, Tensor]] = {}
+        window, phase = layer.window, layer.phase
+        self.windows: dict[str, CarriedWindow | Ring] = {
+            "carried": CarriedWindow(window, phase),
+            "even": EvenWindow(window, phase),
+            "images": CarriedWindow(replace(window, compensation="none"), phase),
+            "taylor": Ring(Window.PAPER),
+            "projection": Ring(replace(Window.PAPER, compensation="projection")),
+        }
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        self.running = {
+            name: RunningStatistics(layer.running_mean.clone(), layer.running_var.clone(), torch.float32, False, False)
+            for name in self.windows
+        }
         layer.register_forward_pre_hook(self)
 
     @torch.no_grad()
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not (self.active and layer.training):
+        if not layer.training:
             return
-        mean, var = batch_statistics(args[0])
-        history, (producer,) = self.layer._sources[0].history, self.layer.producers
-        past = history.past(mean, True)
-        assert producer is not None
-        assert isinstance(past, Moments)
-        theta, bias = theta_and_bias(producer, mean.dtype)
-        self.estimates = {"batch": (mean, var)}
-        for name in ("none", "taylor", "projection"):
-            seen = past._replace(patch_mean=None) if name == "none" else past
-            window = window_statistics(mean, var, seen, history.newest_weight, theta, bias, name, "current")
-            self.estimates[name] = (window.mean, window.var)
+        (x,), (source,), iteration = args, self.layer._sources, self.layer.iteration
+        assert source.tap is not None
+        theta, bias = source.theta_and_bias(torch.float32)
+        followed = (source.tap.module, source.tap.input, theta, bias)
+        self.estimates = {"batch": batch_statistics(x)}
+        for name, window in self.windows.items():
+            seen = (None, None, None, None) if name == "images" else followed
+            made = window.statistics(Batch(x, *seen, iteration, False, 1, self.running[name]))
+            self.estimates[name] = (made.mean, made.var)
 
 
 def measure(model: nn.Module, probes: dict[str, Probe], images: Tensor) -> dict[str, dict[str, float]]:
@@ -73,7 +99,7 @@ def measure(model: nn.Module, probes: dict[str, Probe], images: Tensor) -> dict[
     for name, layer in twin.named_modules():
         if name in probes:
             for buffer, used in zip(
-                (layer.running_mean, layer.running_var), probes[name].estimates["projection"], strict=True
+                (layer.running_mean, layer.running_var), probes[name].estimates["carried"], strict=True
             ):
                 buffer.copy_(used)
             layer.register_forward_pre_hook(lambda _, args, name=name: truth.update({name: batch_statistics(args[0])}))
@@ -96,8 +122,7 @@ def train(rate: float) -> list[dict[str, Any]]:
     x, y = stability.images("clothing", "train")
     size = stability.SIZES["clothing"]
     model = stability.build("clothing")
-    # the projection everywhere: where `convert` would take the exact form there is nothing to compare
-    stability.put_norm(model, "cbn-no-exact", stability.crops(x[:1], size, None))
+    cbn.convert(model, example_input=stability.crops(x[:1], size, None))
     probes = {n: Probe(m) for n, m in model.named_modules() if isinstance(m, CrossIterationMixin)}
     generator = torch.Generator().manual_seed(0)
     fixed = stability.crops(x[torch.randperm(len(x), generator=generator)[:96]], size, generator)
@@ -107,9 +132,7 @@ def train(rate: float) -> list[dict[str, Any]]:
     for step in range(-16, STEPS):
         chosen = order[2 * (step + 16) :][:2]
         inputs = stability.crops(x[chosen], size, generator)
-        for probe in probes.values():
-            probe.active = step in MEASURED
-        if step < 0:  # fills the window
+        if step < 0:  # fills the rings
             with torch.no_grad():
                 model.train()(inputs)
             continue
@@ -140,8 +163,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
     for column, rate in zip(axes.T, RATES, strict=True):
         own = [r for r in rows if r["rate"] == rate]
         for axis, quantity, label in zip(column, ("mean", "var"), ("error of μ [σ]", "error of log σ²"), strict=True):
-            for (estimate, name), style in zip(ESTIMATES.items(), (":", "-", "--", "-."), strict=True):
-                axis.plot([r["step"] for r in own], [r["errors"][estimate][quantity] for r in own], style, label=name)
+            for (estimate, name), style in zip(ESTIMATES.items(), STYLES, strict=True):
+                values = [r["errors"][estimate][quantity] for r in own]
+                axis.plot([r["step"] for r in own], values, linestyle=style, label=name)
             axis.set_ylabel(label if rate == RATES[0] else "")
         column[0].set_title(f"learning rate {rate:g}")
         column[1].set_xlabel("step")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from readme import ROOT, fill
 from report import RESULTS
-from study import COMPARISONS, PUBLISHED, STUDY
+from study import COMPARISONS, FORMER, PUBLISHED, STUDY
 
 from cbn_convert.comparison.config import VARIANTS, ComparisonConfig
 from cbn_convert.comparison.plan import Cell, Results, score
@@ -18,13 +18,21 @@ from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
 LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
     PUBLISHED: "CBN as published", f"{PUBLISHED}:burn_in=100": "CBN as published, burn-in of 100 iterations",
-    "cbn:ring": "CBN, ring of 8", "cbn:taylor": "CBN, Taylor's step",
+    "cbn:ring": "CBN, ring of 8", "cbn:ring:taylor": "CBN, ring of 8, Taylor's step",
+    "cbn:current": "CBN, no gradient through what follows the weights",
+    "cbn:none": "CBN, following the images only", "cbn:empty": "CBN, every layer as a new one: ring of 2",
+    "cbn:ring:window=2": "CBN, ring of 2", "cbn:window=2": "CBN, window of 2 iterations",
+    **{f"cbn:ema:window={k}": f"CBN, window of {k} images" for k in (1024, 4096, 16384, 65536)},
+}  # fmt: skip
+FORMER_LABELS = {
+    **LABELS, "cbn:taylor": "CBN, Taylor's step",
     "cbn:current": "CBN, no gradient through the compensation",
     "cbn:none:straight_through:window=4096": "averaging only, window 4096, whole gradient to the current batch",
     "cbn:none:current:window=4096": "averaging only, window 4096, gradient's share 1/4096",
     "cbn:empty:window=32": "CBN, window 32 that starts empty",
-    **{f"cbn:window={k}": f"CBN, window {k}" for k in (1, 2, 4, 16, 64, 128, 256, 1024)},
+    **{f"cbn:window={k}": f"CBN, window {k}" for k in (1, 4, 16, 64, 256, 1024)},
 }  # fmt: skip
+REPORTED = {**COMPARISONS, **FORMER}
 NETWORKS = {
     "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",
     "resnet": "ResNet-10-T from clothing", "preact": "half as wide pre-activation ResNet-18 from clothing",
@@ -52,9 +60,9 @@ VARIANTS["gradient"] = ("full", "current", "straight_through")
 
 
 def read() -> dict[str, Study]:
-    """The comparisons that there are, in the order of study.py."""
+    """The comparisons that there are, in the order of study.py, those of former algorithms last."""
     studies = {}
-    for name in COMPARISONS:
+    for name in REPORTED:
         if (STUDY / f"{name}.json").is_file():
             report = json.loads((STUDY / f"{name}.json").read_text())
             # unchecked: some have forms of CBN that are gone
@@ -71,6 +79,7 @@ def table(name: str, study: Study) -> str:
     config = study.comparison.config
     sizes = [*config.batch_sizes, *([config.reference] if config.reference else [])]
     best = {id(row) for row in study.comparison.best().values()}
+    labels = FORMER_LABELS if name in FORMER else LABELS
     lines = [
         f"| top-1 [%] at best lr | {' | '.join(f'batch {size}' for size in sizes)} |",
         "|---|" + "---|" * len(sizes),
@@ -89,12 +98,15 @@ def table(name: str, study: Study) -> str:
                     row.failed > 0
                 )
                 cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}{marks}")
-        lines.append(f"| {LABELS[norm]} | {' | '.join(cells)} |")
+        lines.append(f"| {labels[norm]} | {' | '.join(cells)} |")
     runs = len(study.results)
+    made = f"`{study.report['command']} --only {name}`"
+    if name in FORMER:
+        made = f"study.py of commit {study.report['commit'][:7]}"
     budget = f"{config.images} images" if config.images else f"{config.run.epochs} epochs"
     source = (
         f"{budget} per run, {config.run.opt}, {config.run.img_size} px, {runs} runs, {config.seeds} seeds; "
-        f"`{study.report['command']} --only {name}`, [JSON](BASE/benchmarks/results/study/{name}.json)"
+        f"{made}, [JSON](BASE/benchmarks/results/study/{name}.json)"
     )
     return "\n".join([*lines, "", f"*{source}*"])
 
@@ -140,7 +152,7 @@ def verdicts(studies: dict[str, Study]) -> str:
 
 def outcome(studies: dict[str, Study]) -> str:
     """How often CBN is ahead, in words; runs that are done over with recalibration and single seeds do not count."""
-    settings = {name: COMPARISONS[name][2] for name in studies}
+    settings = {name: REPORTED[name][2] for name in studies}
     every = [v for v in judged(studies) if "recalibrate" not in settings[v.name] and settings[v.name]["seeds"] > 1]
     said = []
     for weights, is_new in (("pretrained", False), ("random", True)):
@@ -173,11 +185,12 @@ def _difference(own: Row, other: Row) -> str:
 
 def title(name: str) -> str:
     """What a comparison is called."""
-    data, network, settings = COMPARISONS[name]
+    data, network, settings = REPORTED[name]
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
-    more += next((f", {kind}" for kind in ("windows", "forms") if name.endswith(kind)), "")
+    more += next((f", {kind}" for kind in ("windows", "forms", "lengths", "settings") if name.endswith(kind)), "")
     more += ", batch size 8" if settings["batch-sizes"] == "8" else ""
     more += f", {settings['img-size']} px" if "img-size" in settings else ""
+    more += ", former" if name in FORMER else ""
     return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 

@@ -1,0 +1,114 @@
+"""What the carried window owes to its parts: how often a layer looks, at how many positions, and d.
+
+    python benchmarks/carried_forms.py --data ../shared/data [--only every-2,even] [--jobs 2]
+
+The cells of `cbn compare` for CBN at batch size 2, as in the comparisons hands-v2-short and clothing-v2-short of
+study.py: the same images, the same search for a rate, the same seeds. Only the window of a run is another one, in ways
+for which there is no setting. Writes benchmarks/results/carried_forms.json after every cell; cells that are there
+already are not run again. benchmarks/readme.py makes the table of docs/experiments.md of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from patched import measure, outcome
+from report import RESULTS
+from study import DATA, FOLDERS, NETWORKS
+
+from cbn_convert import FinetuneConfig
+from cbn_convert.comparison.config import ComparisonConfig
+from cbn_convert.comparison.plan import Cell, Results, needed
+from cbn_convert.files import read_json
+from cbn_convert.norm import Window, carried
+from cbn_convert.training.data import read_splits
+
+OUTPUT = RESULTS / "carried_forms.json"
+COMMAND = "python benchmarks/carried_forms.py --data ../shared/data"
+IMAGES, BATCH_SIZE, SEEDS = 1000, 2, 3
+# what is called in the process of a run, before it begins
+FORMS: dict[str, list[Any] | None] = {
+    "default": None,
+    "every-2": ["carried_forms", "set_window", {"every": 2}],
+    "every-32": ["carried_forms", "set_window", {"every": 32}],
+    "positions-128": ["carried_forms", "set_window", {"positions": 128}],
+    "positions-all": ["carried_forms", "set_window", {"positions": None}],
+    "even": ["carried_forms", "even"],
+}
+
+
+def set_window(changes: dict[str, Any]) -> None:
+    """Makes the fine-tuning of this process use a window with these fields."""
+    window = FinetuneConfig.normalization_window
+
+    def changed(self: FinetuneConfig) -> Window:
+        return replace(window(self), **changes)
+
+    FinetuneConfig.normalization_window = changed  # type: ignore[method-assign]
+
+
+def even() -> None:
+    """Makes all windows of this process take every entry of a patch to vary alike: d = 1, and S grows with θ·θ."""
+    mock.patch.object(carried, "_at_least", torch.ones_like).start()
+
+
+def comparison(images: str, data: Path) -> ComparisonConfig:
+    """The settings that the cells of all forms share; `data` is read by runs only."""
+    network, shown = NETWORKS["v2"], DATA[images]
+    run = FinetuneConfig(
+        data=str(data / FOLDERS[images]), model=network["model"], output="-",
+        checkpoint=str(data / "weights" / network["checkpoint"]),
+        model_kwargs=dict([network["model-kwargs"].split("=")]),
+        mean=(float(network["mean"]),) * 3, std=(float(network["std"]),) * 3,
+        img_size=shown["img-size"], hflip=shown.get("hflip", 0.5), min_scale=shown["min-scale"],
+    )  # fmt: skip
+    return ComparisonConfig(run, norms=("cbn",), batch_sizes=(BATCH_SIZE,), images=IMAGES, seeds=SEEDS, reference=0)
+
+
+def results(form: str, images: str) -> Results:
+    """The cells of a form that are there."""
+    cells = read_json(OUTPUT, "cells")["cells"] if OUTPUT.is_file() else []
+    own = [cell for cell in cells if (cell["form"], cell["data"]) == (form, images)]
+    return {Cell("cbn", BATCH_SIZE, cell["lr"], cell["seed"]): cell for cell in own}
+
+
+def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
+    """One run; its accuracies."""
+    config = comparison(cell["data"], data)
+    settings = config.cell("cbn", BATCH_SIZE, cell["lr"], cell["seed"]).to_dict()
+    steps = IMAGES // BATCH_SIZE
+    per_epoch = len(read_splits(settings["data"], None, 0)[0].samples) // BATCH_SIZE
+    settings |= {"max_steps": steps, "epochs": 1 + -(-steps // per_epoch)}
+    for name in ("output", "workers", "device"):
+        del settings[name]
+    found = outcome(settings, FORMS[cell["form"]], tested=True)
+    kept = ("error", "top1", "test_top1", "steps", "step_seconds", "peak_memory")
+    return {k: v for k, v in found.items() if k in kept}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with clothing/, sign_digits/ and weights/")
+    parser.add_argument("--only", default=",".join(FORMS), help="forms, separated by commas")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    data = given.data.resolve()
+    while True:
+        todo = []
+        for form in given.only.split(","):
+            for images in DATA:
+                have = results(form, images)
+                cells = [cell for cell in needed(comparison(images, data), have) if cell not in have]
+                todo += [{"data": images, "form": form, "lr": cell.lr, "seed": cell.seed} for cell in cells]
+        if not todo:
+            return
+        measure(OUTPUT, COMMAND, todo, lambda cell: run(cell, data), given.jobs)
+
+
+if __name__ == "__main__":
+    main()
