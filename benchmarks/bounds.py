@@ -3,12 +3,13 @@
     python benchmarks/bounds.py [--bounds-only]
 
 Operations: a training step of a conv with m positions, C channels and F weights per channel is 3·m·F·C multiply-adds
-(forward, gradient of the input, of the weight). Bytes: BN reads and writes 8 times the activations
-(forward x twice and y, backward x and g twice and the gradient of x). The carried window, where the conv trains folded,
-makes passes over tensors of the weights' size in every step: θ is read for θ·p̄ and q, read and written as sθ, once more
-in the backward pass, and ∂L/∂θ is made of θ and the conv's gradient. In a look, one step of `every`, x is read for its statistics, read and written to be
-normalised, and the patches of some positions are read twice. Times are wall clock around the functions named, in a
-step of the default conversion at batch size 2. Writes benchmarks/results/bounds.json.
+(forward, gradient of the input, of the weight). Bytes: BN reads and writes 8 times the activations (forward x twice
+and y, backward x and g twice and the gradient of x). The carried window, where the conv trains folded, makes passes
+over tensors of the weights' size in every step: θ is read for θ·p̄ and q, read and written as sθ, once more in the
+backward pass, and ∂L/∂θ is made of θ and the conv's gradient. In a look, one step of `every`, x is read for its
+statistics, read and written to be normalised, and the patches of some positions are read twice. Times are wall clock
+around the functions named, in a step of the default conversion at batch size 2. Writes
+benchmarks/results/bounds.json.
 """
 
 from __future__ import annotations
