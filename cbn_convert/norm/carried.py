@@ -51,7 +51,8 @@ class Carried(NamedTuple):
     def moved(self, theta: Tensor, bias: Tensor | None) -> Carried:
         """The statistics at θ [C, F] and b [C]; may be differentiated with respect to both.
 
-        The same to the bit where θ and b are those that they are at.
+        The same to the bit where θ and b are those that they are at. Where weights were zero, and are no more, what x
+        was says nothing: p̄ and d say all that is known.
         """
         if self.patch_mean is None or self.patch_var is None:
             return self
@@ -59,9 +60,10 @@ class Carried(NamedTuple):
         assert self.spread is not None
         assert self.square is not None
         anchor, spread, square = self._anchored(theta, bias)
-        growth = _ratio(square, self.square).sqrt()
+        growth = _ratio(square.sqrt(), self.square.sqrt(), TINY)
         mean = self.mean + (anchor - self.anchor) + (growth - 1) * (self.mean - self.anchor)
-        var = self.var * _ratio(spread, self.spread)
+        factor = _ratio(spread, self.spread, TINY**2)
+        var = torch.where(factor > 0, self.var * factor, spread)
         return Carried(mean, var, self.patch_mean, self.patch_var, anchor, spread, square)
 
     @property
@@ -70,7 +72,8 @@ class Carried(NamedTuple):
         assert self.anchor is not None
         assert self.spread is not None
         assert self.square is not None
-        return (self.mean - self.anchor) / self.square, 2 * self.var / self.spread
+        along_length = torch.where(self.square > TINY**2, (self.mean - self.anchor) / self.square, 0.0)
+        return along_length, torch.where(self.spread > TINY**2, 2 * self.var / self.spread, 0.0)
 
     def placed(self, mean: Tensor, var: Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
         """Other statistics [C] at θ and b that respond in the same way."""
@@ -103,9 +106,9 @@ class Carried(NamedTuple):
         return Carried(*[t if t is None or u is None else torch.where(finite, t, u) for t, u in pairs])  # type: ignore[arg-type]
 
 
-def _ratio(new: Tensor, old: Tensor) -> Tensor:
-    """new / old; 1 where weights were zero, of which nothing can be said that grows with them."""
-    return torch.where(old > TINY**2, new / old, 1.0)
+def _ratio(new: Tensor, old: Tensor, least: float) -> Tensor:
+    """new / old, both at least `least`, at which they are zero; 1 where they stay there, 0 where they leave it."""
+    return torch.where(old > least, new / old, (new <= least).to(new.dtype))
 
 
 def _at_least(var: Tensor) -> Tensor:

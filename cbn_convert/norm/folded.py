@@ -211,11 +211,15 @@ class FoldingMixin(nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the class does, and normalised where `Source.folds` says so."""
         source: Source | None = self.__dict__.get("folds_into")
-        if source is not None and source.folds(self, input):
-            return source.folded(self, input, *args, **kwargs)
+        if source is not None:
+            if source.folds(self, input):
+                return source.folded(self, input, *args, **kwargs)
+            source.passes_by()
         return super().forward(input, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not _FOLDING[self.folded_class]:  # parametrised since
+            return super().__reduce_ex__(protocol)
         return _new_folding, (self.folded_class,), dict(self.__dict__)
 
 

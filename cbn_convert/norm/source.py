@@ -108,7 +108,8 @@ class Source:
     def folds(self, module: nn.Module, input: Any) -> bool:
         """Whether the module is to apply the norm in this forward pass: what it makes goes there, and nowhere else."""
         norm = self.norm
-        if not norm.training or self.tap is None or self.tap.module is not module:
+        # one that was taken out of the model hears of no eval(), but the module does
+        if not (norm.training and module.training) or self.tap is None or self.tap.module is not module:
             refuse_replica(module)
             return False
         norm.begin_training()
@@ -117,11 +118,17 @@ class Source:
         weight = module._parameters.get("weight")
         if weight is None or not (input.dim() >= 2 if is_linear(module) else input.dim() == weight.dim()):
             return False
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        casts = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, weight.dtype)
+        if input.dtype != weight.dtype and not casts:
             return False  # an error of torch's own
         if not input.numel() and not (norm.window.sync and world_size() > 1):
             return False
         return not (is_watched(module) or is_watched(norm) or _any_module_is_watched())
+
+    def passes_by(self) -> None:
+        """To be called where the module does not apply the norm: what it makes is no normalised output."""
+        if self.tap is not None and self.tap.folded:
+            self.tap.folded = False
 
     def folded(self, module: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the module, normalised; input [N, C_in, ...], the rest as its forward pass takes it."""
@@ -136,8 +143,8 @@ class Source:
         weight, bias = module.weight, module.bias
         assert self.tap is not None
         made_of = origin(input)
-        if torch.is_autocast_enabled(device) and input.dtype != (dtype := torch.get_autocast_dtype(device)):
-            input, made_of = input.to(dtype), None
+        if torch.is_autocast_enabled(device) and input.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
+            input, made_of = input.to(torch.get_autocast_dtype(device)), None
         if not norm.is_recomputing:
             self.tap.check_arrivals()
         dtype = statistics_dtype(weight)

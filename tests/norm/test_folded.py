@@ -295,6 +295,43 @@ def test_one_pass_that_broke_off_is_none() -> None:
     torch.testing.assert_close(model(inputs((2, 3, 8, 8), 1)), twin(inputs((2, 3, 8, 8), 1)), rtol=0, atol=1e-2)
 
 
+def test_a_pass_that_broke_off_before_one_with_hooks_is_none() -> None:
+    """Nothing is left of it that would let the conv's own output pass for a normalised one."""
+    model = conv_pair()
+    model[0](inputs((2, 3, 8, 8), 0))
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    x = inputs((2, 3, 8, 8), 1)
+    y = model(x)
+    torch.testing.assert_close(seen[0], F.conv2d(x, *model[0].parameters()))
+    state = model[1]._sources[0].state.last
+    M, S, gamma, beta = (t.view(1, -1, 1, 1) for t in (state.mean, state.var, model[1].weight, model[1].bias))
+    torch.testing.assert_close(y, gamma * (seen[0] - M) / torch.sqrt(S + model[1].eps) + beta)
+
+
+def test_a_conv_whose_norm_was_replaced_is_itself_in_evaluation() -> None:
+    """The norm that is gone heard of no eval()."""
+    model = conv_pair()
+    model(inputs((2, 3, 8, 8), 0))
+    model[1] = nn.Identity()
+    x = inputs((2, 3, 8, 8), 1)
+    torch.testing.assert_close(model.eval()(x), F.conv2d(x, *model[0].parameters()))
+
+
+def test_a_conv_that_is_parametrised_later_is_pickled_as_torch_does() -> None:
+    """By an error of torch's: what is made of the class alone would lack the weight."""
+    model = conv_pair()
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
+        pickle.dumps(model)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    model = conv_pair()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(inputs((2, 3, 8, 8), 0)).dtype == torch.float64
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_fold_into_their_own_norm(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = conv_pair()
