@@ -141,6 +141,7 @@ class Source:
     def _folded(self, module: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         norm, device = self.norm, input.device.type
         weight, bias = module.weight, module.bias
+        refuse_transforms(input, weight, bias, norm.weight, norm.bias)
         assert self.tap is not None
         made_of = origin(input)
         if torch.is_autocast_enabled(device) and input.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
@@ -169,6 +170,15 @@ def refuse_replica(module: nn.Module) -> None:
         raise RuntimeError(
             "a converted layer cannot train in nn.DataParallel, whose copies lose what they learn; use "
             "torch.nn.parallel.DistributedDataParallel"
+        )
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError under torch.func's transforms, for which no step of training is known."""
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise RuntimeError(
+            "a converted layer cannot train under torch.func's transforms, such as grad or vmap; use torch.autograd, "
+            "or put the norm layers into eval mode"
         )
 
 

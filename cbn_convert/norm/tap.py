@@ -69,7 +69,8 @@ class InputTap:
         if self.lost > MOST_LOST:
             raise RuntimeError(
                 f"a {plain_class(self.module).__name__} trains as one with the norm layer behind it, but its output "
-                "goes elsewhere; convert again with an example_input that shows what training does, or exclude the norm"
+                "goes elsewhere; convert again with an example_input that shows what training does, exclude the norm, "
+                "or revert the model before its norm layers are replaced by others"
             )
 
     def take_folded(self, x: Tensor) -> bool:

@@ -404,6 +404,22 @@ def test_a_batch_that_is_not_finite_is_not_taken_in(bad: float, folded: bool) ->
     torch.testing.assert_close(norm.running_mean, other.running_mean, rtol=0.2, atol=0.05)
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_patches_that_are_too_large_are_not_taken_in(first: bool, folded: bool) -> None:
+    """Their variance may overflow where that of what small weights make of them does not."""
+    conv, norm = pair(Window(every=1), folded=folded, dtype=torch.float32)
+    with torch.no_grad():
+        conv.weight *= 1e-9
+    if not first:
+        norm(conv(batch(0).float()))
+    norm(conv(batch(1).float() * 1e20))
+    for i in range(3):
+        assert torch.isfinite(norm(conv(batch(i).float()))).all()
+        shake(conv)
+    assert all(torch.isfinite(t).all() for t in norm.history_tensors())
+
+
 def test_copies_keep_their_statistics_and_lose_what_the_first_batch_brings_back() -> None:
     net = pretrained()
     for i in range(4):

@@ -332,6 +332,19 @@ def test_autocast_leaves_float64_alone() -> None:
         assert model(inputs((2, 3, 8, 8), 0)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("wanted", ["parameters", "input"])
+def test_transforms_of_functions_are_refused(wanted: str, folded: bool) -> None:
+    model = conv_pair()
+    if not folded:
+        model[1].bind(model[0])
+    parameters, x = {k: v.detach() for k, v in model.named_parameters()}, inputs((2, 3, 8, 8), 0)
+    with pytest.raises(RuntimeError, match="cannot train under torch.func's transforms"):
+        torch.func.grad(lambda p, x: torch.func.functional_call(model, p, x).sum(), wanted == "input")(parameters, x)
+    model.eval()
+    torch.func.grad(lambda p, x: torch.func.functional_call(model, p, x).sum(), wanted == "input")(parameters, x)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_fold_into_their_own_norm(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = conv_pair()
