@@ -160,7 +160,7 @@ class Source:
                 None if is_transposed(module) else made_of, input.detach(),
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, norm.weight, norm.bias, step)
-        self.tap.folded = True
+        self.tap.folded = not norm.is_recomputing
         return y
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import randomize_norms
 from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationMixin, Window
@@ -286,6 +287,25 @@ def test_an_output_that_never_comes_to_the_norm_is_an_error() -> None:
         model[0](inputs((2, 3, 8, 8), 0))
     with pytest.raises(RuntimeError, match="its output goes elsewhere"):
         model[0](inputs((2, 3, 8, 8), 0))
+
+
+def test_an_output_that_goes_to_another_norm_now_and_then_is_an_error() -> None:
+    """As with norms of their own for two domains, of which the example showed one."""
+    model = conv_pair()
+    other = nn.BatchNorm2d(4).double()
+    with pytest.raises(RuntimeError, match="its output goes elsewhere"):  # noqa: PT012
+        for step in range(8):
+            x = inputs((2, 3, 8, 8), step)
+            (model if step % 2 else nn.Sequential(model[0], other))(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_conv_that_is_computed_once_more_without_its_norm_is_no_loss(reentrant: bool) -> None:
+    model = conv_pair()
+    for step in range(6):
+        y = checkpoint(model[0], inputs((2, 3, 8, 8), step).requires_grad_(), use_reentrant=reentrant)
+        model[1](y).sum().backward()
+        assert not model[1]._sources[0].tap.lost
 
 
 def test_one_pass_that_broke_off_is_none() -> None:
