@@ -32,6 +32,7 @@ from .window import Window
 # A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
 # patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
 LEAST_VARIANCE, TINY = 0.05, 1e-12
+NO_SQUARE = TINY**2  # what |θ|² and q are taken to be at least, so that they can be divided by
 
 
 class Carried(NamedTuple):
@@ -60,10 +61,11 @@ class Carried(NamedTuple):
         assert self.spread is not None
         assert self.square is not None
         anchor, spread, square = self._anchored(theta, bias)
-        growth = _ratio(square.sqrt(), self.square.sqrt(), TINY)
+        growth = (square / self.square).sqrt()
         mean = self.mean + (anchor - self.anchor) + (growth - 1) * (self.mean - self.anchor)
-        factor = _ratio(spread, self.spread, TINY**2)
-        var = torch.where(factor > 0, self.var * factor, spread)
+        var = self.var * (spread / self.spread)
+        leave_zero = (self.square <= NO_SQUARE) & (square > NO_SQUARE)
+        mean, var = torch.where(leave_zero, anchor, mean), torch.where(leave_zero, spread, var)
         return Carried(mean, var, self.patch_mean, self.patch_var, anchor, spread, square)
 
     @property
@@ -72,8 +74,8 @@ class Carried(NamedTuple):
         assert self.anchor is not None
         assert self.spread is not None
         assert self.square is not None
-        along_length = torch.where(self.square > TINY**2, (self.mean - self.anchor) / self.square, 0.0)
-        return along_length, torch.where(self.spread > TINY**2, 2 * self.var / self.spread, 0.0)
+        along_length = (self.mean - self.anchor) / self.square * (self.square > NO_SQUARE)
+        return along_length, 2 * self.var / self.spread * (self.spread > NO_SQUARE)
 
     def placed(self, mean: Tensor, var: Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
         """Other statistics [C] at θ and b that respond in the same way."""
@@ -86,7 +88,7 @@ class Carried(NamedTuple):
         assert self.patch_var is not None
         kernels = plain if theta.requires_grad and torch.is_grad_enabled() else select(theta)
         anchor, spread, square = kernels.respond(theta, self.patch_mean, self.patch_var)
-        return anchor if bias is None else anchor + bias, spread.clamp_min(TINY**2), square.clamp_min(TINY**2)
+        return anchor if bias is None else anchor + bias, spread.clamp_min(NO_SQUARE), square.clamp_min(NO_SQUARE)
 
     def with_patches(
         self, mean: Tensor, var: Tensor, share: float | Tensor, theta: Tensor, bias: Tensor | None
@@ -104,11 +106,6 @@ class Carried(NamedTuple):
         """This one where `finite`, else the other; decided on the device, without waiting for it."""
         pairs = zip(self, other, strict=True)
         return Carried(*[t if t is None or u is None else torch.where(finite, t, u) for t, u in pairs])  # type: ignore[arg-type]
-
-
-def _ratio(new: Tensor, old: Tensor, least: float) -> Tensor:
-    """new / old, both at least `least`, at which they are zero; 1 where they stay there, 0 where they leave it."""
-    return torch.where(old > least, new / old, (new <= least).to(new.dtype))
 
 
 def _at_least(var: Tensor) -> Tensor:
