@@ -90,7 +90,7 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
         first, second, every = found[3 * i : 3 * i + 3]
         away = (first / every).view_as(mean)
         moments += [centre + away.to(mean.dtype), ((second / every).view_as(mean) - away * away).to(mean.dtype)]
-    return JoinedMoments(*moments[:2], found[-1].to(moments[0].dtype), _all_finite(*moments), *moments[2:])
+    return JoinedMoments(moments[0], moments[1], found[-1].to(moments[0].dtype), _all_finite(*moments), *moments[2:])
 
 
 def _all_finite(mean: Tensor, var: Tensor, *of_patches: Tensor) -> Tensor:

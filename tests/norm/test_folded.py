@@ -359,7 +359,7 @@ def test_transforms_of_functions_are_refused(wanted: str, folded: bool) -> None:
     if not folded:
         model[1].bind(model[0])
     parameters, x = {k: v.detach() for k, v in model.named_parameters()}, inputs((2, 3, 8, 8), 0)
-    with pytest.raises(RuntimeError, match="cannot train under torch.func's transforms"):
+    with pytest.raises(RuntimeError, match=r"cannot train under torch\.func's transforms"):
         torch.func.grad(lambda p, x: torch.func.functional_call(model, p, x).sum(), wanted == "input")(parameters, x)
     model.eval()
     torch.func.grad(lambda p, x: torch.func.functional_call(model, p, x).sum(), wanted == "input")(parameters, x)
