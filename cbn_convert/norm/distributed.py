@@ -59,7 +59,7 @@ def joined_mean(t: Tensor, count: int, ranks: int) -> Tensor:
 class JoinedMoments(NamedTuple):
     """Mean and variance of a batch and of its input patches, over all ranks.
 
-    images: those that the batch stands for. finite: whether all of x is.
+    images: those that the batch stands for. finite: whether they all are.
     """
 
     mean: Tensor  # [C]
@@ -77,8 +77,8 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
     """
     if batch.ranks == 1:
         mean, var = batch_statistics(batch.x)
-        finite = torch.isfinite(mean + var).all()
-        return JoinedMoments(mean, var, images, finite, *(() if patches is None else patches.mean_and_var()))
+        found = () if patches is None else patches.mean_and_var()
+        return JoinedMoments(mean, var, images, _all_finite(mean, var, *found), *found)
     count = batch.x.numel() // batch.x.shape[1]
     nothing = about.mean.new_zeros(len(about.mean))
     parts = [(*(batch_statistics(batch.x) if count else (nothing, nothing)), about.mean, count)]
@@ -96,5 +96,10 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
         first, second, every = found[3 * i : 3 * i + 3]
         away = (first / every).view_as(mean)
         moments += [centre + away.to(mean.dtype), ((second / every).view_as(mean) - away * away).to(mean.dtype)]
-    finite = torch.isfinite(moments[0] + moments[1]).all()
-    return JoinedMoments(moments[0], moments[1], found[-1].to(moments[0].dtype), finite, *moments[2:])
+    return JoinedMoments(moments[0], moments[1], found[-1].to(moments[0].dtype), _all_finite(*moments), *moments[2:])
+
+
+def _all_finite(mean: Tensor, var: Tensor, *of_patches: Tensor) -> Tensor:
+    """Whether all values are; those of patches may be too large where their x is not."""
+    finite = torch.isfinite(mean + var).all()
+    return finite & torch.isfinite(of_patches[0] + of_patches[1]).all() if of_patches else finite

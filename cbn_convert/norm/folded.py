@@ -212,11 +212,15 @@ class FoldingMixin(nn.Module):
         """As the class does, and normalised where `Source.folds` says so."""
         source: Source | None = self.__dict__.get("folds_into")
         given = [*args, *kwargs.values()]
-        if source is not None and source.folds(self, given[0]):
-            return source.folded(self, *given)
+        if source is not None:
+            if source.folds(self, given[0]):
+                return source.folded(self, *given)
+            source.passes_by()
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not _FOLDING[self.folded_class]:  # parametrised since
+            return super().__reduce_ex__(protocol)
         return _new_folding, (self.folded_class,), dict(self.__dict__)
 
 

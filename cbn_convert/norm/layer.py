@@ -29,7 +29,7 @@ from .producers import (
     plain_class,
 )
 from .ring import Ring
-from .source import Source, refuse_replica
+from .source import Source, refuse_replica, refuse_transforms
 from .tap import InputTap
 from .window import Window, WindowKeywords, window_of
 
@@ -304,6 +304,7 @@ class CrossIterationMixin(_BatchNorm):
         return F.batch_norm(x, mean, var, gamma, beta, mean is None and var is None, 0.0, self.eps)
 
     def _normalize_by_window(self, x: Tensor, act: nn.Module | None) -> Tensor:
+        refuse_transforms(x, self.weight, self.bias)
         recomputing = self.is_recomputing
         self.begin_training()
         if self._is_folded(x, recomputing):

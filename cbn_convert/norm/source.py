@@ -108,7 +108,7 @@ class Source:
     def folds(self, module: nn.Module, input: Any) -> bool:
         """Whether the module is to apply the norm in this forward pass: what it makes goes there, and nowhere else."""
         norm = self.norm
-        # a norm that is no longer in the model would go on training
+        # one that was taken out of the model hears of no eval(), but the module does
         if not (norm.training and module.training) or self.tap is None or self.tap.module is not module:
             refuse_replica(module)
             return False
@@ -118,11 +118,17 @@ class Source:
         weight = module._parameters.get("weight")
         if weight is None or not (input.dim() >= 2 if is_linear(module) else input.dim() == weight.dim()):
             return False
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        casts = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, weight.dtype)
+        if input.dtype != weight.dtype and not casts:
             return False  # an error of torch's own
         if not input.numel() and not (norm.window.sync and world_size() > 1):
             return False
         return not (is_watched(module) or is_watched(norm) or _any_module_is_watched())
+
+    def passes_by(self) -> None:
+        """To be called where the module does not apply the norm: what it makes is no normalised output."""
+        if self.tap is not None and self.tap.folded:
+            self.tap.folded = False
 
     def folded(self, module: Any, input: Tensor, output_size: Any = None) -> Tensor:
         """The output of the module, normalised; input [N, C_in, ...], the rest as a transposed conv takes it."""
@@ -135,10 +141,11 @@ class Source:
     def _folded(self, module: Any, input: Tensor, output_size: Any) -> Tensor:
         norm, device = self.norm, input.device.type
         weight, bias = module.weight, module.bias
+        refuse_transforms(input, weight, bias, norm.weight, norm.bias)
         assert self.tap is not None
         made_of = origin(input)
-        if torch.is_autocast_enabled(device) and input.dtype != (dtype := torch.get_autocast_dtype(device)):
-            input, made_of = input.to(dtype), None
+        if torch.is_autocast_enabled(device) and input.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
+            input, made_of = input.to(torch.get_autocast_dtype(device)), None
         if not norm.is_recomputing:
             self.tap.check_arrivals()
         dtype = statistics_dtype(weight)
@@ -153,7 +160,7 @@ class Source:
                 None if is_transposed(module) else made_of, input.detach(),
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, norm.weight, norm.bias, step)
-        self.tap.folded = True
+        self.tap.folded = not norm.is_recomputing
         return y
 
 
@@ -163,6 +170,15 @@ def refuse_replica(module: nn.Module) -> None:
         raise RuntimeError(
             "a converted layer cannot train in nn.DataParallel, whose copies lose what they learn; use "
             "torch.nn.parallel.DistributedDataParallel"
+        )
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError under torch.func's transforms, for which no step of training is known."""
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise RuntimeError(
+            "a converted layer cannot train under torch.func's transforms, such as grad or vmap; use torch.autograd, "
+            "or put the norm layers into eval mode"
         )
 
 

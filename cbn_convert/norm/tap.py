@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # A copy of the output is compared with it in so many iterations only, since the comparison waits for the device.
 COMPARISONS = 2
-# A forward pass may break off between a conv and its norm; if it happens again and again, nothing ever comes there.
+# A forward pass may break off between a conv and its norm, as where memory runs out; not again and again.
 MOST_LOST = 2
 
 
@@ -34,7 +34,7 @@ class InputTap:
         self.version: int | None = None
         self.compared = 0
         self.folded = False  # whether the output that is on its way is normalised already
-        self.lost = 0  # such outputs in a row that never came to the norm
+        self.lost = 0  # such outputs that never came to the norm
         # before hooks of others, which may change the output
         self.handles = [
             self.module.register_forward_hook(self, with_kwargs=True, prepend=True),
@@ -63,20 +63,21 @@ class InputTap:
         return stored
 
     def check_arrivals(self) -> None:
-        """Raises RuntimeError where normalised outputs, again and again, never came to the norm."""
+        """Raises RuntimeError where normalised outputs, again and again, did not come to the norm."""
         if self.folded:
             self.lost += 1
         if self.lost > MOST_LOST:
             raise RuntimeError(
                 f"a {plain_class(self.module).__name__} trains as one with the norm layer behind it, but its output "
-                "goes elsewhere; convert again with an example_input that shows what training does, or exclude the norm"
+                "goes elsewhere; convert again with an example_input that shows what training does, exclude the norm, "
+                "or revert the model before its norm layers are replaced by others"
             )
 
     def take_folded(self, x: Tensor) -> bool:
         """Whether x [N, C, ...] is normalised already. Raises RuntimeError if it is not what the module made."""
         folded, self.folded = self.folded, False
         if folded:
-            self.input, self.lost = None, 0
+            self.input = None
             self.check_output(x)
         return folded
 

@@ -159,6 +159,40 @@ def test_rescaled_weights_change_nothing() -> None:
     assert first.shape == second.shape
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("measured", [(0.0, 0.0), (0.4, 0.7)])
+def test_weights_that_were_zero(measured: tuple[float, float], folded: bool) -> None:
+    """Of x = b nothing is carried: as the weights leave zero, p̄ and d say all that is known."""
+    conv, norm = pair(Window(every=1000), folded=folded)
+    with torch.no_grad():
+        conv.weight[0] = 0
+        norm.running_mean[0], norm.running_var[0] = measured
+    norm(conv(batch(0)))
+    carried = norm._sources[0].state.state
+    assert [t[0].item() for t in (norm.running_mean, norm.running_var)] == pytest.approx(measured, abs=1e-3)
+    with torch.no_grad():
+        conv.weight[0] = 0.01 * torch.randn_like(conv.weight[0])
+    theta = conv.weight.detach().flatten(1)
+    norm(conv(batch(0)))
+    mean, var = theta @ carried.patch_mean[0] + conv.bias, theta.square() @ carried.patch_var[0]
+    assert (norm.running_mean[0].item(), norm.running_var[0].item()) == pytest.approx((mean[0].item(), var[0].item()))
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-11, 1e-13, 1e-18])
+def test_gradients_of_weights_that_are_almost_zero(size: float) -> None:
+    """Folded and unfolded agree, on both sides of what counts as zero."""
+    found = []
+    for folded in (False, True):
+        conv, norm = pair(Window(every=1000), folded=folded)
+        with torch.no_grad():
+            conv.weight[0] *= size
+        for i in range(2):
+            conv.zero_grad()
+            norm(conv(batch(i))).pow(3).sum().backward()
+        found.append(conv.weight.grad.clone())
+    torch.testing.assert_close(*found)
+
+
 def test_steps_that_do_not_look_take_nothing_of_the_batch() -> None:
     conv, norm = pair(Window(every=4, size=10))
     norm(conv(batch(0)))
@@ -368,6 +402,22 @@ def test_a_batch_that_is_not_finite_is_not_taken_in(bad: float, folded: bool) ->
         assert torch.isfinite(norm(conv(batch(i)))).all()
         other(other_conv(batch(i)))
     torch.testing.assert_close(norm.running_mean, other.running_mean, rtol=0.2, atol=0.05)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_patches_that_are_too_large_are_not_taken_in(first: bool, folded: bool) -> None:
+    """Their variance may overflow where that of what small weights make of them does not."""
+    conv, norm = pair(Window(every=1), folded=folded, dtype=torch.float32)
+    with torch.no_grad():
+        conv.weight *= 1e-9
+    if not first:
+        norm(conv(batch(0).float()))
+    norm(conv(batch(1).float() * 1e20))
+    for i in range(3):
+        assert torch.isfinite(norm(conv(batch(i).float()))).all()
+        shake(conv)
+    assert all(torch.isfinite(t).all() for t in norm.history_tensors())
 
 
 def test_copies_keep_their_statistics_and_lose_what_the_first_batch_brings_back() -> None:

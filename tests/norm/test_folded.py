@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import randomize_norms
 from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationMixin, Window
@@ -308,11 +309,80 @@ def test_the_input_may_be_named() -> None:
     torch.testing.assert_close(model[1](input=model[0](input=x)), twin(x))
 
 
+def test_an_output_that_goes_to_another_norm_now_and_then_is_an_error() -> None:
+    """As with norms of their own for two domains, of which the example showed one."""
+    model = conv_pair()
+    other = nn.BatchNorm2d(4).double()
+    with pytest.raises(RuntimeError, match="its output goes elsewhere"):  # noqa: PT012
+        for step in range(8):
+            x = inputs((2, 3, 8, 8), step)
+            (model if step % 2 else nn.Sequential(model[0], other))(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_conv_that_is_computed_once_more_without_its_norm_is_no_loss(reentrant: bool) -> None:
+    model = conv_pair()
+    for step in range(6):
+        y = checkpoint(model[0], inputs((2, 3, 8, 8), step).requires_grad_(), use_reentrant=reentrant)
+        model[1](y).sum().backward()
+        assert not model[1]._sources[0].tap.lost
+
+
 def test_one_pass_that_broke_off_is_none() -> None:
     model, twin = conv_pair(), conv_pair()
     model[0](inputs((2, 3, 8, 8), 0))
     # all that is left of it is that its batch was looked at
     torch.testing.assert_close(model(inputs((2, 3, 8, 8), 1)), twin(inputs((2, 3, 8, 8), 1)), rtol=0, atol=1e-2)
+
+
+def test_a_pass_that_broke_off_before_one_with_hooks_is_none() -> None:
+    """Nothing is left of it that would let the conv's own output pass for a normalised one."""
+    model = conv_pair()
+    model[0](inputs((2, 3, 8, 8), 0))
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    x = inputs((2, 3, 8, 8), 1)
+    y = model(x)
+    torch.testing.assert_close(seen[0], F.conv2d(x, *model[0].parameters()))
+    state = model[1]._sources[0].state.last
+    M, S, gamma, beta = (t.view(1, -1, 1, 1) for t in (state.mean, state.var, model[1].weight, model[1].bias))
+    torch.testing.assert_close(y, gamma * (seen[0] - M) / torch.sqrt(S + model[1].eps) + beta)
+
+
+def test_a_conv_whose_norm_was_replaced_is_itself_in_evaluation() -> None:
+    """The norm that is gone heard of no eval()."""
+    model = conv_pair()
+    model(inputs((2, 3, 8, 8), 0))
+    model[1] = nn.Identity()
+    x = inputs((2, 3, 8, 8), 1)
+    torch.testing.assert_close(model.eval()(x), F.conv2d(x, *model[0].parameters()))
+
+
+def test_a_conv_that_is_parametrised_later_is_pickled_as_torch_does() -> None:
+    """By an error of torch's: what is made of the class alone would lack the weight."""
+    model = conv_pair()
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
+        pickle.dumps(model)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    model = conv_pair()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(inputs((2, 3, 8, 8), 0)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("wanted", ["parameters", "input"])
+def test_transforms_of_functions_are_refused(wanted: str, folded: bool) -> None:
+    model = conv_pair()
+    if not folded:
+        model[1].bind(model[0])
+    parameters, x = {k: v.detach() for k, v in model.named_parameters()}, inputs((2, 3, 8, 8), 0)
+    with pytest.raises(RuntimeError, match=r"cannot train under torch\.func's transforms"):
+        torch.func.grad(lambda p, x: torch.func.functional_call(model, p, x).sum(), wanted == "input")(parameters, x)
+    model.eval()
+    torch.func.grad(lambda p, x: torch.func.functional_call(model, p, x).sum(), wanted == "input")(parameters, x)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
