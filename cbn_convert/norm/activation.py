@@ -12,16 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_NAMES: dict[type | None, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+_NAMES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 
 
-def name_of_activation(act: nn.Module | None, known: frozenset[str] | None = None) -> str:
-    """The name of an activation module, if it is `known`; empty if it is not, or if somebody watches it."""
-    name = _NAMES.get(type(act), "")
-    watched = act is not None and any(
-        (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks)
-    )
-    return name if (known is None or name in known) and not watched else ""
+def name_of_activation(act: nn.Module) -> str:
+    """The name of an activation module; empty if it is none of those known here, or if somebody watches it."""
+    hooks = (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks)
+    return "" if any(hooks) else _NAMES.get(type(act), "")
 
 
 class _ClampInPlace(torch.autograd.Function):

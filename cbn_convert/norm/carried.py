@@ -18,21 +18,20 @@ what a step normalises by depends on the weights alone.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .batch import Batch, RunningStatistics
 from .distributed import joined_moments
-from .functional import is_known, pooled
-from .kernels import KERNELS, select
+from .functional import NO_SQUARE, is_known, pooled
+from .kernels import select
 from .window import Window
 
 # A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
 # patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
 LEAST_VARIANCE, TINY = 0.05, 1e-12
-NO_SQUARE = TINY**2  # what |θ|² and q are taken to be at least, so that they can be divided by
 
 
 class Carried(NamedTuple):
@@ -57,25 +56,15 @@ class Carried(NamedTuple):
         """
         if self.patch_mean is None or self.patch_var is None:
             return self
-        assert self.anchor is not None
-        assert self.spread is not None
-        assert self.square is not None
-        anchor, spread, square = self._anchored(theta, bias)
-        growth = (square / self.square).sqrt()
-        mean = self.mean + (anchor - self.anchor) + (growth - 1) * (self.mean - self.anchor)
-        var = self.var * (spread / self.spread)
-        leave_zero = (self.square <= NO_SQUARE) & (square > NO_SQUARE)
-        mean, var = torch.where(leave_zero, anchor, mean), torch.where(leave_zero, spread, var)
-        return Carried(mean, var, self.patch_mean, self.patch_var, anchor, spread, square)
+        mean, var, *at = select(theta).move(self, theta, bias)
+        return Carried(mean, var, self.patch_mean, self.patch_var, *at)
 
     @property
     def slopes(self) -> tuple[Tensor, Tensor]:
         """How ∂M/∂θ - p̄ depends on θ, and ∂S/∂θ on d θ [C]; see `FoldGradient`."""
-        assert self.anchor is not None
-        assert self.spread is not None
-        assert self.square is not None
-        along_length = (self.mean - self.anchor) / self.square * (self.square > NO_SQUARE)
-        return along_length, 2 * self.var / self.spread * (self.spread > NO_SQUARE)
+        anchor, spread, square = cast(tuple[Tensor, Tensor, Tensor], self[4:])
+        along_length = (self.mean - anchor) / square * (square > NO_SQUARE)
+        return along_length, 2 * self.var / spread * (spread > NO_SQUARE)
 
     def placed(self, mean: Tensor, var: Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
         """Other statistics [C] at θ and b that respond in the same way."""
@@ -84,10 +73,8 @@ class Carried(NamedTuple):
         return Carried(mean, var, self.patch_mean, self.patch_var, *self._anchored(theta, bias))
 
     def _anchored(self, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.patch_mean is not None
-        assert self.patch_var is not None
-        kernels = KERNELS["plain"] if theta.requires_grad and torch.is_grad_enabled() else select(theta)
-        anchor, spread, square = kernels.respond(theta, self.patch_mean, self.patch_var)
+        patch_mean, patch_var = cast(tuple[Tensor, Tensor], self[2:4])
+        anchor, spread, square = select(theta).respond(theta, patch_mean, patch_var)
         return anchor if bias is None else anchor + bias, spread.clamp_min(NO_SQUARE), square.clamp_min(NO_SQUARE)
 
     def with_patches(
@@ -177,9 +164,9 @@ class CarriedWindow:
         assert before is not None
         self.last_looked = True
         theta, bias = batch.theta, batch.bias
-        patches = (
-            None if theta is None or batch.input is None else batch.patches(self.window.positions, self._turn(batch))
-        )
+        turn, patches = (batch.iteration + 1) // self.window.every, None
+        if theta is not None and batch.input is not None:
+            patches = batch.patches(self.window.positions, turn)
         found = joined_moments(batch, patches, before, self.waiting)
         share = 1 - (1 - 1 / self.window.size) ** found.images
         if found.patch_mean is not None and found.patch_var is not None and theta is not None:
@@ -206,9 +193,6 @@ class CarriedWindow:
         self.looks += 1
         self.waiting = 0
         return before
-
-    def _turn(self, batch: Batch) -> int:
-        return (batch.iteration + 1) // self.window.every
 
     def statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """M and S that a step normalises x by where the layer does not train folded; see `folded` for where it does."""

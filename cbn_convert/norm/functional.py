@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NO_SQUARE = 1e-24  # what |θ|² and q are taken to be at least, so that they can be divided by
+
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics: float32, or float64 for float64 input."""

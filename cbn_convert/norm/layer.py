@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -30,13 +29,8 @@ from .producers import (
 )
 from .ring import Ring
 from .source import Source, refuse_replica, refuse_transforms
-from .tap import InputTap
+from .tap import InputTap, writes_to
 from .window import Window, WindowKeywords, window_of
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class CrossIterationMixin(_BatchNorm):
@@ -162,11 +156,13 @@ class CrossIterationMixin(_BatchNorm):
         self._begun = True
         carried = self.window.is_carried and not self.is_new
         for source in self._sources:
-            if carried:
-                source.state = CarriedWindow(self.window, self.phase)
-                continue
-            window = self.window.for_new_layer() if self.window.is_carried else self.window
-            source.state = Ring(window if source.tap is not None else window.without_weight())
+            source.state = self._new_state(source, carried)
+
+    def _new_state(self, source: Source, carried: bool) -> CarriedWindow | Ring:
+        if carried:
+            return CarriedWindow(self.window, self.phase)
+        window = self.window.for_new_layer() if self.window.is_carried else self.window
+        return Ring(window if source.tap is not None else window.without_weight())
 
     def reset_history(self) -> None:
         """Forgets all but the running statistics, which are looked at once more when training goes on."""
@@ -214,17 +210,15 @@ class CrossIterationMixin(_BatchNorm):
         """Whether anybody else has written to the running statistics since this layer left them."""
         if self._left is None:
             return True
-        (mean, mean_writes), (var, var_writes) = self._left
-        found = self._found()
-        same = mean is found[0][0] and var is found[1][0]
-        return not same or (mean_writes, var_writes) != (found[0][1], found[1][1])
+        pairs = zip(self._left, self._found(), strict=True)
+        return any(left is not found or writes != now for (left, writes), (found, now) in pairs)
 
     def _leave(self) -> None:
         """Notes the running statistics as this layer leaves them."""
         self._left = self._found()
 
     def _found(self) -> Any:
-        return tuple((t, _writes(t)) for t in (self.running_mean, self.running_var))
+        return [(t, None if t is None else writes_to(t)) for t in (self.running_mean, self.running_var)]
 
     def history_tensors(self) -> list[Tensor]:
         """The tensors that hold the past, to account for their memory."""
@@ -273,13 +267,7 @@ class CrossIterationMixin(_BatchNorm):
         self._begun = None not in saved
         for source, own in zip(self._sources, saved, strict=True):
             if own is not None:
-                window = self.window
-                if own["kind"] == "ring" and window.is_carried:
-                    window = window.for_new_layer()
-                if own["kind"] == "ring":
-                    source.state = Ring(window if source.tap is not None else window.without_weight())
-                else:
-                    source.state = CarriedWindow(window, self.phase)
+                source.state = self._new_state(source, own["kind"] == "ema")
                 source.state.load_state_dict(own)
         self._leave()
 
@@ -316,7 +304,7 @@ class CrossIterationMixin(_BatchNorm):
             y = self._normalize_by_running_statistics(x)
             return y if act is None else act(y)
         # statistics and what is remembered are float32 whatever autocast does
-        with _without_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
             made = [self._over(source, batch) for source, batch in zip(self._sources, batches, strict=True)]
         if not recomputing:
             counted = [finite for _, finite in made if finite is not None]
@@ -369,12 +357,10 @@ class CrossIterationMixin(_BatchNorm):
         if not self.track_running_stats or running is None:
             return
         var = var * batch.positions / (batch.positions - 1)
-        share: float | Tensor
-        if self.momentum is None:
+        share: Any = self.momentum
+        if share is None:
             assert self.num_batches_tracked is not None
             share = (self.num_batches_tracked + 1).to(running.dtype).reciprocal()
-        else:
-            share = self.momentum
         old_mean, old_var = running.read()
         if self.momentum is None and self.window.size > 1:
             assert batch.mean is not None
@@ -398,7 +384,3 @@ class CrossIterationMixin(_BatchNorm):
         how = "folded into" if self.trains_folded else "bound to"
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, window=({self.window}){f', {how} {names}' if names else ''}"
-
-
-def _writes(t: Tensor | None) -> int | None:
-    return None if t is None or t.is_inference() else t._version

@@ -113,9 +113,9 @@ class Source:
             refuse_replica(module)
             return False
         norm.begin_training()
-        if not isinstance(self.state, CarriedWindow) or not isinstance(input, Tensor) or _is_parametrized(module):
+        if not isinstance(self.state, CarriedWindow) or not isinstance(input, Tensor):
             return False
-        weight = module._parameters.get("weight")
+        weight = None if "parametrizations" in module._modules else module._parameters.get("weight")
         if weight is None or not (input.dim() >= 2 if is_linear(module) else input.dim() == weight.dim()):
             return False
         casts = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, weight.dtype)
@@ -185,7 +185,3 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 def _any_module_is_watched() -> bool:
     names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
     return any(getattr(torch_module, name) for name in names)
-
-
-def _is_parametrized(module: nn.Module) -> bool:
-    return "parametrizations" in module._modules

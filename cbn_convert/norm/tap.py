@@ -46,7 +46,7 @@ class InputTap:
         if self.norm.training and (self.folded or self.followed):
             self.input = (args[0] if args else next(iter(kwargs.values()))).detach()
             self.output = output.detach()
-            self.version = _version(output)
+            self.version = writes_to(output)
 
     def weights_replaced(self, module: nn.Module, incompatible_keys: Any) -> None:
         """Weights that were loaded have no past."""
@@ -93,7 +93,7 @@ class InputTap:
             made = made[:, self.rows]
         if rows.shape == made.shape:
             if (rows.data_ptr(), rows.stride()) == (made.data_ptr(), made.stride()):
-                if self.version in (None, _version(x)):
+                if self.version in (None, writes_to(x)):
                     return
             elif self.compared >= COMPARISONS or _nearly_equal(rows, made):
                 self.compared += 1
@@ -128,6 +128,6 @@ def _nearly_equal(copy: Tensor, original: Tensor) -> bool:
     return torch.allclose(copy, original, rtol=1e-2, atol=1e-2 * size, equal_nan=True)
 
 
-def _version(t: Tensor) -> int | None:
+def writes_to(t: Tensor) -> int | None:
     """How often the tensor, or what it is a view of, was written to; None where nobody counts."""
     return None if torch.compiler.is_compiling() or t.is_inference() else t._version

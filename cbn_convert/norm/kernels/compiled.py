@@ -10,20 +10,25 @@ import platform
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import FoldGradient, statistics_dtype
+from ..functional import NO_SQUARE, FoldGradient, statistics_dtype
 from .plain import Kernels
+
+if TYPE_CHECKING:
+    from ..carried import Carried
 
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 3  # of the signatures, as in passes.cpp
+_VERSION = 4  # of the signatures, as in passes.cpp
 _p, _n, _i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "statistics": [_p] * 3 + [_n] * 3 + [_i],
     "respond": [_p] * 6 + [_n] * 3 + [_i],
+    "move": [_p] * 10 + [_n] * 3 + [ctypes.c_double, _i],
     "folded_gradient": [_p] * 11 + [_n] * 3 + [_i],
 }
 
@@ -79,6 +84,21 @@ class Compiled(Kernels):
             *map(_at, given), channels, width, channels // groups, torch.get_num_threads()
         )
         return mean, spread, square
+
+    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """See `Kernels`."""
+        if theta.requires_grad and torch.is_grad_enabled():
+            return super().move(state, theta, bias)
+        mean, var, patch_mean, patch_var, anchor, spread, square = (
+            None if t is None else t.contiguous() for t in state
+        )
+        (channels, width), out = theta.shape, theta.new_empty(5, len(theta))
+        groups = 1 if patch_mean is None else len(patch_mean)
+        given = (theta, None if bias is None else bias.contiguous(), patch_mean, patch_var, mean, var, anchor, spread)
+        _functions["move", theta.dtype](
+            *map(_at, (*given, square, out)), channels, width, channels // groups, NO_SQUARE, torch.get_num_threads()
+        )
+        return out.unbind()
 
     def folded_gradient(self, theta: Tensor, g: Tensor, fold: FoldGradient) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""

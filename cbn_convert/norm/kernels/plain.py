@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor
 
-from ..functional import FoldGradient, by_group, response, statistics_dtype
+from ..functional import NO_SQUARE, FoldGradient, by_group, response, statistics_dtype
+
+if TYPE_CHECKING:
+    from ..carried import Carried
 
 
 class Kernels:
@@ -20,6 +25,18 @@ class Kernels:
         """θ·p̄, Σ d θ² and θ·θ [C] for weights [C, F], and p̄ and d [G, F]."""
         square = theta.square()
         return response(patch_mean, theta, None), response(patch_var, square, None), square.sum(1)
+
+    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """Mean, var, anchor, spread and square of `state` at θ [C, F] and b [C]; see `Carried.moved`."""
+        mean, var, patch_mean, patch_var, anchor_then, spread_then, square_then = cast(tuple[Tensor, ...], state)
+        anchor, spread, square = Kernels.respond(self, theta, patch_mean, patch_var)  # which has derivatives
+        anchor = anchor if bias is None else anchor + bias
+        spread, square = spread.clamp_min(NO_SQUARE), square.clamp_min(NO_SQUARE)
+        growth = (square / square_then).sqrt()
+        mean = mean + (anchor - anchor_then) + (growth - 1) * (mean - anchor_then)
+        leave_zero = (square_then <= NO_SQUARE) & (square > NO_SQUARE)
+        mean, var = torch.where(leave_zero, anchor, mean), torch.where(leave_zero, spread, var * (spread / spread_then))
+        return mean, var, anchor, spread, square
 
     def folded_gradient(self, theta: Tensor, g: Tensor, fold: FoldGradient) -> tuple[Tensor, Tensor]:
         """t = θ·g + away·shift [C] and ∂L/∂θ [C, F], from g, the gradient of the rows s θ, which may be overwritten.
