@@ -70,12 +70,8 @@ class Carried(NamedTuple):
         """Other statistics [C] at θ and b that respond in the same way."""
         if self.patch_mean is None:
             return Carried(mean, var)
-        return Carried(mean, var, self.patch_mean, self.patch_var, *self._anchored(theta, bias))
-
-    def _anchored(self, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        patch_mean, patch_var = cast(tuple[Tensor, Tensor], self[2:4])
-        anchor, spread, square = select(theta).respond(theta, patch_mean, patch_var)
-        return anchor if bias is None else anchor + bias, spread.clamp_min(NO_SQUARE), square.clamp_min(NO_SQUARE)
+        somewhere = self._replace(mean=mean, var=var, anchor=mean, spread=var, square=var)
+        return Carried(mean, var, self.patch_mean, self.patch_var, *select(theta).move(somewhere, theta, bias)[2:])
 
     def with_patches(
         self, mean: Tensor, var: Tensor, share: float | Tensor, theta: Tensor, bias: Tensor | None
@@ -137,8 +133,7 @@ class CarriedWindow:
         self.seen += 1
         self.waiting += images
         self.last_looked = self.last_folded = False
-        self.last = self._moved(running, theta, bias)
-        self.state = self.last
+        self.state = self.last = self._moved(running, theta, bias)
         return self.last
 
     def _moved(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None) -> Carried:
@@ -190,8 +185,7 @@ class CarriedWindow:
             self.state = joined
         else:
             return before
-        self.looks += 1
-        self.waiting = 0
+        self.looks, self.waiting = self.looks + 1, 0
         return before
 
     def statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:

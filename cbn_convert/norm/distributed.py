@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
 from .functional import statistics_dtype
-from .kernels import batch_statistics
+from .kernels import select
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -76,12 +76,12 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
     images: those of this rank that the batch stands for.
     """
     if batch.ranks == 1:
-        mean, var = batch_statistics(batch.x)
+        mean, var = select(batch.x).statistics(batch.x)
         found = () if patches is None else patches.mean_and_var()
         return JoinedMoments(mean, var, images, _all_finite(mean, var, *found), *found)
     count = batch.x.numel() // batch.x.shape[1]
     nothing = about.mean.new_zeros(len(about.mean))
-    parts = [(*(batch_statistics(batch.x) if count else (nothing, nothing)), about.mean, count)]
+    parts = [(*(select(batch.x).statistics(batch.x) if count else (nothing, nothing)), about.mean, count)]
     if patches is not None:
         known = about.patch_mean
         centre = patches.y.new_zeros(()) if known is None else known

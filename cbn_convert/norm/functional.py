@@ -31,11 +31,6 @@ def by_group(t: Tensor, groups: int) -> Tensor:
     return t.view(groups, -1, *t.shape[1:])
 
 
-def per_channel(v: Tensor, x: Tensor) -> Tensor:
-    """Views a vector [C] so that it broadcasts against x [N, C, ...]."""
-    return v.view(1, -1, *[1] * (x.dim() - 2))
-
-
 def is_known(condition: Tensor) -> bool:
     """Whether a condition can be looked at without waiting for a device: not on one, and no FakeTensor."""
     return condition.is_cpu and type(condition) is Tensor

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .distributed import joined_mean, joined_statistics
-from .functional import by_group, is_known, per_channel, response
+from .functional import by_group, is_known, response
 from .producers import is_linear
 from .window import Window
 
@@ -167,7 +167,7 @@ class Ring:
             anchor = response(patch_mean, theta, bias)
             xs = patches.outputs(batch.x).to(mean.dtype)
             linear = is_linear(patches.module)
-            xc = xs - (anchor[:, None] if linear else per_channel(anchor, xs))
+            xc = xs - anchor.view(*([-1, 1] if linear else [1, -1, *[1] * (xs.dim() - 2)]))
             # what rounding left of the mean would be multiplied by a patch mean that may be large
             axes = [1] if linear else [0, *range(2, xc.dim())]
             rest = by_group(joined_mean(xc.mean(axes), patches.positions, batch.ranks), groups)

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationBatchNormAct2d
+from cbn_convert.norm.carried import Carried
 from cbn_convert.norm.functional import FoldGradient
 from cbn_convert.norm.kernels import KERNELS, forced, select
 
@@ -138,17 +139,33 @@ def test_gradient_of_folded_weights(name, dtype, through, groups, width) -> None
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("groups", "width"), [(1, 33), (1, 5000), (4, 7), (8, 9)])
-def test_responses_of_weights(name, dtype, groups, width) -> None:
-    """Oracle: float64, a row at a time."""
-    theta = torch.randn(8, width, dtype=dtype)
+@pytest.mark.parametrize("bias", [True, False])
+def test_statistics_at_other_weights(name, dtype, groups, width, bias) -> None:
+    """Oracle: float64, a row at a time; the weights of one channel were zero, of another they are."""
+    start, theta = torch.randn(2, 8, width, dtype=dtype)
+    start[1], theta[2] = 0, 0
     patch_mean, patch_var = torch.rand(2, groups, width, dtype=dtype)
-    found = KERNELS[name].respond(theta, patch_mean, patch_var)
-    rows, p, d = theta.double(), patch_mean.double(), patch_var.double()
+    mean, b_then, b = torch.randn(3, 8, dtype=dtype)
+    given, given_then = (b, b_then) if bias else (None, None)
+    var = torch.rand(8, dtype=dtype) + 0.5
+    state = Carried(mean, var, patch_mean, patch_var).placed(mean, var, start, given_then)
+    found = KERNELS[name].move(state, theta, given)
+    then, now, p, d = (t.double() for t in (start, theta, patch_mean, patch_var))
     for c in range(8):
         group = c * groups // 8
-        want = (rows[c] @ p[group], rows[c].square() @ d[group], rows[c].square().sum())
-        for got, expected in zip(found, want, strict=True):
-            close(got[c], expected, 1e-4 if dtype == torch.float32 else 1e-10)
+        anchors = [rows[c] @ p[group] + (float(t[c]) if bias else 0.0) for rows, t in ((then, b_then), (now, b))]
+        spreads = [(rows[c].square() @ d[group]).clamp_min(1e-24) for rows in (then, now)]
+        squares = [rows[c].square().sum().clamp_min(1e-24) for rows in (then, now)]
+        growth = (squares[1] / squares[0]).sqrt()
+        M = mean[c].double() + anchors[1] - anchors[0] + (growth - 1) * (mean[c].double() - anchors[0])
+        S = var[c].double() * spreads[1] / spreads[0]
+        if c == 1:
+            M, S = anchors[1], spreads[1]
+        # beside what they are differences of
+        scale = torch.stack([mean[c].double(), *anchors, growth * (mean[c].double() - anchors[0]), S]).abs().max()
+        for got, expected in zip(found, (M, S, anchors[1], spreads[1], squares[1]), strict=True):
+            error = (got[c].double() - expected).abs()
+            assert error <= (1e-4 if dtype == torch.float32 else 1e-10) * torch.maximum(scale, expected.abs())
 
 
 @pytest.mark.parametrize("name", NAMES)

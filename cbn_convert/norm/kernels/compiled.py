@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 4  # of the signatures, as in passes.cpp
+_VERSION = 5  # of the signatures, as in passes.cpp
 _p, _n, _i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "statistics": [_p] * 3 + [_n] * 3 + [_i],
-    "respond": [_p] * 6 + [_n] * 3 + [_i],
     "move": [_p] * 10 + [_n] * 3 + [ctypes.c_double, _i],
     "folded_gradient": [_p] * 11 + [_n] * 3 + [_i],
 }
@@ -74,16 +73,6 @@ class Compiled(Kernels):
         positions = xs.numel() // (n * c) if n else 0
         _functions["statistics", xs.dtype](*map(_at, (xs, mean, var)), n, c, positions, torch.get_num_threads())
         return mean, var
-
-    def respond(self, theta: Tensor, patch_mean: Tensor, patch_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernels`."""
-        (channels, width), groups = theta.shape, len(patch_mean)
-        mean, spread, square = theta.new_empty(3, channels).unbind()
-        given = (theta, patch_mean.contiguous(), patch_var.contiguous(), mean, spread, square)
-        _functions["respond", theta.dtype](
-            *map(_at, given), channels, width, channels // groups, torch.get_num_threads()
-        )
-        return mean, spread, square
 
     def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         """See `Kernels`."""

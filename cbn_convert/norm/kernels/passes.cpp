@@ -43,40 +43,6 @@ void statistics(const T* x, T* mean, T* var, int64_t N, int64_t C, int64_t P, in
   }
 }
 
-// What a row of weights makes of mean and variance of patches: p.row, d.row^2, and row.row. One function for all that
-// need it, so that they agree to the bit.
-template <class T>
-__attribute__((noinline)) void response(const T* row, const T* p, const T* d, int64_t F, T& mean, T& spread, T& square) {
-  double m = 0, q = 0, l = 0;
-  for (int64_t start = 0; start < F; start += BLOCK) {
-    const int64_t end = start + BLOCK < F ? start + BLOCK : F;
-    T a = 0, b = 0, s = 0;
-#pragma omp simd reduction(+ : a, b, s)
-    for (int64_t f = start; f < end; ++f) {
-      const T w = row[f] * row[f];
-      a += row[f] * p[f];
-      b += w * d[f];
-      s += w;
-    }
-    m += a;
-    q += b;
-    l += s;
-  }
-  mean = T(m);
-  spread = T(q);
-  square = T(l);
-}
-
-template <class T>
-void respond(const T* theta, const T* patch_mean, const T* patch_var, T* mean, T* spread, T* square, int64_t C,
-             int64_t F, int64_t per_group, int threads) {
-#pragma omp parallel for num_threads(threads) if (C * F > SMALL)
-  for (int64_t c = 0; c < C; ++c) {
-    const int64_t at = (c / per_group) * F;
-    response(theta + c * F, patch_mean + at, patch_var + at, F, mean[c], spread[c], square[c]);
-  }
-}
-
 // Carried.moved of carried.py: statistics at other weights. out [5, C]: mean, var, anchor, spread, square.
 template <class T>
 void move(const T* theta, const T* bias, const T* patch_mean, const T* patch_var, const T* mean, const T* var,
@@ -86,11 +52,23 @@ void move(const T* theta, const T* bias, const T* patch_mean, const T* patch_var
 #pragma omp parallel for num_threads(threads) if (C * F > SMALL)
   for (int64_t c = 0; c < C; ++c) {
     const int64_t at = (c / per_group) * F;
-    T a, q, l;
-    response(theta + c * F, patch_mean + at, patch_var + at, F, a, q, l);
-    if (bias) a += bias[c];
-    q = q < floor ? floor : q;
-    l = l < floor ? floor : l;
+    const T *row = theta + c * F, *p = patch_mean + at, *d = patch_var + at;
+    double along = bias ? double(bias[c]) : 0, across = 0, length = 0;
+    for (int64_t start = 0; start < F; start += BLOCK) {
+      const int64_t end = start + BLOCK < F ? start + BLOCK : F;
+      T a = 0, b = 0, s = 0;
+#pragma omp simd reduction(+ : a, b, s)
+      for (int64_t f = start; f < end; ++f) {
+        const T w = row[f] * row[f];
+        a += row[f] * p[f];
+        b += w * d[f];
+        s += w;
+      }
+      along += a;
+      across += b;
+      length += s;
+    }
+    const T a = T(along), q = T(across) < floor ? floor : T(across), l = T(length) < floor ? floor : T(length);
     T m = mean[c] + (a - anchor[c]) + (std::sqrt(l / square[c]) - 1) * (mean[c] - anchor[c]), v = var[c] * (q / spread[c]);
     if (square[c] <= floor && l > floor) m = a, v = q;
     out[c] = m, out[C + c] = v, out[2 * C + c] = a, out[3 * C + c] = q, out[4 * C + c] = l;
@@ -137,10 +115,6 @@ void folded_gradient(const T* theta, T* g, const T* patch_mean, const T* patch_v
   void cbn_statistics_##name(const T* x, T* mean, T* var, int64_t N, int64_t C, int64_t P, int threads) {           \
     statistics(x, mean, var, N, C, P, threads);                                                                     \
   }                                                                                                                 \
-  void cbn_respond_##name(const T* theta, const T* patch_mean, const T* patch_var, T* mean, T* spread, T* square,   \
-                          int64_t C, int64_t F, int64_t per_group, int threads) {                                   \
-    respond(theta, patch_mean, patch_var, mean, spread, square, C, F, per_group, threads);                          \
-  }                                                                                                                 \
   void cbn_move_##name(const T* theta, const T* bias, const T* patch_mean, const T* patch_var, const T* mean,       \
                        const T* var, const T* anchor, const T* spread, const T* square, T* out, int64_t C,          \
                        int64_t F, int64_t per_group, double least, int threads) {                                   \
@@ -156,7 +130,7 @@ void folded_gradient(const T* theta, T* g, const T* patch_mean, const T* patch_v
   }
 
 extern "C" {
-int cbn_version() { return 4; }  // to be raised with every change of a signature
+int cbn_version() { return 5; }  // to be raised with every change of a signature
 EXPORT(float, f32)
 EXPORT(double, f64)
 }

@@ -21,17 +21,12 @@ class Kernels:
         var, mean = torch.var_mean(x.to(statistics_dtype(x)), [0, *range(2, x.dim())], correction=0)
         return mean, var
 
-    def respond(self, theta: Tensor, patch_mean: Tensor, patch_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """θ·p̄, Σ d θ² and θ·θ [C] for weights [C, F], and p̄ and d [G, F]."""
-        square = theta.square()
-        return response(patch_mean, theta, None), response(patch_var, square, None), square.sum(1)
-
     def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         """Mean, var, anchor, spread and square of `state` at θ [C, F] and b [C]; see `Carried.moved`."""
         mean, var, patch_mean, patch_var, anchor_then, spread_then, square_then = cast(tuple[Tensor, ...], state)
-        anchor, spread, square = Kernels.respond(self, theta, patch_mean, patch_var)  # which has derivatives
-        anchor = anchor if bias is None else anchor + bias
-        spread, square = spread.clamp_min(NO_SQUARE), square.clamp_min(NO_SQUARE)
+        squares, anchor = theta.square(), response(patch_mean, theta, bias)
+        spread = response(patch_var, squares, None).clamp_min(NO_SQUARE)
+        square = squares.sum(1).clamp_min(NO_SQUARE)
         growth = (square / square_then).sqrt()
         mean = mean + (anchor - anchor_then) + (growth - 1) * (mean - anchor_then)
         leave_zero = (square_then <= NO_SQUARE) & (square > NO_SQUARE)
