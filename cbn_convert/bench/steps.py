@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any, NamedTuple
@@ -105,19 +105,25 @@ class _Column:
 
     def kept(self, x: Tensor) -> float:
         """MB that the graph of a forward pass holds for the backward pass beside parameters and buffers."""
-        own = (*self.model.parameters(), *self.model.buffers(), *self.history())
-        known = {t.untyped_storage().data_ptr() for t in own}
-        held: dict[int, int] = {}
+        return kept_bytes(self.model, x, self.history()) / 1e6
 
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in known:
-                held[storage.data_ptr()] = storage.nbytes()
-            return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            self.model(x)
-        return sum(held.values()) / 1e6
+def kept_bytes(model: nn.Module, x: Tensor, beside: Iterable[Tensor] = ()) -> int:
+    """What the graph of a forward pass holds for the backward pass beside parameters, buffers and other tensors."""
+    own = (*model.parameters(), *model.buffers(), *beside)
+    known = {t.untyped_storage().data_ptr() for t in own}
+    held: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    del out  # the graph lives until here: no memory is counted that was given back and taken again
+    return sum(held.values())
 
 
 def bench_step(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
+from cbn_convert.bench.steps import kept_bytes
 from cbn_convert.norm import CrossIterationMixin, Window
 from cbn_convert.norm.folded import FoldingMixin
 
@@ -122,23 +123,6 @@ def test_a_chain_with_activations_that_are_made_again(act: type[nn.Module], prod
         for a, b in zip(gradients(chain.train(), x), gradients(plain.train(), x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
         shake(chain, plain)
-
-
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    """What a forward pass keeps for the backward pass beside weights."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    held: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            held[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x)
-    del out
-    return sum(held.values())
 
 
 @pytest.mark.parametrize("look", [False, True])
