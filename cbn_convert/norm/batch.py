@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .functional import statistics_dtype
 from .moments import InputPatches
@@ -38,6 +39,14 @@ class RunningStatistics:
         """Writes to the buffers."""
         self.mean.copy_(mean)
         self.var.copy_(var)
+
+    def written(self) -> tuple[Tensor, Tensor] | None:
+        """The buffers, to be written to by way of their memory, which counts as a write; None where it cannot."""
+        both = (self.mean, self.var)
+        if not all(t.is_contiguous() and type(t) is Tensor and not t.is_inference() for t in both):
+            return None
+        increment_version(both)
+        return both
 
 
 @dataclass

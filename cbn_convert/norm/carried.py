@@ -18,20 +18,21 @@ what a step normalises by depends on the weights alone.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .batch import Batch, RunningStatistics
 from .distributed import joined_moments
-from .functional import NO_SQUARE, is_known, pooled
+from .functional import is_known, pooled
 from .kernels import select
 from .window import Window
 
 # A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
 # patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
 LEAST_VARIANCE, TINY = 0.05, 1e-12
+_ROWS = ("mean", "var", "anchor", "spread", "square")  # of `Carried.table`, by their names in checkpoints
 
 
 class Carried(NamedTuple):
@@ -40,45 +41,44 @@ class Carried(NamedTuple):
     Never written to: whoever keeps one for a backward pass finds it as it was.
     """
 
-    mean: Tensor  # M [C]
-    var: Tensor  # S [C]
+    table: Tensor  # [5, C]: M, S, θ·p̄ + b, q and θ·θ; of the first two alone where weights are not followed
     patch_mean: Tensor | None = None  # p̄ [G, F]
     patch_var: Tensor | None = None  # d [G, F]
-    anchor: Tensor | None = None  # θ·p̄ + b [C]
-    spread: Tensor | None = None  # q [C]
-    square: Tensor | None = None  # θ·θ [C]
 
-    def moved(self, theta: Tensor, bias: Tensor | None) -> Carried:
+    @property
+    def mean(self) -> Tensor:
+        """M [C]."""
+        return self.table[0]
+
+    @property
+    def var(self) -> Tensor:
+        """S [C]."""
+        return self.table[1]
+
+    def moved(self, theta: Tensor | None, bias: Tensor | None) -> Carried:
         """The statistics at θ [C, F] and b [C]; may be differentiated with respect to both.
 
         The same to the bit where θ and b are those that they are at. Where weights were zero, and are no more, what x
         was says nothing: p̄ and d say all that is known.
         """
-        if self.patch_mean is None or self.patch_var is None:
+        if theta is None or self.patch_mean is None:
             return self
-        mean, var, *at = select(theta).move(self, theta, bias)
-        return Carried(mean, var, self.patch_mean, self.patch_var, *at)
+        return self._replace(table=select(theta).move(self, theta, bias))
 
-    @property
-    def slopes(self) -> tuple[Tensor, Tensor]:
-        """How ∂M/∂θ - p̄ depends on θ, and ∂S/∂θ on d θ [C]; see `FoldGradient`."""
-        anchor, spread, square = cast(tuple[Tensor, Tensor, Tensor], self[4:])
-        along_length = (self.mean - anchor) / square * (square > NO_SQUARE)
-        return along_length, 2 * self.var / spread * (spread > NO_SQUARE)
+    def of(self, mean: Tensor, var: Tensor) -> Carried:
+        """Other statistics [C] at the same weights that respond in the same way."""
+        return self._replace(table=torch.cat([torch.stack([mean, var]), self.table[2:]]))
 
     def placed(self, mean: Tensor, var: Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
         """Other statistics [C] at θ and b that respond in the same way."""
-        if self.patch_mean is None:
-            return Carried(mean, var)
-        somewhere = self._replace(mean=mean, var=var, anchor=mean, spread=var, square=var)
-        return Carried(mean, var, self.patch_mean, self.patch_var, *select(theta).move(somewhere, theta, bias)[2:])
+        return self._replace(table=torch.stack([mean, var, mean, var, var])).moved(theta, bias).of(mean, var)
 
     def with_patches(
         self, mean: Tensor, var: Tensor, share: float | Tensor, theta: Tensor, bias: Tensor | None
     ) -> Carried:
         """Patches with p̄ and d [G, F] joined with a share; statistics as they are, anchored at θ and b."""
         if self.patch_mean is None or self.patch_var is None:
-            joined = self._replace(patch_mean=mean, patch_var=_at_least(var))
+            joined = Carried(self.table, mean, _at_least(var))
         else:
             step = mean - self.patch_mean
             own = _at_least(var + (1 - share) * step * step)
@@ -129,28 +129,32 @@ class CarriedWindow:
         return (follows and not self.compensated) or (iteration + self.phase) % self.window.every == 0
 
     def begin(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None, images: int) -> Carried:
-        """The statistics at θ [C, F] and b [C], for a step with so many images; θ None where it is not followed."""
+        """Counts a step with so many images; returns the statistics that are to be taken to its θ [C, F] and b [C].
+
+        θ is None where it is not followed.
+        """
         self.seen += 1
         self.waiting += images
-        self.last_looked = self.last_folded = False
-        self.state = self.last = self._moved(running, theta, bias)
-        return self.last
+        return self._known(running, theta, bias)
 
-    def _moved(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None) -> Carried:
+    def arrive(self, at: Carried, folded: bool) -> None:
+        """Notes the statistics at the weights of a step that has begun, and whether its layer trains folded."""
+        self.state = self.last = at
+        self.last_looked, self.last_folded = False, folded
+
+    def _known(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None) -> Carried:
         state = self.state
         if state is None or (theta is None and running.changed):
-            return Carried(*running.read())
-        if (state.mean.dtype, state.mean.device) != (running.dtype, running.mean.device):
+            return Carried(torch.stack(running.read()))
+        if (state.table.dtype, state.table.device) != (running.dtype, running.mean.device):
             state = Carried(*[None if t is None else t.to(running.mean.device, running.dtype) for t in state])  # type: ignore[arg-type]
-        if theta is None:
+        if theta is None or not running.changed:
             return state
-        if not running.changed:
-            return state.moved(theta, bias)
         # Somebody else wrote to the buffers. What DistributedDataParallel hands out before every step are those of
         # rank 0 at the weights of the step before; what others write goes with the weights as they are.
         mean, var = running.read()
         if running.handed_out:
-            return state._replace(mean=mean, var=var).moved(theta, bias)
+            return state.of(mean, var)
         return state.placed(mean, var, theta, bias)
 
     def look(self, batch: Batch) -> Carried:
@@ -176,8 +180,7 @@ class CarriedWindow:
             joined = before.with_patches(*of_patches, of_look, theta, bias)
         else:
             joined = before
-        mean, var = pooled(before.mean, before.var, found.mean, found.var, share)
-        joined = joined._replace(mean=mean, var=var)
+        joined = joined.of(*pooled(before.mean, before.var, found.mean, found.var, share))
         self.last = before
         if not is_known(found.finite):
             self.state = joined.where(found.finite, before)
@@ -196,7 +199,9 @@ class CarriedWindow:
             with torch.no_grad():
                 assert batch.running is not None
                 detached = batch.detached()
-                carried = self.begin(batch.running, detached.theta, detached.bias, batch.images)
+                weights = (detached.theta, detached.bias)
+                carried = self.begin(batch.running, *weights, batch.images).moved(*weights)
+                self.arrive(carried, folded=False)
                 if self.is_due(batch.iteration, batch.theta is not None):
                     carried = self.look(detached)
                 self.write(batch.running)
@@ -212,7 +217,7 @@ class CarriedWindow:
     def carry(self, running: RunningStatistics, theta: Tensor, bias: Tensor | None) -> None:
         """Takes the window, and the running statistics with it, to other weights between two steps."""
         if self.state is not None:
-            self.state = self._moved(running, theta, bias)
+            self.state = self._known(running, theta, bias).moved(theta, bias)
             self.write(running)
 
     def tensors(self) -> list[Tensor]:
@@ -225,11 +230,18 @@ class CarriedWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
-        slots = {} if self.state is None else {k: v.clone() for k, v in self.state._asdict().items() if v is not None}
+        slots = {}
+        if self.state is not None:
+            table, patch_mean, patch_var = self.state
+            slots = dict(zip(_ROWS, table.clone(), strict=False))
+            if patch_mean is not None and patch_var is not None:
+                slots |= {"patch_mean": patch_mean.clone(), "patch_var": patch_var.clone()}
         return {"kind": "ema", "seen": self.seen, "looks": self.looks, "waiting": self.waiting, "slots": slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.clear()
         self.seen, self.looks, self.waiting = int(state["seen"]), int(state["looks"]), int(state["waiting"])
-        self.state = Carried(**{k: v.clone() for k, v in state["slots"].items()}) if state["slots"] else None
+        if slots := {name: value.clone() for name, value in state["slots"].items()}:
+            table = torch.stack([slots[name] for name in _ROWS if name in slots])
+            self.state = Carried(table, slots.get("patch_mean"), slots.get("patch_var"))

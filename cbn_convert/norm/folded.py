@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .activation import Activated
 from .batch import Batch, RunningStatistics
 from .carried import Carried, CarriedWindow
-from .functional import FoldGradient, gradients
-from .kernels import select
+from .functional import Affine, gradients
+from .kernels import KERNELS, Folded, select
 from .producers import Convolution, LinearMap, Producer, as_function, as_rows, of_rows
 
 if TYPE_CHECKING:
@@ -58,18 +58,30 @@ class FoldedStep:
     patches_of: Tensor | None = None
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """θ [C, F] and b in the dtype of statistics."""
-        dtype = self.running.dtype
-        return as_rows(weight, self.module).to(dtype), None if bias is None else bias.to(dtype)
+        """θ [C, F] and b in the dtype of statistics, laid out as the kernels need them."""
+        rows = self._vector(as_rows(weight, self.module))
+        assert rows is not None
+        return rows, self._vector(bias)
 
-    def begin(self, theta: Tensor, bias: Tensor | None, images: int) -> tuple[Carried, bool]:
-        """The statistics of this step, and whether it is to look at its batch."""
-        window = self.window
+    def affine(self, gamma: Tensor | None, beta: Tensor | None) -> Affine:
+        """γ and β likewise."""
+        return Affine(self._vector(gamma), self._vector(beta), self.eps)
+
+    def _vector(self, t: Tensor | None) -> Tensor | None:
+        if t is None or (t.dtype == self.running.dtype and t.is_contiguous()):
+            return t
+        return t.to(self.running.dtype).contiguous()
+
+    def begin(self, theta: Tensor, bias: Tensor | None, affine: Affine, images: int) -> tuple[Folded, bool]:
+        """The norm layer as a part of this one, and whether the step is to look at its batch."""
+        window, kernels = self.window, select(theta)
         if self.recomputing and window.last is not None:
-            return window.last, window.last_looked
-        carried = window.begin(self.running, *self._followed(theta, bias), images)
-        window.last_folded = True
-        return carried, window.is_due(self.iteration, self.follows)
+            return kernels.fold(window.last, theta, bias, affine), window.last_looked
+        known = window.begin(self.running, *self._followed(theta, bias), images)
+        looks = window.is_due(self.iteration, self.follows)
+        folded = kernels.fold(known, theta, bias, affine, None if looks else self.running)
+        window.arrive(folded.state, folded=True)
+        return folded, looks
 
     def _followed(self, theta: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return (theta, bias) if self.follows else (None, None)
@@ -116,25 +128,23 @@ class FoldedMap(torch.autograd.Function):
         step: FoldedStep,
     ) -> Tensor:
         """See the class."""
-        theta, b = step.rows(weight, bias)
-        carried, looks = step.begin(theta, b, len(input))
-        x = None
+        (theta, b), affine = step.rows(weight, bias), step.affine(gamma, beta)
+        folded, looks = step.begin(theta, b, affine, len(input))
+        dtype = input.dtype
         if looks:
             # what the conv gives under θ itself is looked at, then scaled where it stands
-            x = step.apply(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
-            carried = step.look(x, theta, b)
-        if not step.recomputing:
-            step.window.write(step.running)
-        scale, shift = _affine(carried, gamma, beta, step.eps)
-        if x is None:
-            if b is not None:
-                shift = shift + scale * b
-            folded = of_rows(theta * scale[:, None], step.module).to(input.dtype)
-            y = step.apply(input, folded, shift.to(input.dtype))
+            x = step.apply(input, weight.to(dtype), None if bias is None else bias.to(dtype))
+            state = step.look(x, theta, b)
+            if state is not folded.state:  # known only now how statistics respond
+                folded = folded._replace(state=state)
+            shift = folded.shift if b is None else folded.shift - folded.scale * b
+            y = step.apply.scaled(x, folded.scale, shift)
+            if not step.recomputing:
+                step.window.write(step.running)
         else:
-            y = step.apply.scaled(x, scale, shift)
+            y = step.apply(input, of_rows(folded.rows, step.module).to(dtype), folded.shift.to(dtype))
         kept = input if step.made_of is None else step.made_of.input
-        ctx.save_for_backward(kept, weight, bias, gamma, beta, *carried)
+        ctx.save_for_backward(kept, weight, bias, gamma, beta, folded.scale, *folded.state)
         step.patches_of = None
         ctx.step = step
         return y
@@ -143,44 +153,31 @@ class FoldedMap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """See the class; with create_graph, by the formulas that have derivatives of their own."""
         (g,) = grads
-        input, weight, bias, gamma, beta, *saved = ctx.saved_tensors
-        step, carried = cast(FoldedStep, ctx.step), Carried(*saved)
+        input, weight, bias, gamma, beta, scale, *saved = ctx.saved_tensors
+        step, state = cast(FoldedStep, ctx.step), Carried(*saved)
+        if step.window.window.gradient != "full":
+            state = Carried(state.table)
         if step.made_of is not None:
             _, input = as_function(step.module, step.made_of._replace(input=input).again())
         if torch.is_grad_enabled():
-            return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, carried, step), None)
+            return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)
-        inv_std = torch.rsqrt(carried.var + step.eps)
-        scale = inv_std if gamma is None else gamma.to(inv_std.dtype) * inv_std
-        folded = of_rows(theta * scale[:, None], step.module).to(input.dtype)
-        g_input, g_folded = step.apply.gradients(g, input, folded, ctx.needs_input_grad[0])
-        g_shift = step.apply.bias_gradient(g, scale.dtype)
+        rows = of_rows(theta * scale[:, None], step.module).to(input.dtype)
+        g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, ctx.needs_input_grad[0], scale.dtype)
         g_rows = as_rows(g_folded, step.module).to(scale.dtype)
-        through = step.window.window.gradient == "full" and carried.patch_mean is not None
-        away = -carried.mean if b is None else b - carried.mean
-        slopes = (*carried.slopes, carried.patch_mean, carried.patch_var) if through else (away, away)  # of no use
-        fold = FoldGradient(scale, inv_std, away, g_shift, *slopes)
-        t, g_theta = select(theta).folded_gradient(theta, g_rows, fold)
+        affine = step.affine(gamma, None)
+        g_theta, g_gamma = select(theta).folded_gradient(state, theta, b, affine, g_rows, g_shift)
         g_bias = None
         if bias is not None and ctx.needs_input_grad[2]:
-            g_bias = torch.zeros_like(bias) if through else (scale * g_shift).to(bias.dtype)
+            g_bias = (scale * g_shift).to(bias.dtype) if state.patch_mean is None else torch.zeros_like(bias)
         return (
             g_input,
             of_rows(g_theta, step.module).to(weight.dtype) if ctx.needs_input_grad[1] else None,
             g_bias,
-            None if gamma is None else (t * inv_std).to(gamma.dtype),
+            None if gamma is None else g_gamma.to(gamma.dtype),
             None if beta is None else g_shift.to(beta.dtype),
             None,
         )
-
-
-def _affine(carried: Carried, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """s and β - s M [C]."""
-    scale = torch.rsqrt(carried.var + eps)
-    if gamma is not None:
-        scale = scale * gamma.to(scale.dtype)
-    shift = -scale * carried.mean
-    return scale, shift if beta is None else shift + beta.to(scale.dtype)
 
 
 def plainly_folded(
@@ -189,18 +186,12 @@ def plainly_folded(
     bias: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    carried: Carried,
+    state: Carried,
     step: FoldedStep,
 ) -> Tensor:
     """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes."""
-    theta, b = step.rows(weight, bias)
-    if step.window.window.gradient == "full" and carried.patch_mean is not None:
-        carried = carried.moved(theta, b)
-    scale, shift = _affine(carried, gamma, beta, step.eps)
-    if b is not None:
-        shift = shift + scale * b
-    folded = of_rows(theta * scale[:, None], step.module)
-    return step.apply(input, folded.to(input.dtype), shift.to(input.dtype))
+    folded = KERNELS["plain"].fold(state, *step.rows(weight, bias), step.affine(gamma, beta))
+    return step.apply(input, of_rows(folded.rows, step.module).to(input.dtype), folded.shift.to(input.dtype))
 
 
 class FoldingMixin(nn.Module):

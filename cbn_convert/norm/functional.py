@@ -54,20 +54,15 @@ def pooled(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of a mixture in which the new population has weight `share` (parallel variance formula)."""
     step = new_mean - mean
-    return mean + share * step, var + share * (new_var - var) + share * (1 - share) * step * step
+    return mean + share * step, torch.lerp(var, new_var, share) + share * (1 - share) * step.square()
 
 
-class FoldGradient(NamedTuple):
-    """What the gradient of folded rows s θ is made of [C]; p̄ and d [G, F] are None where M and S are fixed."""
+class Affine(NamedTuple):
+    """What a norm layer does with normalised values: γ and β [C], or None, and its eps."""
 
-    scale: Tensor  # s
-    inv_std: Tensor  # 1 / sqrt(S + eps)
-    away: Tensor  # b - M
-    shift: Tensor  # ∂L/∂(β + s (b - M))
-    along_length: Tensor  # (M - θ·p̄ - b) / |θ|²: ∂M/∂θ = p̄ + along_length θ
-    along_spread: Tensor  # 2 S / q: ∂S/∂θ = along_spread d θ
-    patch_mean: Tensor | None = None
-    patch_var: Tensor | None = None
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
 
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:

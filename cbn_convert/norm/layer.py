@@ -210,15 +210,16 @@ class CrossIterationMixin(_BatchNorm):
         """Whether anybody else has written to the running statistics since this layer left them."""
         if self._left is None:
             return True
-        pairs = zip(self._left, self._found(), strict=True)
-        return any(left is not found or writes != now for (left, writes), (found, now) in pairs)
+        mean, var, writes = self._found()
+        return not (self._left[0] is mean and self._left[1] is var and self._left[2] == writes)
 
     def _leave(self) -> None:
         """Notes the running statistics as this layer leaves them."""
         self._left = self._found()
 
-    def _found(self) -> Any:
-        return [(t, None if t is None else writes_to(t)) for t in (self.running_mean, self.running_var)]
+    def _found(self) -> tuple[Tensor | None, Tensor | None, Any]:
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        return mean, var, None if mean is None or var is None else (writes_to(mean), writes_to(var))
 
     def history_tensors(self) -> list[Tensor]:
         """The tensors that hold the past, to account for their memory."""
@@ -281,6 +282,8 @@ class CrossIterationMixin(_BatchNorm):
             if torch.compiler.is_compiling():
                 compiled: Tensor = torch.compiler.disable(self._normalize_by_window)(x, act)
                 return compiled
+            if not torch.is_inference_mode_enabled():
+                return self._normalize_by_window(x, act)
             with what_lasts_may_be_made():
                 return self._normalize_by_window(x, act)
         y = self._normalize_by_running_statistics(x)
@@ -292,13 +295,13 @@ class CrossIterationMixin(_BatchNorm):
         return F.batch_norm(x, mean, var, gamma, beta, mean is None and var is None, 0.0, self.eps)
 
     def _normalize_by_window(self, x: Tensor, act: nn.Module | None) -> Tensor:
-        refuse_transforms(x, self.weight, self.bias)
         recomputing = self.is_recomputing
         self.begin_training()
         if self._is_folded(x, recomputing):
             if not recomputing:
                 self._count(None)
             return x if act is None else activate(x, act)
+        refuse_transforms(x, self.weight, self.bias)
         batches = [source.batch(source.of_input(x), recomputing) for source in self._sources]
         if x.numel() == 0 and not (self.window.sync and world_size() > 1):
             y = self._normalize_by_running_statistics(x)
@@ -324,8 +327,9 @@ class CrossIterationMixin(_BatchNorm):
 
     def _count(self, finite: Tensor | None, counts: bool = True) -> None:
         self.iteration += 1
-        if self.num_batches_tracked is not None and counts:
-            self.num_batches_tracked.add_(1 if finite is None else finite)
+        batches = self._buffers["num_batches_tracked"]
+        if batches is not None and counts:
+            batches.add_(1 if finite is None else finite)
         self._leave()
 
     def _over(self, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:

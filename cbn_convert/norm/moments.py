@@ -15,17 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .producers import (
-    Conv,
-    Producer,
-    as_rows,
-    fan_in,
-    groups_of,
-    is_linear,
-    is_transposed,
-    padded_input,
-    per_axis,
-)
+from .kernels import batch_statistics
+from .producers import Conv, Producer, as_rows, fan_in, groups_of, is_linear, is_transposed, padded_input, per_axis
 
 
 class InputPatches:
@@ -107,11 +98,14 @@ class InputPatches:
         module, y = self.module, self.y
         if not self.positions:
             return self._mean_of(y), self._mean_of(y)
-        centre = y.mean([0] if is_linear(module) else [0, *range(2, y.dim())], keepdim=True)
+        if is_linear(module) or self.pointwise:
+            mean, var = batch_statistics(y.contiguous())
+            return mean.view(self.groups, -1), var.view(self.groups, -1)
+        centre = y.mean([0, *range(2, y.dim())], keepdim=True)
         centred = y - centre
         first, square = self._mean_of(centred), self._mean_of(centred.square())
         centre = centre.flatten().repeat_interleave(first.numel() // centre.numel()).view_as(first)
-        if is_transposed(module) or (not is_linear(module) and any(self.padding)):
+        if is_transposed(module) or any(self.padding):
             filled = self._mean_of(torch.ones_like(y))
             first, square = first - centre * (1 - filled), square + centre.square() * (1 - filled)
         return centre + first, (square - first.square()).clamp_min(0)

@@ -185,6 +185,9 @@ def padded_input(conv: Conv, y: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return y, per_axis(conv, "padding")
 
 
+_Gradients = tuple[Tensor | None, Tensor, Tensor]
+
+
 class LinearMap:
     """x = W·y + b as a function of the weight that is applied, with its gradients; for linear layers and PyG's."""
 
@@ -192,14 +195,10 @@ class LinearMap:
         """Applies a weight of the layer's shape and a bias [C] to the last axis of y."""
         return F.linear(y, weight, bias)
 
-    def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool) -> tuple[Tensor | None, Tensor]:
-        """∂L/∂y (if wanted) and ∂L/∂W from ∂L/∂x."""
+    def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool, dtype: torch.dtype) -> _Gradients:
+        """∂L/∂y (if wanted), ∂L/∂W and, in a dtype of its own, ∂L/∂b from ∂L/∂x."""
         rows = g.flatten(0, -2)
-        return g @ weight if of_input else None, rows.T @ y.flatten(0, -2)
-
-    def bias_gradient(self, g: Tensor, dtype: torch.dtype) -> Tensor:
-        """∂L/∂b from ∂L/∂x."""
-        return g.flatten(0, -2).sum(0, dtype=dtype)
+        return g @ weight if of_input else None, rows.T @ y.flatten(0, -2), rows.sum(0, dtype=dtype)
 
     def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """x·scale + shift per channel, in place where x has their dtype."""
@@ -221,14 +220,10 @@ class Convolution(NamedTuple):
         x: Tensor = torch.ops.aten.convolution(y, weight, bias, *self)
         return x
 
-    def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool) -> tuple[Tensor | None, Tensor]:
-        """∂L/∂y (if wanted) and ∂L/∂W from ∂L/∂x."""
+    def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool, dtype: torch.dtype) -> _Gradients:
+        """∂L/∂y (if wanted), ∂L/∂W and, in a dtype of its own, ∂L/∂b from ∂L/∂x."""
         found = torch.ops.aten.convolution_backward(g, y, weight, None, *self, [of_input, True, False])
-        return found[0], found[1]
-
-    def bias_gradient(self, g: Tensor, dtype: torch.dtype) -> Tensor:
-        """∂L/∂b from ∂L/∂x."""
-        return g.sum([0, *range(2, g.dim())], dtype=dtype)
+        return found[0], found[1], g.sum([0, *range(2, g.dim())], dtype=dtype)
 
     def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """x·scale + shift per channel, in place where x has their dtype."""

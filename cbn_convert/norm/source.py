@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,8 @@ class Source:
 
     def running(self, dtype: torch.dtype) -> RunningStatistics | None:
         """This source's running statistics; None where the layer has none."""
-        mean, var = self.of(self.norm.running_mean), self.of(self.norm.running_var)
+        buffers = self.norm._buffers
+        mean, var = self.of(buffers["running_mean"]), self.of(buffers["running_var"])
         if mean is None or var is None:
             return None
         # DistributedDataParallel writes to buffers in a way that counts as no write
@@ -112,14 +114,16 @@ class Source:
         if not (norm.training and module.training) or self.tap is None or self.tap.module is not module:
             refuse_replica(module)
             return False
-        norm.begin_training()
+        if self.state is None:
+            norm.begin_training()
         if not isinstance(self.state, CarriedWindow) or not isinstance(input, Tensor):
             return False
         weight = None if "parametrizations" in module._modules else module._parameters.get("weight")
         if weight is None or not (input.dim() >= 2 if is_linear(module) else input.dim() == weight.dim()):
             return False
-        casts = torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, weight.dtype)
-        if input.dtype != weight.dtype and not casts:
+        if input.dtype != weight.dtype and (
+            torch.float64 in (input.dtype, weight.dtype) or not torch.is_autocast_enabled(input.device.type)
+        ):
             return False  # an error of torch's own
         if not input.numel() and not (norm.window.sync and world_size() > 1):
             return False
@@ -135,32 +139,36 @@ class Source:
         if torch.compiler.is_compiling():
             compiled: Tensor = torch.compiler.disable(self._folded)(module, input, output_size)
             return compiled
+        if not torch.is_inference_mode_enabled():
+            return self._folded(module, input, output_size)
         with what_lasts_may_be_made():
             return self._folded(module, input, output_size)
 
     def _folded(self, module: Any, input: Tensor, output_size: Any) -> Tensor:
-        norm, device = self.norm, input.device.type
-        weight, bias = module.weight, module.bias
-        refuse_transforms(input, weight, bias, norm.weight, norm.bias)
-        assert self.tap is not None
-        made_of = origin(input)
-        if torch.is_autocast_enabled(device) and input.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
-            input, made_of = input.to(torch.get_autocast_dtype(device)), None
-        if not norm.is_recomputing:
-            self.tap.check_arrivals()
-        dtype = statistics_dtype(weight)
-        running = self.running(dtype)
-        assert running is not None
+        norm, tap, device, recomputing = self.norm, self.tap, input.device.type, self.norm.is_recomputing
+        # not as attributes, which modules look up the long way, here and below
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        gamma, beta = norm._parameters["weight"], norm._parameters["bias"]
+        refuse_transforms(input, weight, bias, gamma, beta)
+        assert tap is not None
         assert isinstance(self.state, CarriedWindow)
-        with torch.autocast(device, enabled=False):
+        made_of, casts = origin(input), torch.is_autocast_enabled(device)
+        if casts and input.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
+            input, made_of = input.to(torch.get_autocast_dtype(device)), None
+        if not recomputing:
+            tap.check_arrivals()
+        running = self.running(statistics_dtype(weight))
+        assert running is not None
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
             apply, padded = as_function(module, input, output_size)
             step = FoldedStep(
-                module, apply, self.state, running, norm.eps, norm.iteration, norm.is_recomputing,
-                world_size() if norm.window.sync else 1, self.tap.followed,
+                module, apply, self.state, running, norm.eps, norm.iteration, recomputing,
+                world_size() if norm.window.sync else 1, tap.followed,
                 None if is_transposed(module) else made_of, input.detach(),
             )  # fmt: skip
-            y: Tensor = FoldedMap.apply(padded, weight, bias, norm.weight, norm.bias, step)
-        self.tap.folded = not norm.is_recomputing
+            y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
+        tap.folded = not recomputing
+        tap.made(y)
         return y
 
 
@@ -183,5 +191,5 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 
 
 def _any_module_is_watched() -> bool:
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-    return any(getattr(torch_module, name) for name in names)
+    m = torch_module
+    return bool(m._global_forward_hooks or m._global_forward_pre_hooks or m._global_backward_hooks)

@@ -36,17 +36,18 @@ class InputTap:
         self.folded = False  # whether the output that is on its way is normalised already
         self.lost = 0  # such outputs that never came to the norm
         # before hooks of others, which may change the output
-        self.handles = [
-            self.module.register_forward_hook(self, with_kwargs=True, prepend=True),
-            self.module.register_load_state_dict_post_hook(self.weights_replaced),  # type: ignore[no-untyped-call]
-        ]
+        self.watching = self.module.register_forward_hook(self, with_kwargs=True, prepend=True)
+        self.loading = self.module.register_load_state_dict_post_hook(self.weights_replaced)  # type: ignore[no-untyped-call]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Runs behind the module's forward pass."""
         if self.norm.training and (self.folded or self.followed):
             self.input = (args[0] if args else next(iter(kwargs.values()))).detach()
-            self.output = output.detach()
-            self.version = writes_to(output)
+            self.made(output)
+
+    def made(self, output: Tensor) -> None:
+        """Notes what is on its way to the norm."""
+        self.output, self.version = output.detach(), writes_to(output)
 
     def weights_replaced(self, module: nn.Module, incompatible_keys: Any) -> None:
         """Weights that were loaded have no past."""
@@ -105,8 +106,8 @@ class InputTap:
 
     def remove(self) -> None:
         """Takes the hooks off the module, which is of its own class again."""
-        for handle in self.handles:
-            handle.remove()
+        self.watching.remove()
+        self.loading.remove()
         source = self.module.__dict__.get("folds_into")
         if source is not None and source.tap is self:
             end_folding(self.module)
@@ -117,8 +118,10 @@ class InputTap:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks of others see what goes into the module or comes out of it."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(not isinstance(hook, InputTap) for name in names for hook in getattr(module, name).values())
+    m = module
+    if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        return True
+    return bool(m._forward_hooks) and any(not isinstance(hook, InputTap) for hook in m._forward_hooks.values())
 
 
 def _nearly_equal(copy: Tensor, original: Tensor) -> bool:

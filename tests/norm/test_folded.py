@@ -426,9 +426,10 @@ def oracle(model: nn.Sequential, x: Tensor) -> Tensor:
         groups = len(state.patch_mean)
         mean = torch.einsum("gcf,gf->gc", theta.unflatten(0, (groups, -1)), state.patch_mean).flatten() + conv.bias
         q = torch.einsum("gcf,gf->gc", theta.unflatten(0, (groups, -1)).square(), state.patch_var).flatten()
-        growth = theta.norm(dim=1) / state.square.sqrt()
-        M = state.mean + mean - state.anchor + (growth - 1) * (state.mean - state.anchor)
-        S = state.var * q / state.spread
+        M_then, S_then, anchor, spread, square = state.table
+        growth = theta.norm(dim=1) / square.sqrt()
+        M = M_then + mean - anchor + (growth - 1) * (M_then - anchor)
+        S = S_then * q / spread
         x = conv._conv_forward(x, conv.weight, conv.bias)
         x = F.batch_norm(x, torch.zeros_like(M), torch.ones_like(S), None, None, False, 0.0, 0.0)
         shape = (1, -1, 1, 1)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationBatchNormAct2d
 from cbn_convert.norm.carried import Carried
-from cbn_convert.norm.functional import FoldGradient
+from cbn_convert.norm.functional import Affine
 from cbn_convert.norm.kernels import KERNELS, forced, select
 
 NAMES = list(KERNELS)
@@ -99,7 +99,7 @@ def test_variance_beside_a_large_mean(name: str) -> None:
     close(var, x.double().var((0, 2, 3), correction=0), 1e-4)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "plain"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("through", [True, False])
 @pytest.mark.parametrize(("groups", "width"), [(1, 33), (1, 2500), (4, 7), (8, 9)])
@@ -124,15 +124,12 @@ def test_gradient_of_folded_weights(name, dtype, through, groups, width) -> None
     loss = (g.double() * scale[:, None] * leaf).sum() + (shift.double() * (bt + scale * (b - M))).sum()
     (want,) = torch.autograd.grad(loss, leaf)
 
-    inv_std = torch.rsqrt(var + eps)
-    slopes = (m - anchor) / start.square().sum(1), 2 * v / spread
-    fold = FoldGradient(
-        gamma * inv_std, inv_std, bias - mean, shift, *(t.to(dtype) for t in slopes),
-        *((patch_mean, patch_var) if through else ()),
-    )  # fmt: skip
-    t, got = KERNELS[name].folded_gradient(theta, g.clone(), fold)
+    table = torch.stack([m, v, anchor, spread, start.square().sum(1)]).to(dtype)
+    state = Carried(table, *((patch_mean, patch_var) if through else (None, None)))
+    affine = Affine(gamma, None, eps)
+    got, got_gamma = KERNELS[name].folded_gradient(state, theta, bias, affine, g.clone(), shift)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
-    close(t, (start * g.double()).sum(1) + (b - m) * shift.double(), tolerance)
+    close(got_gamma, ((start * g.double()).sum(1) + (b - m) * shift.double()) * torch.rsqrt(v + eps), tolerance)
     close(got, want, tolerance)
 
 
@@ -148,8 +145,17 @@ def test_statistics_at_other_weights(name, dtype, groups, width, bias) -> None:
     mean, b_then, b = torch.randn(3, 8, dtype=dtype)
     given, given_then = (b, b_then) if bias else (None, None)
     var = torch.rand(8, dtype=dtype) + 0.5
-    state = Carried(mean, var, patch_mean, patch_var).placed(mean, var, start, given_then)
+    state = Carried(torch.stack([mean, var]), patch_mean, patch_var).placed(mean, var, start, given_then)
+    gamma, beta = torch.randn(2, 8, dtype=dtype)
+    affine = Affine(gamma, beta, 1e-3) if bias else Affine(None, None, 1e-3)
     found = KERNELS[name].move(state, theta, given)
+    folded = KERNELS[name].fold(state, theta, given, affine)
+    close(folded.state.table, found, 1e-12)
+    scale = torch.rsqrt(found[1].double() + 1e-3) * (gamma.double() if bias else 1)
+    close(folded.scale, scale, 1e-5 if dtype == torch.float32 else 1e-12)
+    close(folded.rows, scale[:, None] * theta.double(), 1e-5 if dtype == torch.float32 else 1e-12)
+    shift = scale * (b.double() - found[0].double()) + beta.double() if bias else -scale * found[0].double()
+    close(folded.shift, shift, 1e-5 if dtype == torch.float32 else 1e-12)
     then, now, p, d = (t.double() for t in (start, theta, patch_mean, patch_var))
     for c in range(8):
         group = c * groups // 8
@@ -162,10 +168,10 @@ def test_statistics_at_other_weights(name, dtype, groups, width, bias) -> None:
         if c == 1:
             M, S = anchors[1], spreads[1]
         # beside what they are differences of
-        scale = torch.stack([mean[c].double(), *anchors, growth * (mean[c].double() - anchors[0]), S]).abs().max()
+        size = torch.stack([mean[c].double(), *anchors, growth * (mean[c].double() - anchors[0]), S]).abs().max()
         for got, expected in zip(found, (M, S, anchors[1], spreads[1], squares[1]), strict=True):
             error = (got[c].double() - expected).abs()
-            assert error <= (1e-4 if dtype == torch.float32 else 1e-10) * torch.maximum(scale, expected.abs())
+            assert error <= (1e-4 if dtype == torch.float32 else 1e-10) * torch.maximum(size, expected.abs())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from .compiled import Compiled
-from .plain import Kernels
+from .plain import Folded, Kernels
 
-__all__ = ["KERNELS", "Kernels", "batch_statistics", "forced", "select"]
+__all__ = ["KERNELS", "Folded", "Kernels", "batch_statistics", "forced", "select"]
 
 KERNELS: dict[str, Kernels] = {"plain": Kernels(), "compiled": Compiled()}
 _forced: Kernels | None = None

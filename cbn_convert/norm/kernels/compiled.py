@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..functional import NO_SQUARE, FoldGradient, statistics_dtype
-from .plain import Kernels
+from ..functional import NO_SQUARE, Affine, statistics_dtype
+from .plain import Folded, Kernels
 
 if TYPE_CHECKING:
+    from ..batch import RunningStatistics
     from ..carried import Carried
 
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 5  # of the signatures, as in passes.cpp
-_p, _n, _i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_VERSION = 6  # of the signatures, as in passes.cpp
+_p, _n, _d, _i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 _SIGNATURES = {
     "statistics": [_p] * 3 + [_n] * 3 + [_i],
-    "move": [_p] * 10 + [_n] * 3 + [ctypes.c_double, _i],
-    "folded_gradient": [_p] * 11 + [_n] * 3 + [_i],
+    "fold": [_p] * 11 + [_n] * 3 + [_d] * 2 + [_i],
+    "folded_gradient": [_p] * 9 + [_n] * 3 + [_d] * 2 + [_i],
 }
 
 
@@ -71,37 +72,66 @@ class Compiled(Kernels):
         n, c = xs.shape[:2]
         mean, var = xs.new_empty(2, c).unbind()
         positions = xs.numel() // (n * c) if n else 0
-        _functions["statistics", xs.dtype](*map(_at, (xs, mean, var)), n, c, positions, torch.get_num_threads())
+        _functions["statistics", xs.dtype](*_addresses(xs, mean, var), n, c, positions, torch.get_num_threads())
         return mean, var
 
-    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
         """See `Kernels`."""
         if theta.requires_grad and torch.is_grad_enabled():
             return super().move(state, theta, bias)
-        mean, var, patch_mean, patch_var, anchor, spread, square = (
-            None if t is None else t.contiguous() for t in state
-        )
-        (channels, width), out = theta.shape, theta.new_empty(5, len(theta))
-        groups = 1 if patch_mean is None else len(patch_mean)
-        given = (theta, None if bias is None else bias.contiguous(), patch_mean, patch_var, mean, var, anchor, spread)
-        _functions["move", theta.dtype](
-            *map(_at, (*given, square, out)), channels, width, channels // groups, NO_SQUARE, torch.get_num_threads()
-        )
-        return out.unbind()
+        return self._fold(state, theta, bias, Affine(None, None, 1.0))[:5]
 
-    def folded_gradient(self, theta: Tensor, g: Tensor, fold: FoldGradient) -> tuple[Tensor, Tensor]:
+    def fold(
+        self,
+        state: Carried,
+        theta: Tensor,
+        bias: Tensor | None,
+        affine: Affine,
+        running: RunningStatistics | None = None,
+    ) -> Folded:
         """See `Kernels`."""
-        if not g.is_contiguous() or g.dtype != theta.dtype:
-            return super().folded_gradient(theta, g, fold)
-        (channels, width), t = theta.shape, theta.new_empty(len(theta))
-        *vectors, patch_mean, patch_var = (None if v is None else v.contiguous() for v in fold)
+        rows, written = torch.empty_like(theta), None
+        if running is not None and running.mean.dtype == running.var.dtype == theta.dtype:
+            written = running.written()
+        out = self._fold(state, theta, bias, affine, rows, written)
+        if running is not None and written is None:
+            running.write(out[0], out[1])
+        at = state if state.patch_mean is None else state._replace(table=out[:5])
+        return Folded(at, out[5], out[6], rows)
+
+    @staticmethod
+    def _fold(
+        state: Carried,
+        theta: Tensor,
+        bias: Tensor | None,
+        affine: Affine,
+        rows: Tensor | None = None,
+        running: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        (channels, width), (table, patch_mean, patch_var) = theta.shape, state
+        out = theta.new_empty(7, channels)
+        groups = 1 if patch_mean is None else len(patch_mean)
+        _functions["fold", theta.dtype](
+            *_addresses(theta, bias, patch_mean, patch_var, table, *affine[:2], out, rows, *(running or (None, None))),
+            channels, width, channels // groups, affine.eps, NO_SQUARE, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def folded_gradient(
+        self, state: Carried, theta: Tensor, bias: Tensor | None, affine: Affine, g: Tensor, g_shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels`."""
+        if not (g.is_contiguous() and g.dtype == g_shift.dtype == theta.dtype):
+            return super().folded_gradient(state, theta, bias, affine, g, g_shift)
+        (channels, width), (table, patch_mean, patch_var) = theta.shape, state
+        g_gamma = theta.new_empty(channels)
         groups = 1 if patch_mean is None else len(patch_mean)
         _functions["folded_gradient", theta.dtype](
-            *map(_at, (theta, g, patch_mean, patch_var, *vectors, t)), channels, width, channels // groups,
-            torch.get_num_threads(),
+            *_addresses(theta, bias, patch_mean, patch_var, table, affine.gamma, g, g_shift, g_gamma),
+            channels, width, channels // groups, affine.eps, NO_SQUARE, torch.get_num_threads(),
         )  # fmt: skip
-        return t, g
+        return g, g_gamma
 
 
-def _at(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]

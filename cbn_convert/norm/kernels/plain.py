@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..functional import NO_SQUARE, FoldGradient, by_group, response, statistics_dtype
+from ..functional import NO_SQUARE, Affine, by_group, response, statistics_dtype
 
 if TYPE_CHECKING:
+    from ..batch import RunningStatistics
     from ..carried import Carried
+
+
+class Folded(NamedTuple):
+    """A norm layer as a part of the layer that feeds it."""
+
+    state: Carried  # at the weights that this was made of
+    scale: Tensor  # s [C]
+    shift: Tensor  # β + s (b - M) [C], the bias
+    rows: Tensor  # s θ [C, F], the weight
 
 
 class Kernels:
@@ -21,9 +31,10 @@ class Kernels:
         var, mean = torch.var_mean(x.to(statistics_dtype(x)), [0, *range(2, x.dim())], correction=0)
         return mean, var
 
-    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Mean, var, anchor, spread and square of `state` at θ [C, F] and b [C]; see `Carried.moved`."""
-        mean, var, patch_mean, patch_var, anchor_then, spread_then, square_then = cast(tuple[Tensor, ...], state)
+    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
+        """The table of `state` at θ [C, F] and b [C]; see `Carried.moved`."""
+        mean, var, anchor_then, spread_then, square_then = state.table.unbind()
+        patch_mean, patch_var = cast(tuple[Tensor, Tensor], state[1:])
         squares, anchor = theta.square(), response(patch_mean, theta, bias)
         spread = response(patch_var, squares, None).clamp_min(NO_SQUARE)
         square = squares.sum(1).clamp_min(NO_SQUARE)
@@ -31,21 +42,51 @@ class Kernels:
         mean = mean + (anchor - anchor_then) + (growth - 1) * (mean - anchor_then)
         leave_zero = (square_then <= NO_SQUARE) & (square > NO_SQUARE)
         mean, var = torch.where(leave_zero, anchor, mean), torch.where(leave_zero, spread, var * (spread / spread_then))
-        return mean, var, anchor, spread, square
+        return torch.stack([mean, var, anchor, spread, square])
 
-    def folded_gradient(self, theta: Tensor, g: Tensor, fold: FoldGradient) -> tuple[Tensor, Tensor]:
-        """t = θ·g + away·shift [C] and ∂L/∂θ [C, F], from g, the gradient of the rows s θ, which may be overwritten.
+    def fold(
+        self,
+        state: Carried,
+        theta: Tensor,
+        bias: Tensor | None,
+        affine: Affine,
+        running: RunningStatistics | None = None,
+    ) -> Folded:
+        """`state` at θ [C, F] and b [C], and what normalises by it: s, β + s (b - M) and s θ.
 
-        ∂L/∂θ = s g + g_M (p̄ + along_length θ) + g_S along_spread d θ, with g_M = -s·shift and g_S = -½ s t / (S + eps).
+        M and S are written to `running`.
         """
-        scale, inv_std, away, shift, along_length, along_spread, patch_mean, patch_var = fold
-        t = torch.linalg.vecdot(theta, g) + shift * away
+        if state.patch_mean is not None:
+            state = state._replace(table=self.move(state, theta, bias))
+        if running is not None:
+            running.write(state.mean, state.var)
+        gamma, beta, eps = affine
+        scale = torch.rsqrt(state.var + eps)
+        scale = scale if gamma is None else scale * gamma
+        shift = -scale * (state.mean if bias is None else state.mean - bias)
+        return Folded(state, scale, shift if beta is None else shift + beta, theta * scale[:, None])
+
+    def folded_gradient(
+        self, state: Carried, theta: Tensor, bias: Tensor | None, affine: Affine, g: Tensor, g_shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """∂L/∂θ [C, F] and ∂L/∂γ [C], from g, the gradient of the rows s θ, which may be overwritten, and that of β.
+
+        With t = θ·g + (b - M) g_shift, g_M = -s g_shift and g_S = -½ s t / (S + eps):
+        ∂L/∂θ = s g + g_M (p̄ + (M - θ·p̄ - b) θ / |θ|²) + 2 g_S S d θ / q. Without patches, M and S are fixed.
+        """
+        inv_std = torch.rsqrt(state.var + affine.eps)
+        scale = inv_std if affine.gamma is None else inv_std * affine.gamma
+        away = -state.mean if bias is None else bias - state.mean
+        t = torch.linalg.vecdot(theta, g) + g_shift * away
         g_theta = g * scale[:, None]
-        if patch_mean is not None and patch_var is not None:
-            groups = len(patch_mean)
-            g_mean, g_var = -scale * shift, -0.5 * scale * t * inv_std * inv_std
+        if state.patch_mean is not None and state.patch_var is not None:
+            mean, var, anchor, spread, square = state.table.unbind()
+            groups = len(state.patch_mean)
+            g_mean, g_var = -scale * g_shift, -0.5 * scale * t * inv_std * inv_std
+            along_length = g_mean * (mean - anchor) / square * (square > NO_SQUARE)
+            along_spread = g_var * 2 * var / spread * (spread > NO_SQUARE)
             rows = by_group(g_theta, groups)
-            rows += by_group((g_mean * along_length)[:, None] * theta, groups)
-            rows += by_group((g_var * along_spread)[:, None] * theta, groups) * patch_var[:, None]
-            rows.baddbmm_(by_group(g_mean, groups)[:, :, None], patch_mean[:, None])
-        return t, g_theta
+            rows += by_group(along_length[:, None] * theta, groups)
+            rows += by_group(along_spread[:, None] * theta, groups) * state.patch_var[:, None]
+            rows.baddbmm_(by_group(g_mean, groups)[:, :, None], state.patch_mean[:, None])
+        return g_theta, t * inv_std
