@@ -21,7 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from typing_extensions import Unpack
 
+from ..damage import damaged_statistic
 from ..errors import ConversionError
+from ..modes import modes_kept, tensors_kept
 from ..norm import (
     CONVERTED,
     CrossIterationFrozenBatchNorm2d,
@@ -30,14 +32,11 @@ from ..norm import (
     Window,
     WindowKeywords,
     adopt,
-    damaged_statistic,
     frozen_eps,
     is_frozen,
-    modes_kept,
     window_of,
 )
 from ..norm.functional import is_measured
-from ..norm.modes import tensors_kept
 from ..norm.producers import learns
 from ..norm.tap import InputTap, is_watched
 from .lazy import ADVICE, is_lazy, materialize

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ConversionError
-from ..norm import modes_kept
+from ..modes import modes_kept
 from ..norm.producers import fan_in, is_conv, is_linear, is_transposed, per_axis
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

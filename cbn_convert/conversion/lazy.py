@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.nn.parameter import is_lazy as is_uninitialized
 
 from ..errors import ConversionError
-from ..norm import modes_kept
+from ..modes import modes_kept
 from ..norm.producers import is_conv, is_linear
 from .example import on_example, outputs_on
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..norm import modes_kept
-from ..norm.modes import tensors_kept
+from ..modes import modes_kept, tensors_kept
 from ..norm.producers import is_linear, is_producer, out_channels, own_forward
 from .example import Arguments, copied, leaves_of, on_example, quietly
 

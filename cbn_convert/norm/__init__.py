@@ -16,9 +16,7 @@ from .classes import (
     is_frozen,
     load_history_state,
 )
-from .damage import damaged_statistic, damaged_value
 from .layer import CrossIterationMixin
-from .modes import modes_kept
 from .producers import OutputChannels
 from .window import Window, WindowKeywords, window_of
 
@@ -36,13 +34,10 @@ __all__ = [
     "Window",
     "WindowKeywords",
     "adopt",
-    "damaged_statistic",
-    "damaged_value",
     "drop_and_act",
     "frozen_eps",
     "history_state",
     "is_frozen",
     "load_history_state",
-    "modes_kept",
     "window_of",
 ]

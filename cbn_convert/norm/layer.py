@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from ..modes import what_lasts_may_be_made
 from .activation import activate
 from .batch import Batch
 from .carried import CarriedWindow
 from .distributed import world_size
 from .folded import begin_folding, end_folding
 from .functional import is_known, is_measured, normalize, pooled
-from .modes import what_lasts_may_be_made
 from .producers import (
     OutputChannels,
     Producer,

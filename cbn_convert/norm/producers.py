@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from typing_extensions import TypeIs
 
-from .modes import modes_kept
+from ..modes import modes_kept
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConv = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ..modes import what_lasts_may_be_made
 from .activation import origin
 from .batch import Batch, RunningStatistics
 from .carried import CarriedWindow
 from .distributed import world_size
 from .folded import FoldedMap, FoldedStep
 from .functional import statistics_dtype
-from .modes import what_lasts_may_be_made
 from .producers import as_function, fan_in, groups_of, is_linear, is_transposed, plain_class, theta_and_bias
 from .ring import Ring
 from .tap import InputTap, is_watched

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..norm import modes_kept
+from ..modes import modes_kept
 from ..norm.functional import is_measured
 from .config import FinetuneConfig
 from .loading import batches, evaluation_batch, plain_loader
