@@ -1,11 +1,11 @@
-"""What the carried window owes to its parts: how often a layer looks, at how many positions, and d.
+"""What the carried window owes to its parts: length, gradient, how often a layer looks, at how many positions, and d.
 
     python benchmarks/carried_forms.py --data ../shared/data [--only every-2,even] [--jobs 2]
 
 The cells of `cbn compare` for CBN at batch size 2, as in the comparisons hands-v2-short and clothing-v2-short of
-study.py: the same images, the same search for a rate, the same seeds. Only the window of a run is another one, in ways
-for which there is no setting. Writes benchmarks/results/carried_forms.json after every cell; cells that are there
-already are not run again. benchmarks/readme.py makes the table of docs/experiments.md of it.
+study.py: the same images, the same search for a rate, the same seeds. Only the window of a run is another one. Writes
+benchmarks/results/carried_forms.json after every cell; cells that are there already are not run again.
+benchmarks/readme.py makes the table of docs/experiments.md of it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ IMAGES, BATCH_SIZE, SEEDS = 1000, 2, 3
 # what is called in the process of a run, before it begins
 FORMS: dict[str, list[Any] | None] = {
     "default": None,
+    **{f"window-{size}": ["carried_forms", "set_window", {"size": size}] for size in (1024, 4096, 16384, 65536)},
+    "current": ["carried_forms", "set_window", {"gradient": "current"}],
     "every-2": ["carried_forms", "set_window", {"every": 2}],
     "every-32": ["carried_forms", "set_window", {"every": 32}],
     "positions-128": ["carried_forms", "set_window", {"positions": 128}],

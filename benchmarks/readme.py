@@ -181,12 +181,14 @@ def turns() -> str:
 
 
 def carried() -> str:
-    """Top-1 of the carried window with looks, positions and d of other kinds, each at its best rate."""
+    """Top-1 of the carried window with length, gradient, looks, positions and d of other kinds, at its best rate."""
     if not carried_forms.OUTPUT.is_file():
         return NOT_YET
     report = json.loads(carried_forms.OUTPUT.read_text())
     labels = {
-        "default": "a look every 8 steps, about 512 positions (default)", "every-2": "a look every 2 steps",
+        "default": "8,192 images, a look every 8 steps, about 512 positions (default)",
+        **{f"window-{size}": f"{size:,} images" for size in (1024, 4096, 16384, 65536)},
+        "current": "no gradient through M and S", "every-2": "a look every 2 steps",
         "every-32": "a look every 32 steps", "positions-128": "about 128 positions", "positions-all": "all positions",
         "even": "d = 1: S grows with the square of the filter's length",
     }  # fmt: skip

@@ -58,12 +58,7 @@ RECALIBRATED = {
 }  # fmt: skip
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 SETTINGS = {
-    "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:ring:taylor,cbn:current,cbn:none,cbn:empty",
-    "batch-sizes": "2", "seeds": 3, "reference": 0,
-}  # fmt: skip
-# 8192 is in the others
-LENGTHS = {
-    "norms": ",".join(f"cbn:ema:window={k}" for k in (1024, 4096, 16384, 65536)),
+    "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:ring:taylor,cbn:none,cbn:empty",
     "batch-sizes": "2", "seeds": 3, "reference": 0,
 }  # fmt: skip
 NEW = {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}
@@ -85,8 +80,6 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clothing-v2-settings": ("clothing", "v2", {**SETTINGS, **SHORT}),
     "hands-v2-settings": ("hands", "v2", {**SETTINGS, **SHORT}),
     "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
-    "clothing-v2-lengths": ("clothing", "v2", {**LENGTHS, **SHORT}),
-    "hands-v2-lengths": ("hands", "v2", {**LENGTHS, **SHORT}),
     "clothing-v2-large": ("clothing", "v2", {**RIVALS, **SHORT, "img-size": 160}),
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),

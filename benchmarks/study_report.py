@@ -187,7 +187,7 @@ def title(name: str) -> str:
     """What a comparison is called."""
     data, network, settings = REPORTED[name]
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
-    more += next((f", {kind}" for kind in ("windows", "forms", "lengths", "settings") if name.endswith(kind)), "")
+    more += next((f", {kind}" for kind in ("windows", "forms", "settings") if name.endswith(kind)), "")
     more += ", batch size 8" if settings["batch-sizes"] == "8" else ""
     more += f", {settings['img-size']} px" if "img-size" in settings else ""
     more += ", former" if name in FORMER else ""
