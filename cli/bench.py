@@ -12,10 +12,11 @@ from .session import Session
 if TYPE_CHECKING:
     from rich.table import Table
 
-DEFAULT_NORMS = "bn,frozen,cbn,average,published"
+DEFAULT_NORMS = "bn,frozen,tune,cbn,average,published"
 LABELS = {
     "bn": "BN",
     "frozen": "frozen BN",
+    "tune": "frozen BN, folded",
     "cbn": "CBN (default)",
     "cbn-paper": "CBN, the paper's settings",
     "average": "averaging only",

@@ -31,6 +31,7 @@ def _published(model: nn.Module, example: Tensor) -> None:
 COLUMNS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "bn": lambda model, example: None,
     "frozen": lambda model, example: apply_norm(model, "frozen"),
+    "tune": lambda model, example: apply_norm(model, "tune", example_input=example),
     "cbn": lambda model, example: convert(model, example_input=example),
     "cbn-paper": lambda model, example: convert(model, example_input=example, window=Window.PAPER),
     "average": lambda model, example: convert(model, example_input=example, compensation="none"),

@@ -53,14 +53,15 @@ def decide(facts: LayerFacts, window: Window) -> Decision:
     status, reason = _status(facts, window)
     if status == "kept":
         return Decision(status, reason, window)
-    if status == "window" and window.is_carried and window.size < LEAST_CARRIED_IMAGES:
+    if status == "window" and window.is_carried and not window.is_fixed and window.size < LEAST_CARRIED_IMAGES:
         window = window.for_new_layer()
     if status == "window":
         return Decision(status, reason, window.without_weight())
     against = _against_folding(facts, window)
     if against is not None:
         return Decision(status, f"{reason}, not folded: {against}", window)
-    when = "new: two batches, folded once it has statistics" if facts.is_new else "trains folded"
+    new = facts.is_new and not window.is_fixed
+    when = "new: two batches, folded once it has statistics" if new else "trains folded"
     return Decision(status, f"{reason}, {when}", window, True)
 
 
@@ -84,7 +85,7 @@ def _status(facts: LayerFacts, window: Window) -> tuple[Status, str]:
         return "window", f"{kinds} {fed_by} runs {call.producer_calls} times per forward pass"
     if any(not o.whole and (groups_of(o.module) > 1 or is_transposed(o.module)) for o in outputs):
         return "window", f"fed by some channels of a {kinds} with groups or transposed"
-    if window.compensation == "none":
+    if window.compensation == "none" and not window.is_fixed:
         return "window", "compensation is off"
     if len(outputs) > 1:
         return "compensated", f"fed by a concatenation of {len(outputs)} {kinds}"

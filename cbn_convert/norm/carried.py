@@ -126,7 +126,8 @@ class CarriedWindow:
 
     def is_due(self, iteration: int, follows: bool) -> bool:
         """Whether the step looks at its batch: in turn, or because nothing is known of the patches yet."""
-        return (follows and not self.compensated) or (iteration + self.phase) % self.window.every == 0
+        every = self.window.every
+        return every is not None and ((follows and not self.compensated) or (iteration + self.phase) % every == 0)
 
     def begin(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None, images: int) -> Carried:
         """Counts a step with so many images; returns the statistics that are to be taken to its θ [C, F] and b [C].
@@ -163,6 +164,7 @@ class CarriedWindow:
         assert before is not None
         self.last_looked = True
         theta, bias = batch.theta, batch.bias
+        assert self.window.every is not None
         turn, patches = (batch.iteration + 1) // self.window.every, None
         if theta is not None and batch.input is not None:
             patches = batch.patches(self.window.positions, turn)

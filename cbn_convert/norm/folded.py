@@ -79,7 +79,7 @@ class FoldedStep:
             return kernels.fold(window.last, theta, bias, affine), window.last_looked
         known = window.begin(self.running, *self._followed(theta, bias), images)
         looks = window.is_due(self.iteration, self.follows)
-        folded = kernels.fold(known, theta, bias, affine, None if looks else self.running)
+        folded = kernels.fold(known, theta, bias, affine, None if looks or window.window.is_fixed else self.running)
         window.arrive(folded.state, folded=True)
         return folded, looks
 

@@ -154,7 +154,7 @@ class CrossIterationMixin(_BatchNorm):
         if self._begun:
             return
         self._begun = True
-        carried = self.window.is_carried and not self.is_new
+        carried = self.window.is_carried and (self.window.is_fixed or not self.is_new)
         for source in self._sources:
             source.state = self._new_state(source, carried)
 

@@ -44,7 +44,7 @@ class Window:
         burn_in: iterations at the start in which a ring holds the current batch alone.
         start: "running" carries the running statistics on, unless they are a new layer's; with "empty" every layer is
             taken for a new one, whose window is `for_new_layer`.
-        every: steps of a layer of which one looks at its batch ("ema").
+        every: steps of a layer of which one looks at its batch ("ema"); None for statistics that stay as they are.
         positions: about so many positions of the output, of which the input patches are measured; None for all.
         sync: batches are looked at over all ranks of torch.distributed's default group.
 
@@ -57,11 +57,12 @@ class Window:
     gradient: Gradient = "full"
     burn_in: int = 0
     start: Start = "running"
-    every: int = 8
+    every: int | None = 8
     positions: int | None = 512
     sync: bool = False
 
     PAPER: ClassVar[Window]
+    TUNE: ClassVar[Window]  # frozen BN that trains folded, the "Tune mode" of arXiv 2305.11624
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -70,7 +71,7 @@ class Window:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name, least in (("size", 1), ("burn_in", 0), ("every", 1), ("positions", 1)):
             value = getattr(self, name)
-            if value is None and name == "positions":
+            if value is None and (name == "positions" or (name == "every" and self.compensation == "none")):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 known = {"size": "window", "every": "moments_every", "positions": "moments_positions"}.get(name, name)
@@ -88,6 +89,11 @@ class Window:
         """Whether it is the carried window, of images."""
         return self.history == "ema"
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the statistics stay as they are, those of a new layer too."""
+        return self.every is None
+
     def for_new_layer(self) -> Window:
         """What stands for a carried window where there are no statistics to carry: two batches (docs/method.md)."""
         return replace(self, history="ring", size=2)
@@ -99,6 +105,8 @@ class Window:
         return replace(self, size=min(self.size, 2), gradient="straight_through")
 
     def __str__(self) -> str:
+        if self.is_fixed:
+            return "fixed statistics"
         what = f"{self.size} images" if self.is_carried else f"{self.size} iterations"
         return f"{what}, {self.compensation}, gradient {self.gradient}"
 
@@ -106,6 +114,7 @@ class Window:
 Window.PAPER = Window(
     history="ring", size=RING_ITERATIONS, compensation="taylor", gradient="current", every=1, positions=None
 )
+Window.TUNE = Window(compensation="none", every=None)
 
 
 def window_of(window: Window | int | None, keywords: WindowKeywords) -> Window:

@@ -100,7 +100,7 @@ def advice(config: FinetuneConfig, shift: float | None) -> str:
         )
     far = shift >= FAR
     found = f"the images' statistics are {shift:.2f} nats from the pretrained ones, {'far' if far else 'near'}"
-    if norm == "frozen":
+    if norm in ("frozen", "tune"):
         return f"{found}: --norm cbn was better than frozen BN, or level, on both kinds {_STUDY}"
     if norm in ("bn", "brn") and batch_size <= SMALL_BATCH:
         second = "" if far else ", and so was --norm frozen"

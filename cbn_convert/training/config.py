@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..models import ModelSpec
     from ..norm import Window
 
-NORMS = ("cbn", "bn", "frozen", "gn", "brn")
+NORMS = ("cbn", "bn", "frozen", "tune", "gn", "brn")
 DEFAULT_LR = {"sgd": 3e-3, "adamw": 3e-4}
 DEFAULT_LR_IMAGES = 2  # images per update that these are for
 FROZEN_LR = 10**-0.5  # what frozen BN can bear of it (docs/results.md)
@@ -87,7 +87,8 @@ class FinetuneConfig:
 
     norm: str = _setting(
         "cbn", METHOD,
-        "cbn; or, to compare: bn, frozen (fixed statistics), gn (GroupNorm), brn (Batch Renormalization).",
+        "cbn; or, to compare: bn, frozen (fixed statistics), tune (frozen, trained through the folded conv), "
+        "gn (GroupNorm), brn (Batch Renormalization).",
         choices=NORMS,
     )  # fmt: skip
     window: int | None = _setting(
@@ -207,7 +208,7 @@ class FinetuneConfig:
         if self.lr is not None:
             return self.lr
         rate = DEFAULT_LR[self.opt] * math.sqrt(self.batch_size * self.accumulate * ranks / DEFAULT_LR_IMAGES)
-        return rate * FROZEN_LR if self.norm == "frozen" else rate
+        return rate * FROZEN_LR if self.norm in ("frozen", "tune") else rate
 
     @property
     def recalibration_batches(self) -> int:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..conversion import convert, norm_layers, revert
 from ..errors import ConversionError
-from ..norm import CONVERTED, CrossIterationMixin, drop_and_act
+from ..norm import CONVERTED, CrossIterationMixin, Window, drop_and_act
 from ..norm.functional import statistics_dtype
 from ..norm.kernels import batch_statistics
 
@@ -85,8 +85,9 @@ def apply_norm(model: nn.Module, norm: str, frozen: Collection[str] = (), **wind
             f"{type(model).__name__} has no BatchNorm layer, so there is nothing to replace; "
             "choose a model with BatchNorm"
         )
-    if norm == "cbn" and (len(frozen) == 0 or any(name not in frozen for name in layers)):
-        convert(model, exclude=lambda name, module: name in frozen, **window)
+    if norm in ("cbn", "tune") and (len(frozen) == 0 or any(name not in frozen for name in layers)):
+        own = {**window, "window": Window.TUNE} if norm == "tune" else window
+        convert(model, exclude=lambda name, module: name in frozen, **own)
     for name, layer in layers.items():
         kind = "frozen" if name in frozen else norm
         if type(layer) not in CONVERTED:

@@ -145,7 +145,7 @@ def test_a_variant_is_made_of_settings(norm: str, settings: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norms": ("bm",)}, "norm must be one of cbn, bn, frozen, gn, brn, got 'bm'"),
+        ({"norms": ("bm",)}, "norm must be one of cbn, bn, frozen, tune, gn, brn, got 'bm'"),
         ({"norms": ("bn:taylor",)}, "only cbn has variants, got 'bn:taylor'"),
         ({"norms": ("cbn:tailor",)}, "'cbn:tailor' has the unknown part 'tailor'; known are projection,"),
         ({"norms": ("cbn:window=x",)}, "has the unknown part 'window=x'"),

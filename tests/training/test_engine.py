@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(colors: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm": "ln"}, "norm must be one of cbn, bn, frozen, gn, brn"),
+        ({"norm": "ln"}, "norm must be one of cbn, bn, frozen, tune, gn, brn"),
         ({"opt": "lion", "lr": None}, "lr has no automatic value"),
         ({"opt": "lam"}, "another of timm's optimizers"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

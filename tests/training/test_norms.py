@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
 from conftest import randomize_norms
 from torch import nn
 
+from cbn_convert.bench.steps import kept_bytes
 from cbn_convert.errors import ConversionError
 from cbn_convert.norm import CrossIterationMixin
 from cbn_convert.training.config import NORMS
@@ -27,7 +30,7 @@ def test_eval_output_and_keys_stay(norm: str, name: str) -> None:
     with torch.no_grad():
         assert torch.equal(model(X), expected)
     assert list(model.state_dict()) == keys
-    assert any(isinstance(m, CrossIterationMixin) for m in model.modules()) == (norm == "cbn")
+    assert any(isinstance(m, CrossIterationMixin) for m in model.modules()) == (norm in ("cbn", "tune"))
 
 
 def test_frozen_uses_running_statistics_in_training_and_leaves_them() -> None:
@@ -40,6 +43,34 @@ def test_frozen_uses_running_statistics_in_training_and_leaves_them() -> None:
     assert torch.equal(model[1].running_mean, before)
     out.square().mean().backward()
     assert model[1].weight.grad is not None
+
+
+@pytest.mark.parametrize(("name", "share"), [("resnet18", 0.8), ("mobilenetv2_035", 0.8), ("densenet121", 1.0)])
+def test_tune_is_frozen_batch_norm_that_keeps_less(name: str, share: float) -> None:
+    torch.manual_seed(0)
+    frozen = randomize_norms(timm.create_model(name, num_classes=3)).double()
+    norms = [m for m in frozen.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].reset_running_stats()  # statistics of a new layer stay as well
+    tune = copy.deepcopy(frozen)
+    apply_norm(frozen, "frozen")
+    apply_norm(tune, "tune", example_input=X.double())
+    statistics = {k: v.clone() for k, v in tune.state_dict().items() if k.endswith(("mean", "var"))}
+    kept, found = [], []
+    for model in (frozen, tune):
+        optimizer = torch.optim.SGD(model.train().parameters(), 1e-3)
+        outputs = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(X.double())
+            out.square().mean().backward()
+            optimizer.step()
+            outputs.append(out.detach())
+        kept.append(kept_bytes(model, X.double()))
+        found.append([*outputs, *(p.grad for p in model.parameters())])
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-11)
+    assert kept[1] < share * kept[0]
+    assert all(torch.equal(tune.state_dict()[k], v) for k, v in statistics.items())
 
 
 @pytest.mark.parametrize("affine", [True, False])
