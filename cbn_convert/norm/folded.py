@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import Activated
 from .batch import Batch, RunningStatistics
 from .carried import Carried, CarriedWindow
 from .functional import FoldGradient, gradients
@@ -41,7 +41,7 @@ class FoldedStep:
         eps: as in BatchNorm.
         iteration, recomputing, ranks: as in `Batch`.
         follows: whether the window is to follow the weights.
-        made_of: how the module's input can be made again, so that it need not be kept.
+        made_of: what the module's input can be made of again, and by which activation; not kept by the step either.
         patches_of: the module's input before any padding; not kept behind the forward pass.
     """
 
@@ -54,7 +54,7 @@ class FoldedStep:
     recomputing: bool
     ranks: int
     follows: bool
-    made_of: Activated | None = None
+    made_of: tuple[Tensor, str] | None = None
     patches_of: Tensor | None = None
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -125,17 +125,15 @@ class FoldedMap(torch.autograd.Function):
             carried = step.look(x, theta, b)
         if not step.recomputing:
             step.window.write(step.running)
-        scale, shift = _affine(carried, gamma, beta, step.eps)
+        scale, shift = _affine(carried, gamma, beta, step.eps, b if x is None else None)
         if x is None:
-            if b is not None:
-                shift = shift + scale * b
             folded = of_rows(theta * scale[:, None], step.module).to(input.dtype)
             y = step.apply(input, folded, shift.to(input.dtype))
         else:
             y = step.apply.scaled(x, scale, shift)
-        kept = input if step.made_of is None else step.made_of.input
+        kept, ctx.activation = (input, "") if step.made_of is None else step.made_of
         ctx.save_for_backward(kept, weight, bias, gamma, beta, *carried)
-        step.patches_of = None
+        step.made_of = step.patches_of = None
         ctx.step = step
         return y
 
@@ -145,8 +143,8 @@ class FoldedMap(torch.autograd.Function):
         (g,) = grads
         input, weight, bias, gamma, beta, *saved = ctx.saved_tensors
         step, carried = cast(FoldedStep, ctx.step), Carried(*saved)
-        if step.made_of is not None:
-            _, input = as_function(step.module, step.made_of._replace(input=input).again())
+        if ctx.activation:
+            _, input = as_function(step.module, getattr(F, ctx.activation)(input))
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, carried, step), None)
         theta, b = step.rows(weight, bias)
@@ -174,12 +172,14 @@ class FoldedMap(torch.autograd.Function):
         )
 
 
-def _affine(carried: Carried, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """s and β - s M [C]."""
+def _affine(
+    carried: Carried, gamma: Tensor | None, beta: Tensor | None, eps: float, b: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """s and β + s (b - M) [C]."""
     scale = torch.rsqrt(carried.var + eps)
     if gamma is not None:
         scale = scale * gamma.to(scale.dtype)
-    shift = -scale * carried.mean
+    shift = scale * (-carried.mean if b is None else b - carried.mean)
     return scale, shift if beta is None else shift + beta.to(scale.dtype)
 
 
@@ -196,9 +196,7 @@ def plainly_folded(
     theta, b = step.rows(weight, bias)
     if step.window.window.gradient == "full" and carried.patch_mean is not None:
         carried = carried.moved(theta, b)
-    scale, shift = _affine(carried, gamma, beta, step.eps)
-    if b is not None:
-        shift = shift + scale * b
+    scale, shift = _affine(carried, gamma, beta, step.eps, b)
     folded = of_rows(theta * scale[:, None], step.module)
     return step.apply(input, folded.to(input.dtype), shift.to(input.dtype))
 

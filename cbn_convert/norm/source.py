@@ -17,7 +17,7 @@ from .functional import statistics_dtype
 from .modes import what_lasts_may_be_made
 from .producers import as_function, fan_in, groups_of, is_linear, is_transposed, plain_class, theta_and_bias
 from .ring import Ring
-from .tap import InputTap, is_watched
+from .tap import InputTap, is_watched, writes_to
 
 if TYPE_CHECKING:
     from .layer import CrossIterationMixin
@@ -161,6 +161,7 @@ class Source:
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, norm.weight, norm.bias, step)
         self.tap.folded = not norm.is_recomputing
+        y._cbn_writes = writes_to(y)  # type: ignore[attr-defined]
         return y
 
 
