@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,29 @@ def carried() -> str:
     return "\n".join([*lines, "", f"*{budget}; {source}, version {report['commit'][:7]}*"])
 
 
+def resume() -> str:
+    """What is lost in a resume without history, by the carried window and the one before."""
+    report = json.loads((RESULTS / "resume_without_history.json").read_text())
+    names = {"carried": "carried window", "former": "exponential window with C (gone)"}
+    kinds = {"without history": "without history", "last bit": "with it, weights rounded otherwise"}
+    columns = {
+        "outputs": "outputs", "loss": "training loss", "mean": "mean [σ], median layer", "mean_worst": "worst",
+        "var": "variance, median layer", "var_worst": "worst",
+    }  # fmt: skip
+    lines = [f"| difference [%] in | lr | {' | '.join(columns.values())} |", "|---|---|" + "---|" * len(columns)]
+    lrs = sorted({row["lr"] for row in report["carried"]["rows"]})
+    for lr, label, kind in product(lrs, names, kinds):
+        rows = [row for row in report[label]["rows"] if (row["lr"], row["resume"]) == (lr, kind)]
+        cells = []
+        for column in columns:
+            values = [100 * row[column] for row in rows]
+            cells.append(f"{sum(values) / len(values):.2g} ({min(values):.2g} to {max(values):.2g})")
+        lines.append(f"| {names[label]}, {kinds[kind]} | {lr:g} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} of version {report[label]['commit'][:7]}" for label, name in names.items())
+    source = f"`{report['carried']['command']}`, [JSON](BASE/benchmarks/results/resume_without_history.json)"
+    return "\n".join([*lines, "", f"*mean (lowest to highest) of {len(rows)} seeds; {source}; {versions}*"])
+
+
 def _cells(report: dict[str, Any]) -> tuple[dict[Any, dict[str, Any]], dict[Any, float]]:
     """Rows of each (arch, batch, size) by column, and the ratio of folded inference."""
     steps, folded = {}, {}
@@ -334,5 +358,8 @@ if __name__ == "__main__":
             "speed": performance["speed"],
         },
     )
-    fill(ROOT / "docs" / "experiments.md", {**study, "from-scratch": from_scratch(), "carried": carried()})
+    fill(
+        ROOT / "docs" / "experiments.md",
+        {**study, "from-scratch": from_scratch(), "carried": carried(), "resume": resume()},
+    )
     fill(ROOT / "docs" / "performance.md", {k: v for k, v in performance.items() if k != "speed"})

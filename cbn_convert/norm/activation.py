@@ -1,24 +1,22 @@
-"""Activations behind a layer that trains folded, which keep one of their input and output for the backward pass.
+"""Activations around layers that train folded, which keep one of their input and output for the backward pass.
 
-The output is kept by whatever takes it as its input. Where it gives the gradient, the activation overwrites its input;
-where it does not, the conv that takes it keeps the activation's input instead and makes the output again.
+The output is kept by whatever takes it as its input. Where it gives the gradient, a norm's own activation overwrites
+its input. Where autograd keeps the input, whoever called the activation, the conv that takes the output keeps that
+instead and makes the output again.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_NAMES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+from .tap import is_watched
 
-
-def name_of_activation(act: nn.Module) -> str:
-    """The name of an activation module; empty if it is none of those known here, or if somebody watches it."""
-    hooks = (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks)
-    return "" if any(hooks) else _NAMES.get(type(act), "")
+# by autograd's name of the backward pass, those of which it keeps the input, or a copy of one that is overwritten
+_OF_INPUT = {"HardtanhBackward0": "relu6", "SiluBackward0": "silu", "HardswishBackward0": "hardswish"}
 
 
 class _ClampInPlace(torch.autograd.Function):
@@ -40,35 +38,37 @@ class _ClampInPlace(torch.autograd.Function):
         return out
 
 
-class Activated(NamedTuple):
-    """How a tensor came about: what it was made of, by which activation, and how often it had been written to then."""
-
-    input: Tensor
-    name: str
-    writes: int
-
-    def again(self) -> Tensor:
-        """The tensor, made again."""
-        return getattr(F, self.name)(self.input)  # type: ignore[no-any-return]
-
-
 def activate(x: Tensor, act: nn.Module) -> Tensor:
-    """The activation of x, which nobody else has or needs."""
-    name = name_of_activation(act)
-    if name == "relu":
+    """The activation of x, which nobody else has or needs; in place only where that takes no copy."""
+    kind = nn.Module if is_watched(act) else type(act)
+    if kind is nn.ReLU:
         return F.relu(x, inplace=True)
-    if name == "relu6":
+    if kind is nn.ReLU6:
         y: Tensor = _ClampInPlace.apply(x)
         return y
-    if not name:
-        return act(x)  # type: ignore[no-any-return]
-    y = getattr(F, name)(x)
-    if y.requires_grad and not y.is_inference():
-        y._cbn_origin = Activated(x, name, y._version)  # type: ignore[attr-defined]
-    return y
+    return {nn.SiLU: F.silu, nn.Hardswish: F.hardswish}.get(kind, act)(x)
 
 
-def origin(y: Tensor) -> Activated | None:
-    """How a tensor came about, if `activate` made it and nobody has written to it since."""
-    found: Activated | None = getattr(y, "_cbn_origin", None)
-    return found if found is not None and not y.is_inference() and found.writes == y._version else None
+def origin(y: Tensor) -> tuple[Tensor, str] | None:
+    """What a tensor was made of and by which activation, if autograd has that at hand, and nobody has written to y."""
+    node: Any = y.grad_fn
+    name = None if node is None else _OF_INPUT.get(node.name())
+    ends = (getattr(node, "_saved_min_val", 0), getattr(node, "_saved_max_val", 6))
+    # one write is that of an activation in place, behind a folded layer
+    if name is None or ends != (0, 6) or y._version != getattr(y, "_cbn_writes", -1) + 1:
+        return None
+    try:
+        return (node._saved_self, name) if _is_at_hand(node._raw_saved_self, y.device) else None
+    except RuntimeError:  # what it was made of has been written to, which is an error of the backward pass only
+        return None
+
+
+def _is_at_hand(saved: Any, device: torch.device) -> bool:
+    """Whether hooks on saved tensors, if any, left a tensor where it was, and see what is kept from here on, too.
+
+    Not where activation checkpointing computes once more, which has to keep what it kept the first time.
+    """
+    hook = getattr(saved, "unpack_hook", saved)  # older versions of torch do not tell
+    _, current = torch._C._autograd._top_saved_tensors_default_hooks(True) or (None, None)
+    same = hook is current and torch._C._current_graph_task_id() == -1
+    return hook is None or (same and isinstance(saved.data, Tensor) and saved.data.device == device)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import Activated
 from .batch import Batch, RunningStatistics
 from .carried import Carried, CarriedWindow
 from .functional import Affine, gradients
@@ -41,7 +41,7 @@ class FoldedStep:
         eps: as in BatchNorm.
         iteration, recomputing, ranks: as in `Batch`.
         follows: whether the window is to follow the weights.
-        made_of: how the module's input can be made again, so that it need not be kept.
+        made_of: what the module's input can be made of again, and by which activation; not kept by the step either.
         patches_of: the module's input before any padding; not kept behind the forward pass.
     """
 
@@ -54,7 +54,7 @@ class FoldedStep:
     recomputing: bool
     ranks: int
     follows: bool
-    made_of: Activated | None = None
+    made_of: tuple[Tensor, str] | None = None
     patches_of: Tensor | None = None
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -143,9 +143,9 @@ class FoldedMap(torch.autograd.Function):
                 step.window.write(step.running)
         else:
             y = step.apply(input, of_rows(folded.rows, step.module).to(dtype), folded.shift.to(dtype))
-        kept = input if step.made_of is None else step.made_of.input
+        kept, ctx.activation = (input, "") if step.made_of is None else step.made_of
         ctx.save_for_backward(kept, weight, bias, gamma, beta, folded.scale, *folded.state)
-        step.patches_of = None
+        step.made_of = step.patches_of = None
         ctx.step = step
         return y
 
@@ -157,8 +157,8 @@ class FoldedMap(torch.autograd.Function):
         step, state = cast(FoldedStep, ctx.step), Carried(*saved)
         if step.window.window.gradient != "full":
             state = Carried(state.table)
-        if step.made_of is not None:
-            _, input = as_function(step.module, step.made_of._replace(input=input).again())
+        if ctx.activation:
+            _, input = as_function(step.module, getattr(F, ctx.activation)(input))
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)

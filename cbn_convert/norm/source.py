@@ -18,7 +18,7 @@ from .folded import FoldedMap, FoldedStep
 from .functional import statistics_dtype
 from .producers import as_function, fan_in, groups_of, is_linear, is_transposed, plain_class, theta_and_bias
 from .ring import Ring
-from .tap import InputTap, is_watched
+from .tap import InputTap, is_watched, writes_to
 
 if TYPE_CHECKING:
     from .layer import CrossIterationMixin
@@ -169,6 +169,7 @@ class Source:
             y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
         tap.folded = not recomputing
         tap.made(y)
+        y._cbn_writes = writes_to(y)  # type: ignore[attr-defined]
         return y
 
 
