@@ -242,9 +242,13 @@ def _cells(report: dict[str, Any]) -> tuple[dict[Any, dict[str, Any]], dict[Any,
     return dict(sorted(steps.items())), folded
 
 
-def _number(row: dict[str, Any], name: str, digits: int) -> str:
-    """A dash for what older reports lack."""
-    return f"{row[name]:.{digits}f}" if name in row else "-"
+def _over_bn(row: dict[str, Any]) -> str:
+    """Median and quartiles of the ratios to BN's step, in bold where BN's is outside of them and above."""
+    low, high = row["over_bn_quartiles"]
+    if row["column"] == "bn":
+        return "1"
+    text = f"{row['over_bn']:.2f} ({low:.2f} to {high:.2f})"
+    return f"**{text}**" if high < 1 else text
 
 
 def speed() -> dict[str, str]:
@@ -254,20 +258,18 @@ def speed() -> dict[str, str]:
     source = f"*`make bench-cpu`, {link}; {report['machine']}, torch {report['versions']['torch']}, float32*"
 
     main = [
-        "| | BN step [ms] | CBN over BN | kept for the backward pass, CBN over BN | frozen BN over BN "
-        "| averaging only over BN | published over BN | published over CBN | folded inference over timm's |",
+        "| | BN step [ms] | CBN over BN | kept, CBN over BN | frozen BN over BN | kept | frozen, folded (tune) over BN "
+        "| kept | folded inference over timm's |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (arch, batch, size), row in steps.items():
-        if size == 224 and batch in (2, 8) and "gn" in row:
-            ratios = [f"{row[c]['over_bn']:.2f}" for c in ("frozen", "average", "published")]
-            gain = row["published"]["step"] / row["cbn"]["step"]
-            main.append(
-                f"| {arch}, batch {batch} | {row['bn']['step']:.0f} | **{row['cbn']['over_bn']:.2f}** | "
-                f"{_number(row['cbn'], 'kept_over_bn', 2)} | "
-                + " | ".join(ratios)
-                + f" | {gain:.1f} | {folded[arch, batch, size]:.2f} |"
-            )
+        ratios = [
+            text for c in ("cbn", "frozen", "tune") for text in (_over_bn(row[c]), f"{row[c]['kept_over_bn']:.2f}")
+        ]
+        inference = f"{folded[arch, batch, size]:.2f}" if (arch, batch, size) in folded else ""
+        main.append(
+            f"| {arch}, batch {batch}, {size} px | {row['bn']['step']:.0f} | {' | '.join(ratios)} | {inference} |"
+        )
     every = [
         "| | norm | step [ms] | over BN | forward | backward | optimizer | memory [MB] | history [MB] | kept [MB] "
         "| over BN |",
@@ -278,15 +280,16 @@ def speed() -> dict[str, str]:
             where = f"{arch}, batch {batch}, {size} px" if i == 0 else ""
             times = " | ".join(f"{r[k]:.1f}" for k in ("forward", "backward", "optimizer"))
             every.append(
-                f"| {where} | {BENCH[name]} | {r['step']:.1f} | {r['over_bn']:.2f} | {times} | {r['memory']:.0f} | "
-                f"{r['history']:.1f} | {_number(r, 'kept', 1)} | {_number(r, 'kept_over_bn', 2)} |"
+                f"| {where} | {BENCH[name]} | {r['step']:.1f} | {_over_bn(r)} | {times} | {r['memory']:.0f} | "
+                f"{r['history']:.1f} | {r['kept']:.1f} | {r['kept_over_bn']:.2f} |"
             )
     return {"speed": "\n".join([*main, "", source]), "speed-all": "\n".join([*every, "", source])}
 
 
 BENCH = {
     "bn": "BN", "frozen": "frozen BN", "cbn": "CBN (default)", "cbn-paper": "CBN, the paper's settings",
-    "average": "averaging only", "gn": "GroupNorm", "published": "as published, literally",
+    "cbn-unfolded": "CBN, not folded", "tune": "frozen BN, folded (tune)", "gn": "GroupNorm",
+    "published": "as published, literally",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Training steps with BN, frozen BN, CBN, averaging, GN and the published algorithm, side by side.
+"""Training steps with BN, frozen BN, tune, GroupNorm, CBN and the published algorithm, side by side.
 
     python benchmarks/step_time.py [--device cuda] [--only mobilenetv2_100]
 
@@ -20,22 +20,25 @@ from report import RESULTS, provenance
 
 from cbn_convert.bench import COLUMNS, bench_inference, bench_step
 
-SMALL = ["bn", "frozen", "cbn"]
+SMALL = ["bn", "frozen", "tune", "cbn"]
 
 
 def cpu_cells() -> Iterator[dict[str, Any]]:
+    """Steps that count are multiples of 8, in which each layer looks at its batch equally often."""
     nets = ("mobilenetv2_100", "resnet50")
-    for batch, steps in ((2, 12), (8, 5)):
-        for arch in nets:
-            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": list(COLUMNS), "steps": steps}
-            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": "inference", "steps": 20}
     for arch in nets:
-        for batch in (1, 4):
-            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": SMALL, "steps": 7}
+        yield {"arch": arch, "batch_size": 2, "img_size": 224, "columns": list(COLUMNS), "steps": 16}
+        yield {"arch": arch, "batch_size": 8, "img_size": 224, "columns": [*SMALL, "gn"], "steps": 8}
     for arch in ("efficientnet_b0", "regnety_016", "densenet121"):
-        yield {"arch": arch, "batch_size": 2, "img_size": 224, "columns": [*SMALL, "published"], "steps": 5}
+        yield {"arch": arch, "batch_size": 2, "img_size": 224, "columns": SMALL, "steps": 16}
+    # small maps, where all is overhead; and large ones
+    yield {"arch": "mobilenetv2_035", "batch_size": 2, "img_size": 96, "columns": SMALL, "steps": 80}
     for arch in nets:
-        yield {"arch": arch, "batch_size": 2, "img_size": 512, "columns": SMALL, "steps": 3}
+        yield {"arch": arch, "batch_size": 1, "img_size": 224, "columns": SMALL, "steps": 16}
+        yield {"arch": arch, "batch_size": 2, "img_size": 512, "columns": SMALL, "steps": 8}
+        yield {"arch": arch, "batch_size": 1, "img_size": 1024, "columns": SMALL, "steps": 8}
+        for batch in (2, 8):
+            yield {"arch": arch, "batch_size": batch, "img_size": 224, "columns": "inference", "steps": 20}
 
 
 def cuda_cells() -> Iterator[dict[str, Any]]:

@@ -12,14 +12,14 @@ from .session import Session
 if TYPE_CHECKING:
     from rich.table import Table
 
-DEFAULT_NORMS = "bn,frozen,tune,cbn,average,published"
+DEFAULT_NORMS = "bn,frozen,tune,gn,cbn,published"
 LABELS = {
     "bn": "BN",
     "frozen": "frozen BN",
     "tune": "frozen BN, folded",
     "cbn": "CBN (default)",
+    "cbn-unfolded": "CBN, not folded",
     "cbn-paper": "CBN, the paper's settings",
-    "average": "averaging only",
     "gn": "GroupNorm",
     "published": "as published, literally",
 }
@@ -47,8 +47,8 @@ def bench(
 ) -> None:
     """Time and memory of a training step with each norm, beside BN and the algorithm as published.
 
-    All take turns in one process, a step each, so that a busy machine disturbs all alike; medians, and the median of
-    the ratios to BN's step of the same round. Kept is what the graph holds for the backward pass; over BN's, what the
+    All take turns in one process, a step each, so that a busy machine disturbs all alike; medians, and median and
+    quartiles of the ratios to BN's step of the same round. Kept is what the graph holds for the backward pass; over BN's, what the
     window remembers between steps is counted with it.
     """
     with Session(as_json, debug, quiet) as session:
@@ -82,5 +82,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         times = [f"{row[k]:.1f}" for k in ("step", "forward", "backward", "optimizer")]
         memory = "" if row["memory"] is None else f"{row['memory']:.0f}"
         kept = (f"{row['kept']:.1f}", f"{row['kept_over_bn']:.2f}")
-        table.add_row(LABELS[row["column"]], *times, f"{row['over_bn']:.2f}", memory, *kept)
+        low, high = row["over_bn_quartiles"]
+        ratio = f"{row['over_bn']:.2f} ({low:.2f}-{high:.2f})"
+        table.add_row(LABELS[row["column"]], *times, ratio, memory, *kept)
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,14 @@ from ..training.norms import apply_norm
 from .published import use_published
 
 
+def _unfolded(model: nn.Module, example: Tensor) -> None:
+    """CBN where nothing trains folded: the same function, applied to the convs' outputs."""
+    convert(model, example_input=example)
+    for module in model.modules():
+        if isinstance(module, CrossIterationMixin) and module.trains_folded:
+            module.bind(*module.producers)
+
+
 def _published(model: nn.Module, example: Tensor) -> None:
     convert(model, example_input=example, window=Window.PAPER)
     use_published(model, 8)
@@ -33,8 +41,8 @@ COLUMNS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "frozen": lambda model, example: apply_norm(model, "frozen"),
     "tune": lambda model, example: apply_norm(model, "tune", example_input=example),
     "cbn": lambda model, example: convert(model, example_input=example),
+    "cbn-unfolded": _unfolded,
     "cbn-paper": lambda model, example: convert(model, example_input=example, window=Window.PAPER),
-    "average": lambda model, example: convert(model, example_input=example, compensation="none"),
     "gn": lambda model, example: apply_norm(model, "gn"),
     "published": _published,
 }
@@ -49,6 +57,7 @@ class BenchResult(NamedTuple):
     backward: float
     optimizer: float
     over_bn: float  # median over rounds of the ratio to BN's step in the same round
+    over_bn_quartiles: tuple[float, float]
     memory: float | None  # what lives between steps, and on CUDA the peak beside it, else what the graph holds
     history: float
     kept: float  # what the graph holds for the backward pass beside parameters and buffers
@@ -173,13 +182,14 @@ def bench_step(
     for column in running:
         totals = [sum(t) for t in column.times]
         forward, backward, optimizer = (1000 * median(part) for part in zip(*column.times, strict=True))
-        ratio = median(t / b for t, b in zip(totals, base, strict=True))
+        ratios = [t / b for t, b in zip(totals, base, strict=True)]
+        low, ratio, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         step, history = 1000 * median(totals), _bytes(column.history()) / 1e6
         most, kept = column.memory(x, y) if memory else None, column.kept(x)
         base_kept = kept if column.name == "bn" else results[0].kept
         results.append(
             BenchResult(
-                column.name, step, forward, backward, optimizer, ratio, most, history, kept,
+                column.name, step, forward, backward, optimizer, ratio, (low, high), most, history, kept,
                 (kept + history) / base_kept,
             )
         )  # fmt: skip
