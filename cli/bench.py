@@ -48,8 +48,8 @@ def bench(
     """Time and memory of a training step with each norm, beside BN and the algorithm as published.
 
     All take turns in one process, a step each, so that a busy machine disturbs all alike; medians, and median and
-    quartiles of the ratios to BN's step of the same round. Kept is what the graph holds for the backward pass; over BN's, what the
-    window remembers between steps is counted with it.
+    quartiles of the ratios to BN's step of the same round. Kept is what the graph holds for the backward pass; over
+    BN's, what the window remembers between steps is counted with it.
     """
     with Session(as_json, debug, quiet) as session:
         import torch
