@@ -151,36 +151,6 @@ def from_scratch() -> str:
     return "\n".join([*lines, "", source])
 
 
-def turns() -> str:
-    """Top-1 with moments of patches in turn and of some positions, of the former window."""
-    report = json.loads((RESULTS / "former" / "stability.json").read_text())
-    columns = [
-        "cbn-no-exact",
-        "cbn-turns-8-512",
-        "cbn-turns-4-512",
-        "cbn-turns-1-512",
-        "cbn-turns-4-all",
-        "cbn-turns-16-128",
-    ]
-    places = [("digits", 1e-2, None), ("digits", 3e-2, None)]
-    places += [(task, lr, 5.0) for task in ("sign_digits", "clothing") for lr in (3e-3, 1e-2)]
-    lines = ["| top-1 [%] | " + " | ".join(f"{task}, {lr:g}" for task, lr, _ in places) + " |"]
-    lines.append("|---|" + "---|" * len(places))
-    for column in columns:
-        row = []
-        for task, lr, clip in places:
-            values = [
-                c["top1"]
-                for c in report["cells"]
-                if (c["task"], c["column"], c["lr"], c["clip"], c["batch"], c["opt"])
-                == (task, column, lr, clip, 2, "sgd")
-            ]
-            spread = f" ({min(values)} to {max(values)})" if len(values) > 1 else ""
-            row.append(f"{sum(values) / len(values):.1f}{spread}" if values else "")
-        lines.append(f"| {FORMER[column]} | " + " | ".join(row) + " |")
-    return "\n".join([*lines, "", f"*mean (lowest to highest seed); {FORMER_SOURCE}*"])
-
-
 def carried() -> str:
     """Top-1 of the carried window with length, gradient, looks, positions and d of other kinds, at its best rate."""
     if not carried_forms.OUTPUT.is_file():
@@ -353,7 +323,7 @@ def fill(path: Path, tables: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     study = studies()
-    performance = {**speed(), **limits(), "turns": turns()}
+    performance = {**speed(), **limits()}
     fill(
         ROOT / "README.md",
         {
