@@ -26,8 +26,8 @@ from timm.models._input import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
 from .checkpoints import find_weights, read_checkpoint, refuse_other_files
+from .damage import damaged_value
 from .errors import CbnWarning, ModelError
-from .norm import damaged_value
 
 _SOURCES = ("hf-hub:", "local-dir:")
 RGB = 3  # channels of the images that weights are for unless they say otherwise

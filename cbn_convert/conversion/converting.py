@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from typing_extensions import Unpack
 
+from ..damage import damaged_statistic
 from ..errors import ConversionError
 from ..norm import (
     CONVERTED,
@@ -30,7 +31,6 @@ from ..norm import (
     Window,
     WindowKeywords,
     adopt,
-    damaged_statistic,
     frozen_eps,
     is_frozen,
     modes_kept,

@@ -17,10 +17,10 @@ from torch import nn
 
 from .. import __version__
 from ..conversion import norm_layers
+from ..damage import damaged_value
 from ..errors import ExportError
 from ..files import new_directory, read_json, write_json
 from ..models import offline_if_unreachable, with_data_config
-from ..norm import damaged_value
 from .card import write_card
 from .class_map import known_classes, write_class_map
 from .converted import Conversion

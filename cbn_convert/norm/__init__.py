@@ -16,7 +16,6 @@ from .classes import (
     is_frozen,
     load_history_state,
 )
-from .damage import damaged_statistic, damaged_value
 from .layer import CrossIterationMixin
 from .modes import modes_kept
 from .producers import OutputChannels
@@ -36,8 +35,6 @@ __all__ = [
     "Window",
     "WindowKeywords",
     "adopt",
-    "damaged_statistic",
-    "damaged_value",
     "drop_and_act",
     "frozen_eps",
     "history_state",

@@ -14,8 +14,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..damage import damaged_value
 from ..errors import DivergedError
-from ..norm import CrossIterationMixin, damaged_value, history_state, load_history_state
+from ..norm import CrossIterationMixin, history_state, load_history_state
 from .checkpoint import random_states, restore_random_states
 from .config import FinetuneConfig
 from .faults import first_non_finite
