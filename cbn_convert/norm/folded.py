@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..refusals import qconfig
 from .activation import Activated
 from .batch import Batch, RunningStatistics
 from .carried import Carried, CarriedWindow
@@ -207,16 +208,18 @@ class FoldingMixin(nn.Module):
     """Makes of the conv or linear class behind it one that applies the norm that follows, in training."""
 
     folded_class: type[nn.Module]
+    qconfig = qconfig
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class does, and normalised where `Source.folds` says so."""
-        source: Source | None = self.__dict__.get("folds_into")
+        # the class is given back where the norm is gone
+        plain, source = self.folded_class, cast("Source | None", self.__dict__.get("folds_into"))
         given = [*args, *kwargs.values()]
         if source is not None:
             if source.folds(self, given[0]):
                 return source.folded(self, *given)
             source.passes_by()
-        return super().forward(*args, **kwargs)
+        return plain.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not _FOLDING[self.folded_class]:  # parametrised since
