@@ -139,8 +139,8 @@ def convert(
     thawed = [norm for norm in todo.values() if isinstance(norm, CrossIterationFrozenBatchNorm2d)]
     if lacks_any([p for norm in thawed for p in norm.parameters() if p.requires_grad], model):
         warnings.warn(
-            f"weight and bias of {len(thawed)} layers that were frozen are parameters now, which the optimizer does not "
-            "have; make it after cbn.convert(model)",
+            f"weight and bias of {len(thawed)} layers that were frozen are parameters now, which the optimizer does "
+            "not have; make it after cbn.convert(model)",
             CbnWarning,
             stacklevel=3,
         )

@@ -39,10 +39,10 @@ def lacks_any(parameters: Iterable[nn.Parameter], model: nn.Module) -> bool:
 def refuse_fusing(layer: CrossIterationMixin) -> None:
     """Lets torch's fuse_modules, which looks modules up by their exact classes, say what is to be done first."""
     try:
-        from torch.ao.quantization.fuser_method_mappings import _DEFAULT_OP_LIST_TO_FUSER_METHOD as methods
+        from torch.ao.quantization import fuser_method_mappings
     except ImportError:  # it is to be removed from torch
         return
-    table: dict[Any, Any] = methods
+    table: dict[Any, Any] = getattr(fuser_method_mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
     for kind in {kind for producer in layer.producers for kind in (type(producer), plain_class(producer))}:
         pair = (kind, type(layer))
         table[pair] = table[(*pair, nn.ReLU)] = _refuse_fusing
