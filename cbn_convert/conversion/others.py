@@ -11,14 +11,20 @@ from torch.optim import Optimizer
 
 from ..errors import ConversionError
 from ..norm import CrossIterationMixin
+from ..norm.folded import FoldingMixin, end_folding
 from ..norm.producers import plain_class
 from ..norm.tap import InputTap
 from ..refusals import INSTEAD
 
 
 def remove_orphaned_hooks(model: nn.Module) -> None:
-    """Gives those modules their class back whose norm layer was taken out of the model after its conversion."""
+    """Gives those modules their class back whose norm layer was taken out of the model after its conversion.
+
+    And those without a norm that somebody made of the class of one that trains folded, as peft makes its adapters.
+    """
     for module in model.modules():
+        if isinstance(module, FoldingMixin) and "folds_into" not in module.__dict__:
+            end_folding(module)
         for hook in [*getattr(module, "_forward_hooks", {}).values()]:
             if isinstance(hook, InputTap) and hook.is_orphan:
                 hook.remove()

@@ -252,7 +252,6 @@ def begin_folding(module: nn.Module, source: Source) -> None:
 
 def end_folding(module: nn.Module) -> None:
     """Makes the module of the class that it was."""
-    if module.__dict__.pop("folds_into", None) is not None and type(module) is _FOLDING.get(
-        getattr(module, "folded_class", nn.Module)
-    ):
+    module.__dict__.pop("folds_into", None)
+    if type(module) is _FOLDING.get(getattr(module, "folded_class", nn.Module)):
         module.__class__ = module.folded_class  # type: ignore[assignment]

@@ -152,8 +152,8 @@ class Adapted(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.base_layer = conv
-        self.down = nn.Conv2d(conv.in_channels, 2, conv.kernel_size, bias=False)
-        self.up = nn.Conv2d(2, conv.out_channels, 1, bias=False)
+        self.down = type(conv)(conv.in_channels, 2, conv.kernel_size, bias=False)
+        self.up = type(conv)(2, conv.out_channels, 1, bias=False)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,6 +170,7 @@ def test_a_conv_that_is_wrapped_afterwards_is_named(frozen: bool) -> None:
     with pytest.raises(RuntimeError, match=r"layer 'bn2' is bound to a Conv2d whose output is changed .* cbn\.revert"):
         model(X)
     cbn.revert(model)
+    assert not any(isinstance(m, FoldingMixin) for m in model.modules())
     cbn.convert(model, example_input=X)
     model.train()(X)
 
