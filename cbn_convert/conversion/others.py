@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import nn
@@ -30,11 +30,13 @@ def remove_orphaned_hooks(model: nn.Module) -> None:
                 hook.remove()
 
 
-def lacks_any(parameters: Iterable[nn.Parameter], model: nn.Module) -> bool:
+def lacks_any(parameters: Sequence[nn.Parameter], model: nn.Module) -> bool:
     """Whether there is an optimizer for some of the model's parameters, and none for one of these.
 
     It may be anywhere, so all objects are looked through, which takes about a tenth of a second.
     """
+    if not parameters:
+        return False
     own = {id(p) for p in model.parameters()}
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
     held = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]

@@ -66,7 +66,8 @@ def fold(
     new weights are computed in float64.
 
     keep_bn: with "affine" and "conv", leave BatchNorm modules as identities (mean 0, var 1 - eps, γ 1, β what has no
-    other place) and branches as they are, so that state_dict keys are those of the original architecture.
+    other place) and branches as they are, so that state_dict keys are those of the original architecture. Without it,
+    `load_folded` takes the state_dict into a new model of the architecture.
 
     Raises FoldError if a folded tensor would not be finite, if the copy's outputs on `example_input` (as in `convert`)
     are not the model's, or for another `into`; ConversionError if the model cannot run on it.
