@@ -64,7 +64,7 @@ def test_every_conv_is_quantised(by: str) -> None:
     folded = cbn.fold(model, example_input=x)
     convs = sum(isinstance(m, nn.Conv2d) for m in folded.modules())
     with torch.no_grad():
-        int8, expected = example[f"by_{by}"](folded, [x]), folded(x)
+        int8, expected = example[f"by_{by}"](folded, x), folded(x)
         assert (int8(x) - expected).norm() / expected.norm() < 0.1
     if by == "fx":
         found = sum("quantized" in type(m).__module__ and "Conv" in type(m).__name__ for m in int8.modules())

@@ -39,7 +39,7 @@ def lacks_any(parameters: Sequence[nn.Parameter], model: nn.Module) -> bool:
         return False
     own = {id(p) for p in model.parameters()}
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
-    held = [{id(p) for group in o.param_groups for p in group["params"]} for o in optimizers]
+    held = [{id(p) for group in getattr(o, "param_groups", ()) for p in group["params"]} for o in optimizers]
     of_model = set().union(*(ids for ids in held if ids & own))
     return bool(of_model) and any(id(p) not in of_model for p in parameters)
 
