@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .conversion import warm_up as warm_up
     from .deploy import export as export
     from .deploy import fold as fold
+    from .deploy import load_folded as load_folded
     from .errors import CbnError as CbnError
     from .norm import CrossIterationBatchNorm1d as CrossIterationBatchNorm1d
     from .norm import CrossIterationBatchNorm2d as CrossIterationBatchNorm2d
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 _SOURCES = {
     "comparison": ("ComparisonConfig", "compare"),
     "conversion": ("ConversionReport", "ReportRow", "convert", "revert", "warm_up"),
-    "deploy": ("export", "fold"),
+    "deploy": ("export", "fold", "load_folded"),
     "errors": ("CbnError",),
     "norm": (
         "CrossIterationBatchNorm1d",

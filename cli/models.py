@@ -44,7 +44,7 @@ def inspect(
             inspected = create_model(ModelSpec(**spec))
         report = cbn.convert(inspected, window=window, compensation=compensation, history=history)  # type: ignore[arg-type]
         session.print(_table(report))
-        session.print(f"{report}; {report.folded} train folded; history {report.history_bytes / 1e6:.1f} MB")
+        session.print(report.summary())
         session.result({"model": model, "window": window, "history": history, **report.to_dict()})
 
 
@@ -95,13 +95,13 @@ def convert(
         conversion = Conversion(model, window_options, report)
         if dry_run:
             session.print(_table(report))
-            session.print(f"{report}; nothing written (--dry-run)")
+            session.print(f"{report.summary()}; nothing written (--dry-run)")
         else:
             cbn.export(
                 converted, output, model_args=model_args(converted), conversion=conversion,
                 metadata={**window_options, "norm_layers": report.counts}, overwrite=overwrite,
             )  # fmt: skip
-            session.print(f"{report}; written to {output}")
+            session.print(f"{report.summary()}; written to {output}")
         session.result({**conversion.to_dict(), "output": None if dry_run else str(output)})
 
 

@@ -3,24 +3,71 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import timm
+import torch
+from conftest import randomize_norms
+from torch import nn
+
+import cbn_convert as cbn
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def printed(example: str, *arguments: str) -> str:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / example, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_detection(tmp_path: Path) -> None:
     arguments = ["--backbone", "test_resnet", "--steps", "6", "--eval-images", "2", "-o", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples/detection.py", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "loss, mean of 6 steps: first " in done.stdout
-    assert "AP50 on 2 new images: 0." in done.stdout
-    assert "plain timm's features differ by at most 0\n" in done.stdout
+    text = printed("detection.py", *arguments)
+    assert "loss, mean of 6 steps: first " in text
+    assert "AP50 on 2 new images: 0." in text
+    assert "plain timm's features differ by at most 0\n" in text
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("by", ["fx", "pt2e"])
+def test_int8(by: str) -> None:
+    if by == "pt2e":
+        pytest.importorskip("torchao")
+    text = printed("int8.py", "--by", by, "--steps", "60")
+    as_trained, folded = re.findall(r"(?:as trained|folded): top-1 ([\d.]+) %", text)
+    assert as_trained == folded
+    assert float(re.findall(r"agree on ([\d.]+) %", text)[0]) > 90
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by", ["fx", "pt2e"])
+def test_every_conv_is_quantised(by: str) -> None:
+    if by == "pt2e":
+        pytest.importorskip("torchao")
+    example = runpy.run_path(str(ROOT / "examples/int8.py"))
+    model = randomize_norms(timm.create_model("test_resnet", num_classes=2))
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    cbn.convert(model, example_input=x)
+    folded = cbn.fold(model, example_input=x)
+    convs = sum(isinstance(m, nn.Conv2d) for m in folded.modules())
+    with torch.no_grad():
+        int8, expected = example[f"by_{by}"](folded, x), folded(x)
+        assert (int8(x) - expected).norm() / expected.norm() < 0.1
+    if by == "fx":
+        found = sum("quantized" in type(m).__module__ and "Conv" in type(m).__name__ for m in int8.modules())
+    else:
+        found = sum("conv2d" in str(n.target) and "dequantize" in str(n.args[1].target) for n in int8.graph.nodes)
+    assert found == convs

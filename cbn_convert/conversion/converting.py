@@ -22,7 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from typing_extensions import Unpack
 
 from ..damage import damaged_statistic
-from ..errors import ConversionError
+from ..errors import CbnWarning, ConversionError
 from ..modes import modes_kept, tensors_kept
 from ..norm import (
     CONVERTED,
@@ -40,6 +40,7 @@ from ..norm.functional import is_measured
 from ..norm.producers import learns
 from ..norm.tap import InputTap, is_watched
 from .lazy import ADVICE, is_lazy, materialize
+from .others import lacks_any, refuse_fusing, remove_orphaned_hooks
 from .policy import LayerFacts, decide
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, Part, trace_norms
@@ -112,6 +113,7 @@ def convert(
         raise ConversionError(str(error)) from None
     model = getattr(model, "_orig_mod", model)  # torch.compile's is a shell around the module
     include, exclude = (s if s is None or isinstance(s, str) or callable(s) else tuple(s) for s in (include, exclude))
+    remove_orphaned_hooks(model)
     materialize(model, example_input)
     norms = norm_layers(model)
     if not norms:
@@ -133,6 +135,14 @@ def convert(
             continue
         facts = _facts(model, norm, calls[name], chosen_window, feeds)
         rows[name] = _converted(name, norm, facts, chosen_window, phase)
+    thawed = [norm for norm in todo.values() if isinstance(norm, CrossIterationFrozenBatchNorm2d)]
+    if lacks_any([p for norm in thawed for p in norm.parameters() if p.requires_grad], model):
+        warnings.warn(
+            f"weight and bias of {len(thawed)} layers that were frozen are parameters now, which the optimizer does "
+            "not have; make it after cbn.convert(model)",
+            CbnWarning,
+            stacklevel=3,
+        )
     return ConversionReport(tuple(rows.values()))
 
 
@@ -161,9 +171,10 @@ def _converted(name: str, norm: nn.Module, facts: LayerFacts, window: Window, ph
         return row
     layer = adopt(norm)
     sync = window.sync or isinstance(layer, nn.SyncBatchNorm)
-    layer.set_window(replace(decision.window, sync=sync), phase)
+    layer.set_window(replace(decision.window, sync=sync), phase, name)
     if decision.status == "compensated":
         layer.bind(*facts.outputs, folded=decision.folded)
+        refuse_fusing(layer)
     if isinstance(layer, CrossIterationFrozenBatchNorm2d) and layer.producers:
         # γ and β of a stage that is frozen as a whole stay as they are
         for parameter in (layer.weight, layer.bias):
@@ -185,6 +196,7 @@ def revert(model: nn.Module) -> nn.Module:
             raise ConversionError(f"{type(layer).__name__} is a subclass with no known plain form; replace it yourself")
     for layer in layers:
         layer.restore()
+    remove_orphaned_hooks(model)
     return model
 
 

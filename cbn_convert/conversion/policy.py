@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..norm import OutputChannels, Window
 from ..norm.producers import applies_stored_weight, groups_of, is_transposed, out_channels, plain_class
-from .report import Status
+from .report import NOT_REACHED, Status
 from .trace import OWN_FORWARD, NormCall
 
 
@@ -68,7 +68,7 @@ def decide(facts: LayerFacts, window: Window) -> Decision:
 def _status(facts: LayerFacts, window: Window) -> tuple[Status, str]:
     call, outputs = facts.call, facts.outputs
     if call.calls == 0:
-        return "kept", "not reached on the example input"
+        return "kept", NOT_REACHED
     if call.calls > 1:
         why = ", one history cannot serve all"
         if call.split:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Status = Literal["compensated", "window", "kept"]
 Form = Literal["folded", "unfolded"]
 Statistics = Literal["pretrained", "new"]
+
+NOT_REACHED = "not reached on the example input"
+COLUMNS, MOST_REASONS, MOST_NAMES = 79, 6, 3  # of the printed report
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,43 @@ class ConversionReport:
             "layers": [asdict(row) for row in self.rows],
         }
 
+    @property
+    def thawed(self) -> int:
+        """Number of layers that were frozen, whose weight and bias became parameters."""
+        return sum("Frozen" in row.norm and row.status != "kept" for row in self.rows)
+
+    def summary(self) -> str:
+        """One line for logs."""
+        counts = ", ".join(f"{n} {status}" for status, n in self.counts.items())
+        new = "; none has pretrained statistics" if self.without_statistics else ""
+        history = f"history {self.history_bytes / 1e6:.2f} MB"
+        return f"{counts} of {len(self)} norm layers; {self.folded} train folded; {history}{new}"
+
     def __str__(self) -> str:
-        counts = ", ".join(f"{n} {status}" for status, n in self.counts.items()) + f" of {len(self)} norm layers"
+        """For a terminal of 80 columns: what became of the layers, why not the best of some, and what to do next."""
+        groups: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.status != "compensated":
+                groups.setdefault(f"{row.status}, {row.reason}", []).append(row.name)
+        lines = [f"  {reason}: {_few(names)}" for reason, names in [*groups.items()][:MOST_REASONS]]
+        if len(groups) > MOST_REASONS:
+            lines.append(f"  ... and {len(groups) - MOST_REASONS} more reasons, in the rows of this report")
+        return "\n".join(_wrapped(line) for line in [self.summary(), *lines, f"Next: {self._next()}"])
+
+    def _next(self) -> str:
+        steps = ["train as usual", "then cbn.fold(model) for inference, or cbn.revert(model)"]
         if self.without_statistics:
-            return f"{counts}; none has pretrained statistics: load weights before training, or train from scratch"
-        return counts
+            steps.insert(0, "load pretrained weights, or train from scratch")
+        if self.thawed:
+            steps.insert(0, f"make the optimizer after this, with the new parameters of frozen layers ({self.thawed})")
+        if any(row.reason == NOT_REACHED for row in self.rows):
+            steps.insert(0, "if training reaches the kept layers, convert with an example_input that does so")
+        return "; ".join(steps)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, COLUMNS, subsequent_indent="    ", break_on_hyphens=False)

@@ -58,7 +58,7 @@ class Conversion:
             "",
             "## What convert does to its norm layers",
             "",
-            f"{self.report}; conversion.json has all of them.",
+            f"{self.report.summary()}; conversion.json has all of them.",
             *self._left(),
         ]
 

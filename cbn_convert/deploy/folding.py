@@ -66,7 +66,8 @@ def fold(
     new weights are computed in float64.
 
     keep_bn: with "affine" and "conv", leave BatchNorm modules as identities (mean 0, var 1 - eps, γ 1, β what has no
-    other place) and branches as they are, so that state_dict keys are those of the original architecture.
+    other place) and branches as they are, so that state_dict keys are those of the original architecture. Without it,
+    `load_folded` takes the state_dict into a new model of the architecture.
 
     Raises FoldError if a folded tensor would not be finite, if the copy's outputs on `example_input` (as in `convert`)
     are not the model's, or for another `into`; ConversionError if the model cannot run on it.
@@ -83,7 +84,7 @@ def fold(
     before, (args, kwargs) = run(folded, example_input)
     example: Any = kwargs or args
     if into == "conv" and not keep_bn:
-        _merge_branches(folded)
+        merge_branches(folded)
     norms: dict[str, Any] = {}
     for name, norm in norm_layers(folded).items():
         if (type(norm) in CONVERTED or is_frozen(norm)) and norm.running_mean is not None:
@@ -97,7 +98,7 @@ def fold(
             if keep_bn:
                 _make_identity(norm, scale, shift)
             else:
-                _replace(folded, norm, ChannelAffine(scale.to(_dtype(norm)), shift.to(_dtype(norm))))
+                replace_norm(folded, norm, ChannelAffine(scale.to(_dtype(norm)), shift.to(_dtype(norm))))
         elif not calls[name].calls:
             left.setdefault("the example does not reach them", []).append(name)
         elif (producers := _foldable(folded, calls[name], holders)) is None:
@@ -107,7 +108,7 @@ def fold(
         else:
             _fold_into(name, norm, producers, keep_bn)
             if not keep_bn:
-                _replace(folded, norm, None)
+                replace_norm(folded, norm, None)
     for reason, names in left.items():
         _logger.warning(
             "%d of %d norm layers stay BatchNorm, since %s: %s", len(names), len(norms), reason, _few(names)
@@ -185,11 +186,11 @@ def _norm_channels(module: nn.Module) -> set[int]:
     return set() if mean is None else {mean.numel()}
 
 
-def _merge_branches(model: nn.Module) -> None:
+def merge_branches(model: nn.Module) -> None:
     """Merges the branches of timm's blocks by its reparameterize_model, which may be called once more afterwards."""
     if not type(model).__module__.startswith("timm."):
         for child in model.children():
-            _merge_branches(child)  # methods of these names mean something else in other modules
+            merge_branches(child)  # methods of these names mean something else in other modules
         return
     reference = next(model.parameters(), None)
     if reference is None:
@@ -381,7 +382,7 @@ def _make_identity(norm: Any, scale: Tensor, shift: Tensor) -> None:
         norm.bias.copy_(shift)
 
 
-def _replace(model: nn.Module, norm: nn.Module, by: nn.Module | None) -> None:
+def replace_norm(model: nn.Module, norm: nn.Module, by: nn.Module | None) -> None:
     """Puts `by`, or nothing, in the place of the norm under each of its names; drop and act stay."""
     parts = [] if by is None else [by]
     children = [norm._modules.get(name) for name in ("drop", "act")]

@@ -1,4 +1,4 @@
-"""The layer: its mathematics, its window, its modules. Imports nothing of the rest of the package."""
+"""The layer: its mathematics, its window, its modules. Of the rest of the package it imports `refusals` alone."""
 
 from .classes import (
     CONVERTED,

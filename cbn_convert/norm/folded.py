@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..refusals import qconfig
 from .batch import Batch, RunningStatistics
 from .carried import Carried, CarriedWindow
-from .functional import Affine, gradients
+from .functional import Affine, OptTensor, gradients
 from .kernels import KERNELS, Folded, select
 from .producers import Convolution, LinearMap, Producer, as_function, as_rows, of_rows
 
@@ -119,13 +120,7 @@ class FoldedMap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        step: FoldedStep,
+        ctx: Any, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, step: FoldedStep
     ) -> Tensor:
         """See the class."""
         (theta, b), affine = step.rows(weight, bias), step.affine(gamma, beta)
@@ -181,13 +176,7 @@ class FoldedMap(torch.autograd.Function):
 
 
 def plainly_folded(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    state: Carried,
-    step: FoldedStep,
+    input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, state: Carried, step: FoldedStep
 ) -> Tensor:
     """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes."""
     folded = KERNELS["plain"].fold(state, *step.rows(weight, bias), step.affine(gamma, beta))
@@ -198,16 +187,18 @@ class FoldingMixin(nn.Module):
     """Makes of the conv or linear class behind it one that applies the norm that follows, in training."""
 
     folded_class: type[nn.Module]
+    qconfig = qconfig
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class does, and normalised where `Source.folds` says so."""
-        source: Source | None = self.__dict__.get("folds_into")
+        # the class is given back where the norm is gone
+        plain, source = self.folded_class, cast("Source | None", self.__dict__.get("folds_into"))
         given = [*args, *kwargs.values()]
         if source is not None:
             if source.folds(self, given[0]):
                 return source.folded(self, *given)
             source.passes_by()
-        return super().forward(*args, **kwargs)
+        return plain.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not _FOLDING[self.folded_class]:  # parametrised since
@@ -240,7 +231,6 @@ def begin_folding(module: nn.Module, source: Source) -> None:
 
 def end_folding(module: nn.Module) -> None:
     """Makes the module of the class that it was."""
-    if module.__dict__.pop("folds_into", None) is not None and type(module) is _FOLDING.get(
-        getattr(module, "folded_class", nn.Module)
-    ):
+    module.__dict__.pop("folds_into", None)
+    if type(module) is _FOLDING.get(getattr(module, "folded_class", nn.Module)):
         module.__class__ = module.folded_class  # type: ignore[assignment]

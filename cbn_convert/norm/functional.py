@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OptTensor = Tensor | None
 NO_SQUARE = 1e-24  # what |θ|² and q are taken to be at least, so that they can be divided by
 
 

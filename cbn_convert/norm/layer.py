@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from ..modes import what_lasts_may_be_made
+from ..refusals import qconfig, refuse_proxy, refuse_replica, refuse_script, refuse_transforms
 from .activation import activate
 from .batch import Batch
 from .carried import CarriedWindow
@@ -28,7 +29,7 @@ from .producers import (
     plain_class,
 )
 from .ring import Ring
-from .source import Source, refuse_replica, refuse_transforms
+from .source import Source
 from .tap import InputTap, writes_to
 from .window import Window, WindowKeywords, window_of
 
@@ -44,17 +45,20 @@ class CrossIterationMixin(_BatchNorm):
 
     PLAIN: ClassVar[type[nn.Module]]
     FROZEN: ClassVar[bool] = False  # stands for one whose statistics are part of the function, whatever they are
-    WINDOW_ATTRIBUTES = ("window", "phase", "iteration", "_sources", "_begun", "_left")
+    qconfig = qconfig
+    __prepare_scriptable__ = refuse_script
+    WINDOW_ATTRIBUTES = ("window", "phase", "layer_name", "iteration", "_sources", "_begun", "_left")
 
     def __init__(self, *args: Any, window: Window | int = 8, **kwargs: Any) -> None:
         keywords: Any = {name: kwargs.pop(name) for name in WindowKeywords.__annotations__ if name in kwargs}
         super().__init__(*args, **kwargs)
         self.set_window(window_of(window, keywords))
 
-    def set_window(self, window: Window, phase: int = 0) -> None:
-        """Starts unbound, and with nothing remembered; `phase` shifts the steps that look at their batch."""
+    def set_window(self, window: Window, phase: int = 0, name: str = "") -> None:
+        """Starts unbound, with nothing remembered; `phase` shifts the steps that look, `name` is for messages."""
         self.window = window
         self.phase = phase
+        self.layer_name = name
         self.iteration = 0
         self._begun = False  # whether it has been decided what each source remembers
         self._left: Any = None  # the running statistics as this layer left them, and how often they had been written to
@@ -72,6 +76,11 @@ class CrossIterationMixin(_BatchNorm):
     def fuse(self) -> nn.Module:
         """`restore`, under the name that timm's reparameterize_model calls."""
         return self.restore()
+
+    @property
+    def described(self) -> str:
+        """The layer in a message."""
+        return f"layer {self.layer_name!r}" if self.layer_name else f"a {type(self).__name__}"
 
     @property
     def compensated(self) -> bool:
@@ -274,6 +283,7 @@ class CrossIterationMixin(_BatchNorm):
 
     def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""
+        refuse_proxy(x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected input with {self.num_features} channels, got {tuple(x.shape)}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..modes import what_lasts_may_be_made
+from ..refusals import refuse_replica, refuse_transforms
 from .activation import origin
 from .batch import Batch, RunningStatistics
 from .carried import CarriedWindow
@@ -18,13 +19,13 @@ from .folded import FoldedMap, FoldedStep
 from .functional import statistics_dtype
 from .producers import as_function, fan_in, groups_of, is_linear, is_transposed, plain_class, theta_and_bias
 from .ring import Ring
-from .tap import InputTap, is_watched, writes_to
+from .tap import CHANGED, InputTap, OfNorm, is_watched, writes_to
 
 if TYPE_CHECKING:
     from .layer import CrossIterationMixin
 
 
-class Source:
+class Source(OfNorm):
     """Channels of a norm layer that have one window: all of them, or those that one of several modules made.
 
     tap: on the module whose weight made them, None where no weight did. channels: which of the layer's, None for all.
@@ -32,7 +33,7 @@ class Source:
     """
 
     def __init__(self, norm: CrossIterationMixin, tap: InputTap | None = None, channels: slice | None = None) -> None:
-        self.norm = norm
+        super().__init__(norm)
         self.tap = tap
         self.channels = channels
         self.state: CarriedWindow | Ring | None = None
@@ -82,8 +83,8 @@ class Source:
                 module = self.tap.module
                 if made_of is None and norm.window.size > 1 and not recomputing:
                     raise RuntimeError(
-                        f"a norm layer is bound to a {plain_class(module).__name__} that has not run since the last "
-                        "forward pass; bind it to the module that produces its input, or leave it unbound"
+                        f"{norm.described} is bound to a {plain_class(module).__name__} that has not run since the "
+                        f"last forward pass; {CHANGED}bind it to the module that produces its input"
                     )
                 self.tap.check_output(x)
                 theta, bias = self.theta_and_bias(dtype)
@@ -109,6 +110,10 @@ class Source:
 
     def folds(self, module: nn.Module, input: Any) -> bool:
         """Whether the module is to apply the norm in this forward pass: what it makes goes there, and nowhere else."""
+        if self.is_orphan:
+            if self.tap is not None:
+                self.tap.leave()
+            return False
         norm = self.norm
         # one that was taken out of the model hears of no eval(), but the module does
         if not (norm.training and module.training) or self.tap is None or self.tap.module is not module:
@@ -168,27 +173,8 @@ class Source:
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
         tap.folded = not recomputing
-        tap.made(y)
         y._cbn_writes = writes_to(y)  # type: ignore[attr-defined]
         return y
-
-
-def refuse_replica(module: nn.Module) -> None:
-    """Raises RuntimeError for a copy that nn.DataParallel made of a module for one step of training."""
-    if module.training and module.__dict__.get("_is_replica"):
-        raise RuntimeError(
-            "a converted layer cannot train in nn.DataParallel, whose copies lose what they learn; use "
-            "torch.nn.parallel.DistributedDataParallel"
-        )
-
-
-def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raises RuntimeError under torch.func's transforms, for which no step of training is known."""
-    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
-        raise RuntimeError(
-            "a converted layer cannot train under torch.func's transforms, such as grad or vmap; use torch.autograd, "
-            "or put the norm layers into eval mode"
-        )
 
 
 def _any_module_is_watched() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +20,35 @@ COMPARISONS = 2
 # A forward pass may break off between a conv and its norm, as where memory runs out; not again and again.
 MOST_LOST = 2
 
+# where a norm finds that its input is not what it is bound to
+CHANGED = "if the model was changed since, as by LoRA, call cbn.revert(model) and cbn.convert(model) once more, else "
 
-class InputTap:
+
+class OfNorm:
+    """Belongs to a norm layer that it does not keep: one that is taken out of its model is gone."""
+
+    def __init__(self, norm: CrossIterationMixin) -> None:
+        self._norm: Any = weakref.ref(norm)
+
+    @property
+    def norm(self) -> CrossIterationMixin:
+        """The norm layer, which whoever cannot know asks for with `is_orphan` first."""
+        return self._norm()  # type: ignore[no-any-return]
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the norm layer is gone."""
+        return self._norm() is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_norm": self._norm()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        norm = state["_norm"]
+        self.__dict__.update(state, _norm=type(None) if norm is None else weakref.ref(norm))
+
+
+class InputTap(OfNorm):
     """Forward hook on a producing module that hands its last input over to the norm layer.
 
     A plain object, so that the norm layer can refer to the producer without registering it as a submodule.
@@ -28,10 +57,11 @@ class InputTap:
     def __init__(self, made: OutputChannels, norm: CrossIterationMixin) -> None:
         self.module = made.module
         self.rows = None if made.whole else slice(made.first, made.first + made.channels)
-        self.norm = norm
+        super().__init__(norm)
         self.input: Tensor | None = None
         self.output: Tensor | None = None
         self.version: int | None = None
+        self.learned = False  # whether the output has a gradient
         self.compared = 0
         self.folded = False  # whether the output that is on its way is normalised already
         self.lost = 0  # such outputs that never came to the norm
@@ -41,17 +71,17 @@ class InputTap:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Runs behind the module's forward pass."""
-        if self.norm.training and (self.folded or self.followed):
+        if self.is_orphan:
+            self.leave()
+        elif self.norm.training and (self.folded or self.followed):
             self.input = (args[0] if args else next(iter(kwargs.values()))).detach()
-            self.made(output)
-
-    def made(self, output: Tensor) -> None:
-        """Notes what is on its way to the norm."""
-        self.output, self.version = output.detach(), writes_to(output)
+            self.output = output.detach()
+            self.version, self.learned = writes_to(output), output.requires_grad
 
     def weights_replaced(self, module: nn.Module, incompatible_keys: Any) -> None:
         """Weights that were loaded have no past."""
-        self.norm.reset_history()
+        if not self.is_orphan:
+            self.norm.reset_history()
 
     @property
     def followed(self) -> bool:
@@ -69,9 +99,9 @@ class InputTap:
             self.lost += 1
         if self.lost > MOST_LOST:
             raise RuntimeError(
-                f"a {plain_class(self.module).__name__} trains as one with the norm layer behind it, but its output "
-                "goes elsewhere; convert again with an example_input that shows what training does, exclude the norm, "
-                "or revert the model before its norm layers are replaced by others"
+                f"a {plain_class(self.module).__name__} trains as one with {self.norm.described}, but its output goes "
+                "elsewhere; convert again with an example_input that shows what training does, exclude the norm, or "
+                "revert the model before its norm layers are replaced by others"
             )
 
     def take_folded(self, x: Tensor) -> bool:
@@ -96,13 +126,18 @@ class InputTap:
             if (rows.data_ptr(), rows.stride()) == (made.data_ptr(), made.stride()):
                 if self.version in (None, writes_to(x)):
                     return
-            elif self.compared >= COMPARISONS or _nearly_equal(rows, made):
+            elif not self._joined(x) and (self.compared >= COMPARISONS or _nearly_equal(rows, made)):
                 self.compared += 1
                 return
         raise RuntimeError(
-            f"{type(self.norm).__name__} is bound to a {plain_class(self.module).__name__} whose output is changed "
-            "before it arrives; leave the layer unbound, or exclude it from the conversion"
+            f"{self.norm.described} is bound to a {plain_class(self.module).__name__} whose output is changed before "
+            f"it arrives; {CHANGED}exclude the layer from the conversion"
         )
+
+    def _joined(self, x: Tensor) -> bool:
+        """Whether more than the output is in x, as of an adapter beside the module, which adds zeros at first."""
+        made_of = () if x.grad_fn is None else x.grad_fn.next_functions
+        return sum(node is not None for node, _ in made_of) > self.learned
 
     def remove(self) -> None:
         """Takes the hooks off the module, which is of its own class again."""
@@ -112,8 +147,19 @@ class InputTap:
         if source is not None and source.tap is self:
             end_folding(self.module)
 
+    def leave(self) -> None:
+        """`remove` and a warning, as soon as a module whose norm is gone trains; one fused for inference never does."""
+        if self.module.training:
+            self.remove()
+            warnings.warn(
+                "a norm layer was taken out of the model after its conversion, as convert_sync_batchnorm and "
+                "freeze_batch_norm_2d do, so what is in its place normalises in its own way; to train with CBN, call "
+                "cbn.convert(model) once more, and last",
+                stacklevel=2,
+            )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "input": None, "output": None, "folded": False}
+        return {**super().__getstate__(), "input": None, "output": None, "folded": False}
 
 
 def is_watched(module: nn.Module) -> bool:

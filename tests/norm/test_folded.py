@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -273,10 +274,11 @@ def test_an_output_that_never_comes_to_the_norm_is_an_error() -> None:
         model[0](inputs((2, 3, 8, 8), 0))
 
 
-def test_a_norm_that_is_taken_out_of_the_model_does_nothing_in_evaluation() -> None:
+def test_a_norm_that_somebody_keeps_elsewhere_does_nothing_in_evaluation() -> None:
     """It is not told of model.eval(), and goes on as in training."""
     model = conv_pair()
     model(inputs((2, 3, 8, 8), 0))
+    kept = model[1]
     model[1] = nn.Identity()
     x = inputs((2, 3, 8, 8), 1)
     torch.testing.assert_close(model.eval()(x), F.conv2d(x, *model[0].parameters()))
@@ -285,6 +287,40 @@ def test_a_norm_that_is_taken_out_of_the_model_does_nothing_in_evaluation() -> N
         model(x)
     with pytest.raises(RuntimeError, match="its output goes elsewhere"):
         model(x)
+    assert kept.training
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("duplicate", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_norm_that_is_gone_is_noticed_in_the_first_step(
+    duplicate: Callable[[nn.Module], nn.Module], folded: bool
+) -> None:
+    model = conv_pair()
+    if not folded:
+        model[1].bind(model[0])
+    model(inputs((2, 3, 8, 8), 0))
+    model[1] = nn.BatchNorm2d(4).double()
+    model = duplicate(model)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    plain.load_state_dict(model.state_dict())
+    x = inputs((2, 3, 8, 8), 1)
+    model.eval()(x)  # as in a check before training begins
+    with pytest.warns(UserWarning, match="a norm layer was taken out of the model after its conversion"):
+        y = model.train()(x)
+    torch.testing.assert_close(y, plain(x), rtol=0, atol=0)
+    assert type(model[0]) is nn.Conv2d
+    assert not model[0]._forward_hooks
+    assert not model[0]._load_state_dict_post_hooks
+    model(x)
+
+
+def test_a_model_that_is_let_go_says_nothing() -> None:
+    model = conv_pair()
+    model(inputs((2, 3, 8, 8), 0))
+    gone, conv = weakref.ref(model[1]), model[0]
+    del model
+    assert gone() is None
+    conv.eval()(inputs((2, 3, 8, 8), 0))
 
 
 def test_the_input_may_be_named() -> None:

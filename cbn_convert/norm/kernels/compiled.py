@@ -10,17 +10,17 @@ import platform
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import NO_SQUARE, Affine, statistics_dtype
+from ..functional import NO_SQUARE, Affine, OptTensor, statistics_dtype
 from .plain import Folded, Kernels
 
 if TYPE_CHECKING:
-    from ..batch import RunningStatistics
     from ..carried import Carried
+    from .plain import Running
 
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -81,14 +81,7 @@ class Compiled(Kernels):
             return super().move(state, theta, bias)
         return self._fold(state, theta, bias, Affine(None, None, 1.0))[:5]
 
-    def fold(
-        self,
-        state: Carried,
-        theta: Tensor,
-        bias: Tensor | None,
-        affine: Affine,
-        running: RunningStatistics | None = None,
-    ) -> Folded:
+    def fold(self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None) -> Folded:
         """See `Kernels`."""
         rows, written = torch.empty_like(theta), None
         if running is not None and running.mean.dtype == running.var.dtype == theta.dtype:
@@ -101,12 +94,7 @@ class Compiled(Kernels):
 
     @staticmethod
     def _fold(
-        state: Carried,
-        theta: Tensor,
-        bias: Tensor | None,
-        affine: Affine,
-        rows: Tensor | None = None,
-        running: tuple[Tensor, Tensor] | None = None,
+        state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor = None, running: Any = None
     ) -> Tensor:
         (channels, width), (table, patch_mean, patch_var) = theta.shape, state
         out = theta.new_empty(7, channels)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from ..functional import NO_SQUARE, Affine, by_group, response, statistics_dtype
+from ..functional import NO_SQUARE, Affine, OptTensor, by_group, response, statistics_dtype
 
 if TYPE_CHECKING:
     from ..batch import RunningStatistics
     from ..carried import Carried
+
+    Running: TypeAlias = RunningStatistics | None
 
 
 class Folded(NamedTuple):
@@ -44,18 +46,8 @@ class Kernels:
         mean, var = torch.where(leave_zero, anchor, mean), torch.where(leave_zero, spread, var * (spread / spread_then))
         return torch.stack([mean, var, anchor, spread, square])
 
-    def fold(
-        self,
-        state: Carried,
-        theta: Tensor,
-        bias: Tensor | None,
-        affine: Affine,
-        running: RunningStatistics | None = None,
-    ) -> Folded:
-        """`state` at θ [C, F] and b [C], and what normalises by it: s, β + s (b - M) and s θ.
-
-        M and S are written to `running`.
-        """
+    def fold(self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None) -> Folded:
+        """`state` at θ [C, F] and b [C], and what normalises by it. M and S are written to `running`."""
         if state.patch_mean is not None:
             state = state._replace(table=self.move(state, theta, bias))
         if running is not None:
