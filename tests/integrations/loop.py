@@ -1,0 +1,62 @@
+"""A network and images for all frameworks, and what they are compared by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from conftest import randomize_norms
+from torch import Tensor, nn
+
+from cbn_convert.integrations import training_state
+
+
+class Net(nn.Module):
+    """Two convs with norms that have statistics, a new norm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.neck = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.body(x)
+        return self.head(F.relu(self.neck(x)).mean((2, 3)))
+
+
+def network(seed: int = 0) -> Net:
+    """Not converted yet; the same for the same seed, and nothing else is drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Net()
+        randomize_norms(net.stem)
+        randomize_norms(net.body)
+    return net
+
+
+def images(n: int = 24, size: int = 12) -> tuple[Tensor, Tensor]:
+    """Two classes that differ in their mean."""
+    g = torch.Generator().manual_seed(7)
+    labels = torch.arange(n) % 2
+    return torch.randn(n, 3, size, size, generator=g) + labels.view(-1, 1, 1, 1), labels
+
+
+def everything(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors that a run ends with, those of the window included."""
+    found = {f"weights.{k}": v.clone() for k, v in model.state_dict().items()}
+    state = training_state(model)
+    for name, layer in state["ranks"][0].items():
+        for i, source in enumerate(layer["sources"]):
+            slots: dict[str, Any] = {} if source is None else source["slots"]
+            found |= {f"{name}.{i}.{slot}": t for slot, t in slots.items()}
+    return found
+
+
+def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """The names of the tensors that only one has, or that are not the same to the bit."""
+    same = {name for name in a.keys() & b.keys() if torch.equal(a[name], b[name])}
+    return sorted((a.keys() | b.keys()) - same)
