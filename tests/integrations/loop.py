@@ -5,27 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from conftest import randomize_norms
+from nets import Images, Net
 from torch import Tensor, nn
 
 from cbn_convert.integrations import training_state
-
-
-class Net(nn.Module):
-    """Two convs with norms that have statistics, a new norm, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.neck = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.body(x)
-        return self.head(F.relu(self.neck(x)).mean((2, 3)))
 
 
 def network(seed: int = 0) -> Net:
@@ -36,6 +20,11 @@ def network(seed: int = 0) -> Net:
         randomize_norms(net.stem)
         randomize_norms(net.body)
     return net
+
+
+def dataset() -> Images:
+    """`images` as a dataset."""
+    return Images(*images())
 
 
 def images(n: int = 24, size: int = 12) -> tuple[Tensor, Tensor]:
