@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CbnError, CbnWarning
+from ..errors import CbnWarning
 from ..files import replaced_file
-from ..norm import is_frozen
-from .plain import bare, convert_part, converted_layers, load_training_state, require, training_state
+from .plain import convert_late, convert_part, converted_layers, load_training_state, require, training_state
 
 require("transformers", "5.0")
 
@@ -47,13 +46,7 @@ class CbnCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
         """Restores the windows of the checkpoint that is resumed; converts what model_init has made anew."""
         if not converted_layers(model):
-            if any(is_frozen(module) for module in bare(model).modules()):
-                raise CbnError(
-                    f"{type(bare(model)).__name__} has frozen BatchNorm layers, whose weights the optimizer would not "
-                    "know; call cbn_convert.convert(model) at the end of model_init, or give CbnCallback to "
-                    "Trainer(callbacks=[..]) with a model"
-                )
-            convert_part(model, self.part, self.keywords)
+            convert_late(model, self.part, self.keywords)
         if not state.global_step:
             return
         # a callback is not told the path: it is known if it stands in the arguments, or is where this run saves

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from .. import __version__
 from ..conversion import ConversionReport, convert
 from ..errors import CbnError
-from ..norm import CrossIterationMixin
+from ..norm import CrossIterationMixin, is_frozen
 
 _FORMAT = 1  # of the state; another one is refused by its number
 KEY = "cbn_convert"  # under which callbacks put the state into a checkpoint
@@ -143,6 +143,16 @@ def convert_part(model: nn.Module, part: str, keywords: Mapping[str, Any]) -> Co
     report = convert(module, **cast(Any, keywords))
     _logger.info("%s: %s", type(module).__name__, report)
     return report
+
+
+def convert_late(model: nn.Module, part: str, keywords: Mapping[str, Any]) -> ConversionReport | None:
+    """`convert_part` behind the making of the optimizer; refused where that would not know all parameters then."""
+    if any(is_frozen(module) for module in bare(model).modules()):
+        raise CbnError(
+            f"{type(bare(model)).__name__} has frozen BatchNorm layers, whose weights become parameters that the "
+            "optimizer was made without; call cbn_convert.convert(model) where the model is made"
+        )
+    return convert_part(model, part, keywords)
 
 
 def synchronize(model: nn.Module) -> None:

@@ -126,6 +126,7 @@ def test_an_exported_learner_loads_without_the_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", script, *arguments], check=True)
     assert torch.equal(torch.load(tmp_path / "y.pt"), expected)
     fit(learn, 1)  # and goes on
+    assert not torch.equal(learn.model.head.weight, before["weights.head.weight"])
     learn.save("later")
     assert (tmp_path / "models" / "later.cbn").is_file()
 

@@ -135,7 +135,10 @@ def test_a_model_that_is_not_converted_is_one_sentence() -> None:
         load_training_state(network(), training_state(model))
 
 
-FRAMEWORKS = {"lightning": "lightning", "huggingface": "transformers", "fastai": "fastai"}
+FRAMEWORKS = {
+    "lightning": "lightning", "huggingface": "transformers", "fastai": "fastai", "ultralytics": "ultralytics",
+    "mmengine": "mmengine",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "package"), FRAMEWORKS.items())
