@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import CbnError
-from .plain import converted_layers, load_training_state, training_state
+from .plain import load_training_state, training_state
+from .shared import converted_layers
 
 
 class CbnState:

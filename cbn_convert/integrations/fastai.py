@@ -15,7 +15,8 @@ import torch
 
 from ..deploy import fold
 from ..files import replaced_file
-from .plain import convert_part, load_training_state, require, training_state
+from .plain import load_training_state, training_state
+from .shared import convert_part, require
 
 require("fastai", "2.8")
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from ..errors import CbnWarning
 from ..files import replaced_file
-from .plain import convert_late, convert_part, converted_layers, load_training_state, require, training_state
+from .plain import load_training_state, training_state
+from .shared import convert_late, convert_part, converted_layers, require
 
 require("transformers", "5.0")
 

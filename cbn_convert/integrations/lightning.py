@@ -14,9 +14,10 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import CbnWarning
+from ..errors import CbnError, CbnWarning
 from ..norm import CrossIterationMixin
-from .plain import KEY, convert_part, converted_layers, load_training_state, require, synchronize, training_state
+from .plain import load_training_state, training_state
+from .shared import KEY, convert_part, converted_layers, require, synchronize
 
 require("lightning", "2.6")
 
@@ -46,6 +47,12 @@ class CbnCallback(Callback):
         self._saved = None
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # Lightning asks that a second call change nothing
+        if not self.part and not is_overridden("forward", pl_module):
+            names = ", ".join(name for name, _ in pl_module.named_children())
+            raise CbnError(
+                f"{type(pl_module).__name__} has no forward method to follow; say which part of it is the network, as "
+                f'in CbnCallback("model"); it has {names}'
+            )
         keywords = dict(self.keywords)
         if not self.part and pl_module.example_input_array is not None:
             keywords.setdefault("example_input", pl_module.example_input_array)

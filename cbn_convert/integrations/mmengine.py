@@ -11,7 +11,8 @@ import warnings
 from typing import Any
 
 from ..errors import CbnWarning
-from .plain import KEY, bare, convert_late, converted_layers, load_training_state, require, training_state
+from .plain import load_training_state, training_state
+from .shared import KEY, bare, convert_late, converted_layers, require
 
 require("mmengine", "0.10")
 

@@ -1,4 +1,4 @@
-"""What a training loop saves beside its state_dict, and what the callbacks of all frameworks share.
+"""What a training loop saves beside its state_dict.
 
     torch.save({"model": model.state_dict(), "cbn": training_state(model), ...}, path)
 
@@ -11,28 +11,21 @@ A run that goes on so is the uninterrupted one to the bit, on the CPU, as far as
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
-from packaging.version import Version
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from .. import __version__
-from ..conversion import ConversionReport, convert
 from ..errors import CbnError
-from ..norm import CrossIterationMixin, is_frozen
+from ..norm import CrossIterationMixin
+from .shared import converted_layers
 
 _FORMAT = 1  # of the state; another one is refused by its number
-KEY = "cbn_convert"  # under which callbacks put the state into a checkpoint
-
-_logger = logging.getLogger(__name__)
 
 
 def training_state(model: nn.Module, *, gather: bool = False) -> dict[str, Any]:
@@ -111,66 +104,6 @@ def _check_layers(layers: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             f"the state is of other layers than the model's: {', '.join(odd[:5])} in one of them only; build and "
             "convert the model as in the run that saved the state"
         )
-
-
-def converted_layers(model: nn.Module) -> dict[str, CrossIterationMixin]:
-    """The converted layers by the names that they have in the bare model."""
-    found = {name: m for name, m in bare(model).named_modules() if isinstance(m, CrossIterationMixin)}
-    return {name.replace("_orig_mod.", ""): layer for name, layer in found.items()}
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def convert_part(model: nn.Module, part: str, keywords: Mapping[str, Any]) -> ConversionReport | None:
-    """Converts a module of the model by its name, all of it by default; None where it is converted already."""
-    model = bare(model)
-    try:
-        module = model.get_submodule(part)
-    except AttributeError:
-        names = ", ".join(name for name, _ in model.named_children())
-        raise CbnError(f"{type(model).__name__} has no module {part!r} to convert; it has {names}") from None
-    if any(isinstance(m, CrossIterationMixin) for m in module.modules()):
-        return None
-    report = convert(module, **cast(Any, keywords))
-    _logger.info("%s: %s", type(module).__name__, report)
-    return report
-
-
-def convert_late(model: nn.Module, part: str, keywords: Mapping[str, Any]) -> ConversionReport | None:
-    """`convert_part` behind the making of the optimizer; refused where that would not know all parameters then."""
-    if any(is_frozen(module) for module in bare(model).modules()):
-        raise CbnError(
-            f"{type(bare(model)).__name__} has frozen BatchNorm layers, whose weights become parameters that the "
-            "optimizer was made without; call cbn_convert.convert(model) where the model is made"
-        )
-    return convert_part(model, part, keywords)
-
-
-def synchronize(model: nn.Module) -> None:
-    """Lets the converted layers look at the images of all ranks, as convert(sync=True) does."""
-    for layer in converted_layers(model).values():
-        layer.window = replace(layer.window, sync=True)
-
-
-def require(package: str, least: str) -> None:
-    """Raises CbnError if the framework is not there, or older than the versions that its integration knows."""
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        raise CbnError(
-            f"this needs {package} {least} or newer, which is not installed; pip install {package}"
-        ) from None
-    if Version(found) < Version(least):
-        raise CbnError(f"this needs {package} {least} or newer, and {found} is installed; pip install -U {package}")
 
 
 def _window(layer: CrossIterationMixin) -> str:

@@ -17,7 +17,8 @@ import torch
 from ..conversion import revert
 from ..errors import CbnWarning
 from ..files import replaced_file
-from .plain import bare, convert_part, load_training_state, require, training_state
+from .plain import load_training_state, training_state
+from .shared import bare, convert_part, require
 
 require("ultralytics", "8.4")
 

@@ -129,6 +129,8 @@ def test_converted_before_the_optimizer_is_made(tmp_path: Path, make: Any) -> No
 def test_a_part_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(cbn.CbnError, match="Lit has no module 'net' to convert; it has model"):
         fit(tmp_path, 1, CbnCallback("net"), callback=False)
+    with pytest.raises(cbn.CbnError, match=r"Lit has no forward method to follow; say which part .* it has model"):
+        fit(tmp_path, 1, CbnCallback(), callback=False)
 
 
 def test_a_checkpoint_loads_without_the_package_and_folds(tmp_path: Path) -> None:

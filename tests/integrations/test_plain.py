@@ -17,7 +17,7 @@ from loop import different, everything, images, network
 from torch import nn
 
 import cbn_convert as cbn
-from cbn_convert.integrations import load_training_state, plain, training_state
+from cbn_convert.integrations import load_training_state, shared, training_state
 
 STEPS = 12
 
@@ -147,14 +147,14 @@ def test_a_framework_that_is_missing_or_too_old_is_one_sentence(
 ) -> None:
     name = f"cbn_convert.integrations.{module}"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(plain, "version", lambda _: "0.0.1")
+    monkeypatch.setattr(shared, "version", lambda _: "0.0.1")
     with pytest.raises(cbn.CbnError, match=rf"needs {package} .* or newer, and 0\.0\.1 is installed; pip install -U"):
         import_module(name)
 
     def missing(_: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(plain, "version", missing)
+    monkeypatch.setattr(shared, "version", missing)
     with pytest.raises(
         cbn.CbnError, match=rf"needs {package} .* or newer, which is not installed; pip install {package}"
     ):
