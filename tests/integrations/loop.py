@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import randomize_norms
 from nets import Images, Net
 from torch import Tensor, nn
@@ -49,3 +54,19 @@ def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """The names of the tensors that only one has, or that are not the same to the bit."""
     same = {name for name in a.keys() & b.keys() if torch.equal(a[name], b[name])}
     return sorted((a.keys() | b.keys()) - same)
+
+
+def two_processes(function: Callable[..., None], *args: Any) -> None:
+    """Calls function(rank, *args) in two processes, with the environment that torchrun gives them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_rank, (port, function, *args), nprocs=2)
+
+
+def _rank(rank: int, port: int, function: Callable[..., None], *args: Any) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    function(rank, *args)
+    dist.destroy_process_group()

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from loop import different, everything, images, network
+from loop import different, everything, images, network, two_processes
 from torch.utils.data import DataLoader, TensorDataset
 
 import cbn_convert as cbn
@@ -62,27 +60,15 @@ def test_resume_is_exact(tmp_path: Path, precision: str) -> None:
     assert "weights.head.weight" in different(whole, without)
 
 
-def _rank(rank: int, folder: Path, port: int) -> None:
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def resumed_and_not(rank: int, folder: Path) -> None:
     whole = run(folder, range(STEPS // 2 + 2))
     resumed = run(folder, range(5, STEPS // 2 + 2), resume=True)
     torch.save(different(whole, resumed), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.xdist_group("distributed")
 def test_two_processes_resume_each_with_its_own_window(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_rank, (tmp_path, port), nprocs=2)
+    two_processes(resumed_and_not, tmp_path)
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [[], []]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomize_norms
-from loop import different, everything, images
+from loop import different, everything, images, two_processes
 from torch import nn
 
 import cbn_convert as cbn
@@ -98,3 +98,21 @@ def test_resume_with_another_window_is_one_sentence(tmp_path: Path) -> None:
     trainer(tmp_path).train()
     with pytest.raises(cbn.CbnError, match="was trained with Window"):
         trainer(tmp_path, callbacks=[CbnCallback(window=4)]).train(resume_from_checkpoint=True)
+
+
+def resumed_and_not(rank: int, folder: Path) -> None:
+    whole = trainer(folder, ddp_backend="gloo")
+    whole.train()
+    resumed = trainer(folder, ddp_backend="gloo")
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    stem = next(m for m in whole.model.modules() if isinstance(m, CrossIterationMixin))
+    patches = stem.history_state()["sources"][0]["slots"]["patch_mean"]
+    torch.save((different(everything(whole.model), everything(resumed.model)), patches), folder / f"{rank}.pt")
+
+
+@pytest.mark.xdist_group("distributed")
+def test_two_processes_resume_each_with_its_own_window(tmp_path: Path) -> None:
+    two_processes(resumed_and_not, tmp_path)
+    (differ, patches), (differ_too, other_patches) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert differ == differ_too == []
+    assert not torch.equal(patches, other_patches)

@@ -87,11 +87,14 @@ def test_resume_is_exact(tmp_path: Path, precision: Any) -> None:
     assert "weights.model.stem.0.weight" in different(everything(whole), everything(without))
 
 
-def test_resume_with_ema_is_exact_and_ends_with_the_averages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["cbn", "ema"])
+def test_resume_with_ema_is_exact_and_ends_with_the_averages(tmp_path: Path, first: str) -> None:
     def run(folder: str, epochs: int, **options: Any) -> tuple[Any, Any]:
         ema = EMAWeightAveraging(decay=0.5)
         at = ModelCheckpoint(dirpath=tmp_path / folder, filename="{epoch}", save_top_k=-1)
-        return fit(tmp_path / folder, epochs, ema, at, enable_checkpointing=True, **options), ema
+        own = CbnCallback("model", example_input=images()[0][:1])
+        order = [own, ema] if first == "cbn" else [ema, own]
+        return fit(tmp_path / folder, epochs, *order, at, callback=False, enable_checkpointing=True, **options), ema
 
     whole, ema = run("a", 3)
     averages = {k: v.clone() for k, v in ema._average_model.module.model.state_dict().items()}
