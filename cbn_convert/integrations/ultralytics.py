@@ -3,7 +3,8 @@
 The model is converted once it has its weights, before compile, DDP, optimizer and EMA take it. The EMA, which is what
 ultralytics validates and saves, is the plain network: last.pt and best.pt load, validate and export without this
 package. Beside each file for resuming stands NAME.cbn: ultralytics' own has nothing but the averages, rounded to
-float16, so that a resumed run is another one; with it, it is the same to the bit, as far as the order of images is.
+float16, so that a resumed run is another one; with it, it is the same to the bit, as far as order and augmentation
+of images are.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loop import dataset, different, everything, images, network
+from torch import nn
+from torchvision.models import resnet18
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationMixin
@@ -22,6 +24,8 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.optimizer import SGD
+from fastai.vision.data import ImageDataLoaders
+from fastai.vision.learner import vision_learner
 
 from cbn_convert.integrations.fastai import CbnCallback
 
@@ -129,6 +133,17 @@ def test_an_exported_learner_loads_without_the_package(tmp_path: Path) -> None:
     assert not torch.equal(learn.model.head.weight, before["weights.head.weight"])
     learn.save("later")
     assert (tmp_path / "models" / "later.cbn").is_file()
+
+
+def test_learners_of_images_fine_tune(tmp_path: Path, colors: Path) -> None:
+    dls = ImageDataLoaders.from_folder(colors, train="train", valid="val", bs=2, num_workers=0, device="cpu")
+    learn = vision_learner(dls, resnet18, pretrained=False, path=tmp_path, cbs=CbnCallback())
+    with learn.no_bar(), learn.no_logging():
+        learn.fine_tune(1)
+    norms = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 22  # 20 of the body, 2 BatchNorm1d of fastai's head
+    assert all(isinstance(m, CrossIterationMixin) for m in norms)
+    assert all(layer.history_state()["iteration"] for layer in norms)
 
 
 def test_load_with_another_window_is_one_sentence(tmp_path: Path) -> None:

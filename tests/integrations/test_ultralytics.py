@@ -143,6 +143,13 @@ def test_frozen_stages_stay_as_they_are(squares: Path, tmp_path: Path) -> None:
     assert [k for k, v in frozen.items() if not torch.equal(v.float(), before[k])] == []
 
 
+def test_a_classifier_trains(colors: Path, tmp_path: Path) -> None:
+    trainer = train(yolo("yolo11n-cls.yaml"), colors, tmp_path, trainer=Classifier, epochs=1)
+    assert any(isinstance(m, CrossIterationMixin) for m in trainer.model.modules())
+    loaded: Any = YOLO(weights(tmp_path, "best.pt")).model
+    assert not any(isinstance(m, CrossIterationMixin) for m in loaded.modules())
+
+
 def test_keywords_reach_convert(squares: Path, tmp_path: Path) -> None:
     class Short(Trainer):
         cbn_keywords = {"window": 1024, "history": "ema", "exclude": "model.23.*"}  # noqa: RUF012
