@@ -2,7 +2,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
+INTEGRATIONS := .venv-integrations
+
+.PHONY: test test-integrations test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -12,6 +14,18 @@ $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 # two processes of one thread each: small tensors gain nothing from more
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+
+# in an environment of its own, which shares the torch of the other one
+$(INTEGRATIONS)/.installed: $(STAMP)
+	test -x $(INTEGRATIONS)/bin/python || python3 -m venv $(INTEGRATIONS)
+	$(PY) -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$($(INTEGRATIONS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tests.pth
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --editable '.[integrations]'
+	touch $@
+
+# the real frameworks; `make test` skips what it does not find
+test-integrations: $(INTEGRATIONS)/.installed
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadgroup tests/integrations
 
 # on a machine with a GPU: the kernels compiled instead of interpreted, and the layer on CUDA
 test-gpu: $(STAMP)
@@ -86,4 +100,4 @@ estimation: $(STAMP)
 	$(PY) benchmarks/estimation.py --data ../shared/data
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo
+	rm -rf $(VENV) $(INTEGRATIONS) build *.egg-info demo
