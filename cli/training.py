@@ -83,11 +83,15 @@ def _summary(result: FinetuneResult) -> Table:
         "best validation top-1": f"{result.best_top1:.2f} %, top-5 {result.best_top5:.2f} %",
         "reached in": f"epoch {result.best_epoch}, step {result.best_step} of {result.steps}"
         + (", stopped early" if result.stopped_early else ""),
-        "training": f"{result.train_seconds:.0f} s, {result.images_per_second:.1f} images/s, "
-        f"{1000 * result.median_step_seconds:.0f} ms per step",
-        "waiting for images": f"{100 * result.loader_wait:.0f} % of the time"
-        + ("; more --workers may help" if result.loader_wait > 0.2 else ""),
     }
+    if result.median_step_seconds:  # else this process has only looked at a run that was done
+        rows["training"] = (
+            f"{result.train_seconds:.0f} s, {result.images_per_second:.1f} images/s, "
+            f"{1000 * result.median_step_seconds:.0f} ms per step"
+        )
+        rows["waiting for images"] = f"{100 * result.loader_wait:.0f} % of the time" + (
+            "; more --workers may help" if result.loader_wait > 0.2 else ""
+        )
     if result.peak_memory is not None:
         rows["GPU memory"] = f"{result.peak_memory:.0f} MB"
     if result.skipped:

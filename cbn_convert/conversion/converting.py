@@ -6,6 +6,7 @@ same objects, as in torch.nn.utils.parametrize.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -225,7 +226,16 @@ def warm_up(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Modu
 
 def _called(model: nn.Module, batch: Any) -> Any:
     images = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return model(**images) if isinstance(images, Mapping) else model(images)
+    if not isinstance(images, Mapping):
+        return model(images)
+    try:
+        inspect.signature(model.forward).bind(**images)
+    except TypeError as error:
+        raise ConversionError(
+            f"warm_up cannot call {type(model).__name__} with a batch's {', '.join(map(str, images))} ({error}); pass "
+            "forward=, a function of the model and the batch"
+        ) from None
+    return model(**images)
 
 
 def _check_known(name: str, norm: nn.Module) -> None:

@@ -90,13 +90,14 @@ def measure(
 def advice(config: FinetuneConfig, shift: float | None) -> str:
     """What the study (docs/results.md) found of a run's norm at its batch size on images like these; may be empty."""
     norm, batch_size = config.norm, config.batch_size
+    at = f"at {batch_size} image{'s' * (batch_size > 1)} per step"
     if shift is None:
         random_weights = not config.pretrained and config.checkpoint is None
         if not random_weights or norm not in ("cbn", "bn", "brn") or batch_size > SMALL_BATCH:
             return ""
         return (
-            f"the weights have no statistics to start from: at {batch_size} images per step --norm gn was better from "
-            f"random weights, or level {_STUDY}"
+            f"the weights have no statistics to start from: {at} --norm gn was better from random weights, or level "
+            f"{_STUDY}"
         )
     far = shift >= FAR
     found = f"the images' statistics are {shift:.2f} nats from the pretrained ones, {'far' if far else 'near'}"
@@ -105,5 +106,5 @@ def advice(config: FinetuneConfig, shift: float | None) -> str:
     if norm in ("bn", "brn") and batch_size <= SMALL_BATCH:
         second = "" if far else ", and so was --norm frozen"
         level = ", or level," if far and batch_size == SMALL_BATCH else ""
-        return f"{found}: at {batch_size} images per step --norm cbn was better{level}{second} {_STUDY}"
+        return f"{found}: {at} --norm cbn was better{level}{second} {_STUDY}"
     return found

@@ -264,6 +264,17 @@ def test_warm_up_fills_the_history_and_nothing_else() -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
+def test_warm_up_says_which_keys_a_model_does_not_take() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    cbn.convert(model)
+    batch = {"input": torch.randn(2, 3, 8, 8), "label": torch.zeros(2)}
+    with pytest.raises(ConversionError, match=r"cannot call Sequential with a batch's input, label \(.*pass forward="):
+        cbn.warm_up(model, [batch])
+    cbn.warm_up(model, [{"input": batch["input"]}])
+    cbn.warm_up(model, [batch], forward=lambda m, b: m(b["input"]))
+    assert cbn.history_state(model)["1"]["iteration"] == 2
+
+
 def test_warm_up_makes_the_first_step_that_of_the_joined_batch() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     cbn.convert(model, window=4, example_input=torch.randn(1, 3, 8, 8))

@@ -71,6 +71,7 @@ def test_none_where_there_is_nothing_to_compare_with() -> None:
         ("frozen", 2, FAR * 2, "--norm cbn was better than frozen BN, or level", "near"),
         ("frozen", 2, FAR / 2, "--norm cbn was better than frozen BN", "far"),
         ("bn", 2, FAR / 2, "--norm cbn was better, and so was --norm frozen", "far"),
+        ("bn", 1, FAR * 2, "at 1 image per step --norm cbn was better", "images per step"),
         ("brn", 4, FAR * 2, "at 4 images per step --norm cbn was better, or level,", "frozen"),
         ("bn", 32, FAR * 2, "far", "--norm"),
     ],
