@@ -20,6 +20,8 @@ from typing import Any
 
 from report import RESULTS, provenance
 
+from cbn_convert.norm import Window
+
 HERE = Path(__file__).parent
 STUDY = RESULTS / "study"
 PUBLISHED = "cbn:taylor:current:ring:window=8"
@@ -188,6 +190,8 @@ def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     network = COMPARISONS[name][1]
     if NETWORKS[network].get("checkpoint") == "FROM-CLOTHING":
         stored["source"] = {"data": "clothing", **SOURCE, "top1": source_top1(network, work)}
+    if again != {""} or not (STUDY / f"{name}.json").is_file():
+        stored["window"] = str(Window())  # CBN's, to tell runs of another default from these
     text = json.dumps({**provenance("python benchmarks/study.py --data ../shared/data"), **stored})
     STUDY.mkdir(exist_ok=True)
     (STUDY / f"{name}.json").write_text(text.replace('}, {"norm"', '},\n{"norm"') + "\n")

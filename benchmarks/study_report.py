@@ -144,7 +144,7 @@ def verdicts(studies: dict[str, Study]) -> str:
     for name, size, own, rival, reference in judged(studies):
         over = ["", ""] if reference is None else [_shown(reference), _difference(own, reference)]
         lines.append(
-            f"| {title(name)} | {size} | {_shown(own)} | {_shown(rival)} ({LABELS[rival.norm]}) | "
+            f"| {title(name, studies[name])} | {size} | {_shown(own)} | {_shown(rival)} ({LABELS[rival.norm]}) | "
             f"{_difference(own, rival)} | {' | '.join(over)} |"
         )
     return "\n".join(lines)
@@ -183,20 +183,23 @@ def _difference(own: Row, other: Row) -> str:
     return f"**{text}**" if exceeds(own, other) or exceeds(other, own) else text
 
 
-def title(name: str) -> str:
+def title(name: str, study: Study) -> str:
     """What a comparison is called."""
     data, network, settings = REPORTED[name]
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
     more += next((f", {kind}" for kind in ("windows", "forms", "settings") if name.endswith(kind)), "")
     more += ", batch size 8" if settings["batch-sizes"] == "8" else ""
     more += f", {settings['img-size']} px" if "img-size" in settings else ""
-    more += ", former" if name in FORMER else ""
+    if name in FORMER:
+        more += ", former"
+    elif "window" not in study.report and "cbn" in study.comparison.config.norms:
+        more += ", CBN: former default"
     return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 
 def sections(studies: dict[str, Study]) -> str:
     """A table for each comparison."""
-    return "\n\n".join(f"### {title(name)}\n\n{table(name, study)}" for name, study in studies.items())
+    return "\n\n".join(f"### {title(name, study)}\n\n{table(name, study)}" for name, study in studies.items())
 
 
 def rates(studies: dict[str, Study]) -> str:
