@@ -27,6 +27,7 @@ from report import RESULTS, provenance
 import cbn_convert as cbn
 from cbn_convert.bench import bench_step
 from cbn_convert.bench.steps import COLUMNS, _model
+from cbn_convert.norm.carried import FIRST_LOOKS
 
 ROOT = Path(__file__).parent.parent
 NORMS = ["bn", "frozen", "tune", "cbn"]
@@ -74,7 +75,7 @@ def launches(device: str, arch: str) -> dict[str, Any]:
         model = _model(arch).train()
         COLUMNS[norm](model, torch.randn(2, 3, 224, 224))
         model.to(device)
-        for _ in range(10):
+        for _ in range(FIRST_LOOKS + 8):
             F.cross_entropy(model(x), y).backward()
         with torch.profiler.profile(activities=activities) as profiler:
             for _ in range(8):

@@ -278,11 +278,10 @@ def limits() -> dict[str, str]:
     parts = {
         "step": "whole step",
         "convs": "the convs themselves",
-        "begin": "M and S at today's weights",
+        "begin": "s θ and β + s (b - M) at today's weights",
         "look": "looks (mean over steps)",
         "write": "running statistics",
         "gradient": "gradient of the weights through s, M and S",
-        "shift": "sum of the output's gradient",
         "rest": "the rest of the folded layers: sθ twice, Python",
         "norms": "the norm layers: counting, activations",
     }

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cbn_convert.norm import carried
+
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is obeyed
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -20,6 +22,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers look in turns from their second step on, instead of in all of their first steps."""
+    monkeypatch.setattr(carried, "FIRST_LOOKS", 1)
 
 
 @pytest.fixture(scope="session")

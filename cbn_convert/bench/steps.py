@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..conversion import convert
+from ..conversion import convert, warm_up
 from ..deploy import fold
 from ..errors import CbnError
 from ..models import ModelSpec, create_model
 from ..norm import CrossIterationMixin, Window
+from ..norm.carried import FIRST_LOOKS
 from ..training.faults import one_value
 from ..training.norms import apply_norm
 from .published import use_published
@@ -71,6 +72,10 @@ class _Column:
         self.times: list[tuple[float, float, float]] = []
         self.model = _model(arch).train()
         COLUMNS[name](self.model, example.cpu())
+        # what is timed is what goes on: not the first steps of the carried window, which all look at their batch
+        if any(isinstance(m, CrossIterationMixin) and m.window.is_carried for m in self.model.modules()):
+            side = min(64, example.shape[-1])
+            warm_up(self.model, (torch.randn(2, 3, side, side) for _ in range(FIRST_LOOKS)))
         self.model.to(device)
         if options["channels_last"]:
             self.model.to(memory_format=torch.channels_last)
@@ -148,11 +153,11 @@ def bench_step(
     channels_last: bool = False,
     compile: bool = False,
     memory: bool = True,
-    warm_up: int = 4,
+    untimed: int = 4,
 ) -> list[BenchResult]:
     """Times a training step (SGD with momentum, cross-entropy, random images) of a timm model for each column.
 
-    One round runs one step of every column; `steps` rounds count, after `warm_up` that do not. "bn" is always among
+    One round runs one step of every column; `steps` rounds count, after `untimed` that do not. "bn" is always among
     the columns, as what `over_bn` refers to. Raises CbnError for an unknown column or architecture, or if a
     layer gets one value per channel.
     """
@@ -167,7 +172,7 @@ def bench_step(
     options = {"dtype": dtype, "channels_last": channels_last, "compile": compile}
     order = ["bn", *(c for c in columns if c != "bn")]
     running = [_Column(name, arch, torch.randn(2, 3, img_size, img_size), place, options) for name in order]
-    for i in range(warm_up + steps):
+    for i in range(untimed + steps):
         for column in running:
             try:
                 times = column.step(x, y)
@@ -175,7 +180,7 @@ def bench_step(
                 if told := one_value(error, "use a larger --batch-size or --img-size"):
                     raise told from error
                 raise
-            if i >= warm_up:
+            if i >= untimed:
                 column.times.append(times)
     base = [sum(t) for t in running[0].times]
     results: list[BenchResult] = []

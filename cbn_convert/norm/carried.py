@@ -32,6 +32,8 @@ from .window import Window
 # A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
 # patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
 LEAST_VARIANCE, TINY = 0.05, 1e-12
+# Looks in a row at the start: p̄ and d of one batch follow the weights badly.
+FIRST_LOOKS = 32
 _ROWS = ("mean", "var", "anchor", "spread", "square")  # of `Carried.table`, by their names in checkpoints
 
 
@@ -125,9 +127,9 @@ class CarriedWindow:
         self.__init__(**state)  # type: ignore[misc]
 
     def is_due(self, iteration: int, follows: bool) -> bool:
-        """Whether the step looks at its batch: in turn, or because nothing is known of the patches yet."""
-        every = self.window.every
-        return every is not None and ((follows and not self.compensated) or (iteration + self.phase) % every == 0)
+        """Whether the step looks at its batch: in turn, or because little is known of the patches yet."""
+        every, early = self.window.every, not self.compensated or self.looks < FIRST_LOOKS
+        return every is not None and ((follows and early) or (iteration + self.phase) % every == 0)
 
     def begin(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None, images: int) -> Carried:
         """Counts a step with so many images; returns the statistics that are to be taken to its θ [C, F] and b [C].
@@ -176,7 +178,7 @@ class CarriedWindow:
                 # they serve this step already, so that here it has to be known whether they can be trusted
                 if type(found.finite) is Tensor and not found.finite:
                     return before
-                before = before.with_patches(*of_patches, 1.0, theta, bias)
+                before, self.looks = before.with_patches(*of_patches, 1.0, theta, bias), 0
             first = 1 / (self.looks + 1)  # the mean of the first looks
             of_look = share.clamp_min(first) if isinstance(share, Tensor) else max(share, first)
             joined = before.with_patches(*of_patches, of_look, theta, bias)

@@ -25,7 +25,7 @@ from cbn_convert.norm import (
     history_state,
     load_history_state,
 )
-from cbn_convert.norm.carried import LEAST_VARIANCE, TINY, CarriedWindow
+from cbn_convert.norm.carried import FIRST_LOOKS, LEAST_VARIANCE, TINY, CarriedWindow
 from cbn_convert.norm.moments import InputPatches
 from cbn_convert.norm.ring import Ring
 
@@ -50,6 +50,7 @@ def normalised(norm: nn.Module, x: Tensor, M: Tensor, S: Tensor) -> Tensor:
     return gamma * (x - M) / torch.sqrt(S + norm.eps) + beta
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_ten_steps_against_the_definition(bias: bool, folded: bool) -> None:
@@ -159,6 +160,7 @@ def test_rescaled_weights_change_nothing() -> None:
     assert first.shape == second.shape
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("measured", [(0.0, 0.0), (0.4, 0.7)])
 def test_weights_that_were_zero(measured: tuple[float, float], folded: bool) -> None:
@@ -193,6 +195,7 @@ def test_gradients_of_weights_that_are_almost_zero(size: float) -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.usefixtures("turns")
 def test_steps_that_do_not_look_take_nothing_of_the_batch() -> None:
     conv, norm = pair(Window(every=4, size=10))
     norm(conv(batch(0)))
@@ -321,6 +324,7 @@ def test_a_run_from_scratch_goes_on_as_one_with_statistics() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("ask", ["train(False)", "eval()", "state_dict", "copy", "revert"])
 def test_statistics_are_those_of_the_weights_as_they_are(ask: str, folded: bool) -> None:
@@ -450,6 +454,7 @@ def test_one_value_per_channel() -> None:
     assert ((norm.running_mean - target).abs() < 1.0 * var.sqrt()).all()
 
 
+@pytest.mark.usefixtures("turns")
 def test_layers_take_turns_in_looking() -> None:
     net = pretrained()
     for i in range(9):
@@ -461,6 +466,26 @@ def test_layers_take_turns_in_looking() -> None:
             found.append(layer._sources[0].state.last_looked)
     assert [sum(found) for found in looked] == [1, 1, 1, 1]
     assert len({tuple(found) for found in looked}) == 4
+
+
+def test_the_first_steps_look_all_and_so_do_those_of_a_layer_that_has_lost_its_patches() -> None:
+    """p̄ and d are then the plain means of the first looks, here at fixed weights."""
+    conv, norm = pair(Window(every=8, size=100_000))
+    xs = [torch.randn(2, 3, 6, 6, dtype=torch.float64) for _ in range(FIRST_LOOKS + 16)]
+    looked = []
+    for x in xs:
+        norm(conv(x))
+        looked.append(norm._sources[0].state.last_looked)
+    assert all(looked[:FIRST_LOOKS])
+    assert sum(looked[FIRST_LOOKS:]) == 2
+    patches = nn.functional.unfold(torch.cat(xs[:FIRST_LOOKS]), conv.kernel_size, padding=conv.padding)
+
+    norm.load_state_dict(norm.state_dict())
+    for x in xs[:FIRST_LOOKS]:
+        norm(conv(x))
+        assert norm._sources[0].state.last_looked
+    carried = norm._sources[0].state.state
+    torch.testing.assert_close(carried.patch_mean[0], patches.mean((0, 2)), rtol=1e-2, atol=1e-2)
 
 
 def test_no_batch_size_is_needed_and_new_layers_are_named() -> None:

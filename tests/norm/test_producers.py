@@ -150,6 +150,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(axes), x.var(axes, correction=0)
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize("kind", PRODUCERS)
 def test_the_carried_mean_follows_the_effective_weight(kind: str) -> None:
     """With statistics that are those of one batch, the window's mean at other weights is that batch's at these.
@@ -196,6 +197,7 @@ def test_the_carried_mean_follows_the_effective_weight(kind: str) -> None:
 PLAIN_WEIGHT = [kind for kind in PRODUCERS if applies_stored_weight(PRODUCERS[kind][0]())]
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("kind", PLAIN_WEIGHT)
 @torch.no_grad()

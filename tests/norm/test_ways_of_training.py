@@ -76,6 +76,7 @@ def test_gradient_accumulation_gives_the_statistics_of_the_whole_batch() -> None
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.usefixtures("turns")
 def test_gradient_accumulation_under_a_carried_window_is_the_gradient_of_the_whole_batch() -> None:
     """Between two looks nothing depends on what else is in the batch."""
     whole, parts = (converted(history="ema", moments_every=100) for _ in range(2))
