@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from patched import measure, outcome
 from report import RESULTS
-from study import DATA, FOLDERS, NETWORKS, STUDY
+from study import DATA, FOLDERS, NETWORKS
 
 from cbn_convert import FinetuneConfig
 from cbn_convert.comparison.config import ComparisonConfig
@@ -31,7 +31,9 @@ OUTPUT = RESULTS / "carried_forms.json"
 COMMAND = "python benchmarks/carried_forms.py --data ../shared/data"
 IMAGES, BATCH_SIZE, LR, SEEDS = 1000, 2, 3e-3, 3
 # what is called in the process of a run, before it begins; first what a default is most in doubt for
-FORMS: dict[str, list[Any]] = {
+FORMS: dict[str, list[Any] | None] = {
+    "default": None,
+    "late": ["carried_forms", "late"],
     "every-2": ["carried_forms", "set_window", {"every": 2}],
     "every-32": ["carried_forms", "set_window", {"every": 32}],
     "current": ["carried_forms", "set_window", {"gradient": "current"}],
@@ -50,6 +52,11 @@ def set_window(changes: dict[str, Any]) -> None:
         return replace(window(self), **changes)
 
     FinetuneConfig.normalization_window = changed  # type: ignore[method-assign]
+
+
+def late() -> None:
+    """Makes all windows of this process look in turns from their second step on."""
+    mock.patch.object(carried, "FIRST_LOOKS", 1).start()
 
 
 def even() -> None:
@@ -71,13 +78,9 @@ def comparison(images: str, data: Path) -> ComparisonConfig:
 
 
 def results(form: str, images: str) -> list[dict[str, Any]]:
-    """The cells of a form that are there; "default" has those of the study."""
-    file = STUDY / f"{images}-v2-short.json" if form == "default" else OUTPUT
-    cells = read_json(file, "cells")["cells"] if file.is_file() else []
-    wanted = (
-        {"norm": "cbn", "batch_size": BATCH_SIZE, "lr": LR} if form == "default" else {"form": form, "data": images}
-    )
-    return [cell for cell in cells if wanted.items() <= cell.items()]
+    """The cells of a form that are there."""
+    cells = read_json(OUTPUT, "cells")["cells"] if OUTPUT.is_file() else []
+    return [cell for cell in cells if (cell["form"], cell["data"]) == (form, images)]
 
 
 def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def carried() -> str:
         return NOT_YET
     report = json.loads(carried_forms.OUTPUT.read_text())
     labels = {
-        "default": "8,192 images, a look every 8 steps, about 512 positions (default)",
+        "default": "default: 8,192 images, looks in the first 32 steps and every 8th, about 512 positions",
+        "late": "looks in turns from the second step on",
         **{f"window-{size}": f"{size:,} images" for size in (1024, 4096, 16384, 65536)},
         "current": "no gradient through M and S", "every-2": "a look every 2 steps",
         "every-32": "a look every 32 steps", "positions-128": "about 128 positions", "positions-all": "all positions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -165,6 +166,7 @@ def bench_step(
     if unknown:
         raise CbnError(f"unknown norm {unknown[0]!r} for the benchmark; choose from {', '.join(COLUMNS)}")
     place = torch.device(device)
+    gc.collect()  # a model and its hooks refer to each other: what benchmarks before this one used waits to be found
     x = torch.randn(batch_size, 3, img_size, img_size, device=place)
     y = torch.arange(batch_size, device=place) % 10
     if channels_last:
