@@ -41,9 +41,9 @@ class RunningStatistics:
         self.var.copy_(var)
 
     def written(self) -> tuple[Tensor, Tensor] | None:
-        """The buffers, to be written to by way of their memory, which counts as a write; None where it cannot."""
+        """The buffers, to be written to by way of their memory, which counts as a write; None where nobody counts."""
         both = (self.mean, self.var)
-        if not all(t.is_contiguous() and type(t) is Tensor and not t.is_inference() for t in both):
+        if any(t.is_inference() for t in both):
             return None
         increment_version(both)
         return both

@@ -57,6 +57,11 @@ class Carried(NamedTuple):
         """S [C]."""
         return self.table[1]
 
+    def fits(self, channels: int, theta: Tensor | None) -> bool:
+        """Whether these are of a layer with so many channels and weights [C, F], as not where it was pruned since."""
+        width = None if theta is None or self.patch_mean is None else self.patch_mean.shape[1]
+        return self.table.shape[1] == channels and (theta is None or width in (None, theta.shape[1]))
+
     def moved(self, theta: Tensor | None, bias: Tensor | None) -> Carried:
         """The statistics at θ [C, F] and b [C]; may be differentiated with respect to both.
 
@@ -136,9 +141,10 @@ class CarriedWindow:
 
         θ is None where it is not followed.
         """
+        known = self._known(running, theta, bias)
         self.seen += 1
         self.waiting += images
-        return self._known(running, theta, bias)
+        return known
 
     def arrive(self, at: Carried, folded: bool) -> None:
         """Notes the statistics at the weights of a step that has begun, and whether its layer trains folded."""
@@ -146,6 +152,8 @@ class CarriedWindow:
         self.last_looked, self.last_folded = False, folded
 
     def _known(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None) -> Carried:
+        if self.state is not None and not self.state.fits(len(running.mean), theta):
+            self.clear()
         state = self.state
         if state is None or (theta is None and running.changed):
             return Carried(torch.stack(running.read()))
@@ -214,8 +222,8 @@ class CarriedWindow:
         return carried.mean, carried.var
 
     def write(self, running: RunningStatistics) -> None:
-        """Makes the running statistics those of the window."""
-        if self.state is not None:
+        """Makes the running statistics those of the window, unless they are to stay as they are."""
+        if self.state is not None and not self.window.is_fixed:
             running.write(self.state.mean, self.state.var)
 
     def carry(self, running: RunningStatistics, theta: Tensor, bias: Tensor | None) -> None:

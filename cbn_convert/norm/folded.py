@@ -94,17 +94,8 @@ class FoldedStep:
             return window.last
         if isinstance(self.apply, LinearMap):
             x = x.flatten(0, -2)
-        return window.look(
-            Batch(
-                x,
-                self.module,
-                self.patches_of,
-                *self._followed(theta, bias),
-                iteration=self.iteration,
-                recomputing=False,
-                ranks=self.ranks,
-            )
-        )
+        followed = self._followed(theta, bias)
+        return window.look(Batch(x, self.module, self.patches_of, *followed, self.iteration, False, self.ranks))
 
 
 class FoldedMap(torch.autograd.Function):

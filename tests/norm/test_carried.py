@@ -562,3 +562,32 @@ def test_images_are_counted_whatever_the_batch() -> None:
         results.append((norm.running_mean.clone(), norm.running_var.clone()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def narrowing(width: int) -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 5, 3), nn.BatchNorm2d(5))
+    cbn.convert(randomize_norms(model), example_input=torch.zeros(2, 3, 9, 9))
+    return model
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_layer_that_is_pruned_begins_anew_from_its_running_statistics(folded: bool) -> None:
+    """As tools that leave channels out do it: tensors are replaced, the modules stay."""
+    pruned, fresh = narrowing(6), narrowing(4)
+    for norm in layers(pruned) + layers(fresh):
+        norm.bind(*norm.producers, folded=folded)
+    for _ in range(3):
+        pruned(torch.randn(2, 3, 9, 9))
+    for module, own in zip(pruned, fresh, strict=True):
+        for name, p in own.named_parameters():
+            setattr(module, name, nn.Parameter(p.detach().clone()))
+        for name, buffer in own.named_buffers():
+            setattr(module, name, buffer.clone())
+    pruned[0].out_channels = pruned[1].num_features = pruned[2].in_channels = 4
+    for norm in layers(pruned):
+        norm.iteration = 0  # the turns of the other
+    pruned.state_dict()
+    for _ in range(3):
+        x = torch.randn(2, 3, 9, 9)
+        torch.testing.assert_close(pruned(x), fresh(x))
+    torch.testing.assert_close(pruned.state_dict(), fresh.state_dict())

@@ -99,6 +99,20 @@ def test_folded_and_unfolded_are_one_function(kind: str, gradient: str) -> None:
         shake(folded, unfolded)
 
 
+@pytest.mark.parametrize("learns", ["weight", "bias"])
+def test_folded_and_unfolded_are_one_function_of_what_learns(learns: str) -> None:
+    """The bias alone, too, as where nothing but biases is trained: M follows it."""
+    folded, unfolded, shape = pair("biased")
+    for step in range(4):
+        x, found = inputs(shape, step), []
+        for model in (folded, unfolded):
+            for name, p in model[0].named_parameters():
+                p.requires_grad_(name == learns)
+            found.append(torch.autograd.grad(model(x).pow(3).sin().sum(), getattr(model[0], learns))[0])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+        shake(folded, unfolded)
+
+
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU])
 @pytest.mark.parametrize("producer", [nn.Conv2d, Conv2dSame])
 def test_a_chain_with_activations_that_are_made_again(act: type[nn.Module], producer: type[nn.Module]) -> None:

@@ -64,14 +64,15 @@ def test_the_global_default_dtype_does_not_matter(name: str) -> None:
     close(mean, x.double().mean((0, 2, 3)))
 
 
-@pytest.mark.parametrize("history", ["ring", "ema"])
+@pytest.mark.parametrize("kind", ["ring", "ema", "ema, folded"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", ["strided", "expanded", "wide"])
-def test_parameters_of_any_layout(name: str, layout: str, history: str) -> None:
+def test_parameters_of_any_layout(name: str, layout: str, kind: str) -> None:
     """What reaches a kernel as a bare pointer must be dense and of the kernel's dtype."""
+    history, _, folded = kind.partition(", ")
     conv, norm = nn.Conv2d(3, 8, 1), randomize_norms(CrossIterationBatchNorm2d(8, window=30, history=history))
     net = nn.Sequential(conv, norm)
-    norm.bind(conv, folded=history == "ema")
+    norm.bind(conv, folded=bool(folded))
     given = {
         "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
         "expanded": lambda t: t[:1].expand(t.shape),
@@ -89,6 +90,45 @@ def test_parameters_of_any_layout(name: str, layout: str, history: str) -> None:
         with forced("plain"):
             want = torch.func.functional_call(reference, values, (x,))
         close(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vectors_of_another_length_are_an_error(name: str) -> None:
+    """And not memory that belongs to others."""
+    state, theta = Carried(torch.rand(5, 6), torch.rand(1, 9), torch.rand(1, 9)), torch.rand(6, 9)
+    kernels, short, affine = KERNELS[name], torch.rand(4), Affine(torch.rand(6), torch.rand(6), 1e-5)
+    for call in (
+        lambda: kernels.fold(state, theta, short, affine),
+        lambda: kernels.fold(state, theta, None, affine._replace(gamma=short)),
+        lambda: kernels.fold(state, theta, None, affine._replace(beta=short)),
+        lambda: kernels.fold(state, theta[:, :7].contiguous(), None, affine),
+        lambda: kernels.fold(state, theta[:4], None, Affine(None, None, 1e-5)),
+        lambda: kernels.move(state, theta, short),
+        lambda: kernels.folded_gradient(state, theta, None, affine, theta.clone(), short),
+        lambda: kernels.folded_gradient(state, theta, None, affine._replace(gamma=short), theta.clone(), torch.rand(6)),
+    ):
+        with pytest.raises(RuntimeError, match="size"):
+            call()
+
+
+class Elsewhere(torch.Tensor):
+    """Has no memory of its own, as DTensor has none."""
+
+    @staticmethod
+    def __new__(cls, t: torch.Tensor) -> Elsewhere:
+        return torch.Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("elsewhere", [Elsewhere, lambda t: t.to("meta")], ids=["wrapped", "meta"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_without_memory_is_not_taken_for_none(name: str, elsewhere) -> None:
+    affine = Affine(elsewhere(torch.rand(6)), None, 1e-5)
+    with pytest.raises(RuntimeError):
+        KERNELS[name].fold(Carried(torch.rand(2, 6)), torch.rand(6, 9), None, affine)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -62,9 +62,7 @@ class Compiled(Kernels):
     @staticmethod
     def suits(x: Tensor) -> bool:
         """Whether the library was built and x is laid out as it needs it."""
-        # of tensors that only stand for one, as under FakeTensorMode, there is no memory to look at
-        real = type(x) in (Tensor, nn.Parameter) and x.is_cpu
-        return bool(_functions) and real and x.is_contiguous() and x.dim() > 1
+        return bool(_functions) and _is_dense(x) and x.dim() > 1
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
@@ -77,14 +75,17 @@ class Compiled(Kernels):
 
     def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
         """See `Kernels`."""
-        if theta.requires_grad and torch.is_grad_enabled():
+        learns = theta.requires_grad or (bias is not None and bias.requires_grad)
+        if (learns and torch.is_grad_enabled()) or not _fit(state, theta, bias):
             return super().move(state, theta, bias)
         return self._fold(state, theta, bias, Affine(None, None, 1.0))[:5]
 
     def fold(self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None) -> Folded:
         """See `Kernels`."""
+        if not _fit(state, theta, bias, *affine[:2]):
+            return super().fold(state, theta, bias, affine, running)
         rows, written = torch.empty_like(theta), None
-        if running is not None and running.mean.dtype == running.var.dtype == theta.dtype:
+        if running is not None and _fit(state, theta, running.mean, running.var):
             written = running.written()
         out = self._fold(state, theta, bias, affine, rows, written)
         if running is not None and written is None:
@@ -109,7 +110,7 @@ class Compiled(Kernels):
         self, state: Carried, theta: Tensor, bias: Tensor | None, affine: Affine, g: Tensor, g_shift: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
-        if not (g.is_contiguous() and g.dtype == g_shift.dtype == theta.dtype):
+        if not (g.is_contiguous() and g.dtype == theta.dtype and _fit(state, theta, bias, affine.gamma, g_shift)):
             return super().folded_gradient(state, theta, bias, affine, g, g_shift)
         (channels, width), (table, patch_mean, patch_var) = theta.shape, state
         g_gamma = theta.new_empty(channels)
@@ -119,6 +120,22 @@ class Compiled(Kernels):
             channels, width, channels // groups, affine.eps, NO_SQUARE, torch.get_num_threads(),
         )  # fmt: skip
         return g, g_gamma
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether there is memory that holds what the shape says; none of a FakeTensor's or a DTensor's own does."""
+    return type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.is_contiguous()
+
+
+def _fit(state: Carried, theta: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether all are of θ [C, F]'s size and dtype, and dense; the library cannot tell."""
+    (channels, width), (table, patch_mean, _) = theta.shape, state
+    if patch_mean is not None and patch_mean.shape[1] != width:
+        return False
+    for t in (table, *vectors):
+        if t is not None and not (t.shape[-1] == channels and t.dtype == theta.dtype and _is_dense(t)):
+            return False
+    return True
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:
