@@ -157,6 +157,7 @@ def _facts(model: nn.Module, norm: nn.Module, call: NormCall, window: Window, fe
         in_part_of_group=group is not None and group is not getattr(dist.group, "WORLD", None),
         watched=any(map(is_watched, [norm, *(output.module for output in outputs)])),
         is_new=not measured or window.start == "empty",
+        has_statistics=norm._buffers.get("running_mean") is not None,
         shared=any(feeds[part.module] > 1 for part in call.parts)
         or any(isinstance(hook, InputTap) for o in outputs for hook in o.module._forward_hooks.values()),
     )
@@ -181,7 +182,7 @@ def _converted(name: str, norm: nn.Module, facts: LayerFacts, window: Window, ph
         for parameter in (layer.weight, layer.bias):
             parameter.requires_grad_(any(map(learns, layer.producers)))
     return replace(
-        row, form="folded" if decision.folded and not facts.is_new else "unfolded",
+        row, form="folded" if decision.folded and (window.is_fixed or not facts.is_new) else "unfolded",
         statistics="new" if facts.is_new else "pretrained", history_bytes=layer.history_bytes,
     )  # fmt: skip
 

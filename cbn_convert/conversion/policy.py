@@ -21,6 +21,7 @@ class LayerFacts:
         in_part_of_group: whether it synchronises over some processes only.
         watched: whether hooks of others look at it or at what feeds it.
         is_new: whether it has no statistics worth keeping.
+        has_statistics: whether it has running statistics at all.
         shared: whether another norm layer sees the same outputs.
     """
 
@@ -29,6 +30,7 @@ class LayerFacts:
     in_part_of_group: bool
     watched: bool
     is_new: bool
+    has_statistics: bool
     shared: bool
 
 
@@ -76,6 +78,8 @@ def _status(facts: LayerFacts, window: Window) -> tuple[Status, str]:
         return "kept", f"called {call.calls} times per forward pass{why}"
     if facts.in_part_of_group:
         return "kept", "synchronises over a part of the processes only"
+    if window.is_fixed and not facts.has_statistics:
+        return "kept", "it has no running statistics that could be fixed"
     if not outputs:
         known = "" if call.origin.endswith(OWN_FORWARD) else ", not directly from a conv or linear layer"
         return "window", f"input comes from {call.origin}{known}"

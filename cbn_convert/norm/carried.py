@@ -174,8 +174,7 @@ class CarriedWindow:
         assert before is not None
         self.last_looked = True
         theta, bias = batch.theta, batch.bias
-        assert self.window.every is not None
-        turn, patches = (batch.iteration + 1) // self.window.every, None
+        turn, patches = (batch.iteration + 1) // (self.window.every or 1), None
         if theta is not None and batch.input is not None:
             patches = batch.patches(self.window.positions, turn)
         found = joined_moments(batch, patches, before, self.waiting)

@@ -64,7 +64,7 @@ class InputTap(OfNorm):
         self.learned = False  # whether the output has a gradient
         self.compared = 0
         self.folded = False  # whether the output that is on its way is normalised already
-        self.lost = 0  # such outputs that never came to the norm
+        self.lost = 0.0  # such outputs that never came to the norm
         # before hooks of others, which may change the output
         self.watching = self.module.register_forward_hook(self, with_kwargs=True, prepend=True)
         self.loading = self.module.register_load_state_dict_post_hook(self.weights_replaced)  # type: ignore[no-untyped-call]
@@ -108,7 +108,7 @@ class InputTap(OfNorm):
         """Whether x [N, C, ...] is normalised already. Raises RuntimeError if it is not what the module made."""
         folded, self.folded = self.folded, False
         if folded:
-            self.input = None
+            self.input, self.lost = None, max(0, self.lost - 0.01)  # many arrivals make up for one that broke off
             self.check_output(x)
         return folded
 

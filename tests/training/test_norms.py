@@ -11,8 +11,10 @@ from conftest import randomize_norms
 from torch import nn
 
 from cbn_convert.bench.steps import kept_bytes
+from cbn_convert.conversion import convert
 from cbn_convert.errors import ConversionError
-from cbn_convert.norm import CrossIterationMixin
+from cbn_convert.norm import CrossIterationMixin, Window
+from cbn_convert.norm.folded import FoldingMixin
 from cbn_convert.training.config import NORMS
 from cbn_convert.training.norms import D_MAX, R_MAX, apply_norm
 
@@ -43,6 +45,29 @@ def test_frozen_uses_running_statistics_in_training_and_leaves_them() -> None:
     assert torch.equal(model[1].running_mean, before)
     out.square().mean().backward()
     assert model[1].weight.grad is not None
+
+
+def test_tune_leaves_norms_without_statistics_as_they_are_and_folds_new_ones() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)]
+    model = nn.Sequential(*layers)
+    expected = model[:2](X)
+    report = convert(model, window=Window.TUNE, example_input=X)
+    assert [row.status for row in report] == ["kept", "compensated"]
+    assert report.folded == 1
+    assert torch.equal(model[:2](X), expected)
+    assert isinstance(model[2], FoldingMixin)
+    model(X).sum().backward()
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_tune_leaves_the_graph_of_an_evaluation_as_it_is(folded: bool) -> None:
+    """As frozen BN does: nothing is written to, not even by what is there already."""
+    model = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    convert(model, window=Window.TUNE, example_input=X)
+    model[1].bind(model[0], folded=folded)
+    y = model.eval()(X)
+    model.train()(X)
+    y.sum().backward()
 
 
 @pytest.mark.parametrize(("name", "share"), [("resnet18", 0.8), ("mobilenetv2_035", 0.8), ("densenet121", 1.0)])
