@@ -44,11 +44,16 @@ def run(folder: Path, steps: range, precision: str = "no", resume: bool = False,
     return {name.removeprefix("weights.module."): t for name, t in end.items()}
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Any:
-    yield
+def _forget() -> None:
     AcceleratorState._reset_state()
     PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    _forget()  # what tests of other files left in this process
+    yield
+    _forget()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

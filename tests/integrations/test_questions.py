@@ -32,6 +32,7 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor, parts: int) -> list[Tensor]:
     return [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
 
+@pytest.mark.usefixtures("turns")
 def test_between_looks_accumulation_is_a_large_batch() -> None:
     x, y = images(8)
     x = x.double()
