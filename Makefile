@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 
 INTEGRATIONS := .venv-integrations
 
-.PHONY: test test-integrations test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
+.PHONY: test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -25,7 +25,17 @@ $(INTEGRATIONS)/.installed: $(STAMP)
 
 # the real frameworks; `make test` skips what it does not find
 test-integrations: $(INTEGRATIONS)/.installed
-	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadgroup tests/integrations
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadgroup tests/integrations tests/test_examples.py
+
+# the recipes, with CBN and with what it replaces
+examples: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python benchmarks/examples.py --data ../shared/data
+
+# models of other libraries; facenet-pytorch runs with any torch, but asks for one of 2024
+third-party: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --editable '.[integrations,third-party]'
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps facenet-pytorch
+	$(INTEGRATIONS)/bin/python benchmarks/third_party.py
 
 # on a machine with a GPU: the kernels compiled instead of interpreted, and the layer on CUDA
 test-gpu: $(STAMP)

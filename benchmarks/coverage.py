@@ -1,4 +1,4 @@
-"""python benchmarks/coverage.py: writes docs/coverage.md from benchmarks/results/coverage.json."""
+"""python benchmarks/coverage.py: writes docs/coverage.md from results/coverage.json and results/third_party.json."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ sys.path[:0] = [str(RESULTS.parents[1] / "tests")]
 from promises import LARGE_M, SPARED  # noqa: E402
 from subject import CALIBRATION_IMAGES, MOST_NOISE  # noqa: E402
 
+THIRD = RESULTS / "third_party.json"
 DOCUMENT = RESULTS.parents[1] / "docs" / "coverage.md"
 Record = dict[str, Any]
 STATUSES = ("compensated", "window", "kept")
@@ -33,6 +34,12 @@ COLUMNS = {
     "export": ("export",),
     "timm's reparameterize": ("reparam",),
 }
+# those of third_party.py likewise
+THIRD_COLUMNS = {
+    "convert": ("build", "convert"), "eval": ("eval",), "deepcopy": ("copy",), "3 steps": ("train",),
+    "resume": ("resume",), "revert": ("revert",), "fold bn": ("fold_bn",), "fold affine": ("fold_affine",),
+    "fold conv": ("fold_conv",),
+}  # fmt: skip
 MEANING = """\
 | check | what was done |
 |---|---|
@@ -209,7 +216,42 @@ Of new models; pretrained ones have the same layers there with longer windows ([
 ## Converted on the meta device only
 
 {", ".join(f"{r['architecture']} ({r['params_m']:.0f} M)" for r in large) or "None."}
+
+## Models of other libraries
+
+{third_party(json.loads(THIRD.read_text()))}
 """
+
+
+def third_party(report: Record) -> str:
+    """A row for each model of another library, what fails, and why layers are not compensated; see third_party.py."""
+    records = [{"architecture": r["model"], "reasons": {}, **r} for r in report["records"].values()]
+    rows = []
+    for r in records:
+        folded = r["compensated"] - r["unfolded"] if "unfolded" in r else ""
+        counts = [folded, r.get("unfolded", ""), r.get("window", ""), r.get("kept", "")]
+        trains = "" if "bn_error" not in r else "fails" if r["bn_error"] else "trains"
+        rows.append(
+            [r["architecture"], r.get("batch", ""), r.get("norms", ""), *counts, trains]
+            + [passed([r], checks) for checks in THIRD_COLUMNS.values()]
+        )
+    head = ["model", "input", "norms", "folded", "unfolded", "window", "kept", "plain BN", *THIRD_COLUMNS]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    well = sum(all(c["ok"] for c in r["checks"].values()) for r in records)
+    return f"""\
+{well} of {len(records)} models pass every check they were put to. `python benchmarks/third_party.py`,
+[JSON](../benchmarks/results/third_party.json); {report["machine"]}; {versions}. Folds are compared in float64, at most
+1e-9 relative; a resumed run is the same to the bit; "plain BN" is whether the model trains without CBN at this batch.
+
+{table(head, rows)}
+
+### What fails of these
+
+{failed_checks(records)}
+
+### Their layers that are not compensated
+
+{why_not_compensated(records)}"""
 
 
 def summary(report: dict[str, Any]) -> str:

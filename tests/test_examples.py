@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import runpy
@@ -33,15 +34,6 @@ def printed(example: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_detection(tmp_path: Path) -> None:
-    arguments = ["--backbone", "test_resnet", "--steps", "6", "--eval-images", "2", "-o", str(tmp_path / "out")]
-    text = printed("detection.py", *arguments)
-    assert "loss, mean of 6 steps: first " in text
-    assert "AP50 on 2 new images: 0." in text
-    assert "plain timm's features differ by at most 0\n" in text
-    assert (tmp_path / "out/model.safetensors").is_file()
-
-
 @pytest.mark.parametrize("by", ["fx", "pt2e"])
 def test_int8(by: str) -> None:
     if by == "pt2e":
@@ -71,3 +63,33 @@ def test_every_conv_is_quantised(by: str) -> None:
     else:
         found = sum("conv2d" in str(n.target) and "dequantize" in str(n.args[1].target) for n in int8.graph.nodes)
     assert found == convs
+
+
+# each in a few steps, which says that it runs; what it learns is in examples/README.md
+RECIPES = {
+    "lightning_classification": ("lightning", "top-1"),
+    "huggingface_classification": ("transformers", "top-1"),
+    "timm_loop": ("timm", "top-1"),
+    "mmengine_norm_eval": ("mmengine", "top-1"),
+    "detection": ("torchvision", "AP50"),
+    "frozen_backbone": ("torchvision", "AP50"),
+    "smp_unet": ("segmentation_models_pytorch", "mIoU"),
+    "monai_unet3d": ("monai", "Dice"),
+    "ultralytics_yolo": ("ultralytics", "mAP50"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name: str, shared_data: Path) -> None:
+    package, figure = RECIPES[name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; make test-integrations installs it")
+    assert len((ROOT / f"examples/{name}.py").read_text().splitlines()) < 80
+    few = ["--images", "4"] if figure in ("AP50", "mIoU") else []
+    text = printed(f"{name}.py", "--data", str(shared_data), "--steps", "6", *few)
+    assert re.search(rf"^cbn: {figure} \[%\] [\d.]+ on \d+ ", text, re.MULTILINE), text
+
+
+def test_faster_rcnn(shared_data: Path) -> None:
+    options = ["--detector", "faster_rcnn", "--steps", "4", "--images", "2"]
+    assert "cbn: AP50 [%] " in printed("detection.py", "--data", str(shared_data), *options)
