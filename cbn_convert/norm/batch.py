@@ -40,7 +40,7 @@ class RunningStatistics:
         self.mean.copy_(mean)
         self.var.copy_(var)
 
-    def written(self) -> tuple[Tensor, Tensor] | None:
+    def begin_write(self) -> tuple[Tensor, Tensor] | None:
         """The buffers, to be written to by way of their memory, which counts as a write; None where nobody counts."""
         both = (self.mean, self.var)
         if any(t.is_inference() for t in both):

@@ -161,10 +161,11 @@ class CarriedWindow:
             state = Carried(*[None if t is None else t.to(running.mean.device, running.dtype) for t in state])  # type: ignore[arg-type]
         if theta is None or not running.changed:
             return state
-        # Somebody else wrote to the buffers. What DistributedDataParallel hands out before every step are those of
-        # rank 0 at the weights of the step before; what others write goes with the weights as they are.
+        # Somebody else wrote to the buffers, or to memory that they share with others. What DistributedDataParallel
+        # hands out before every step are those of rank 0 at the weights of the step before; what others write goes
+        # with the weights as they are.
         mean, var = running.read()
-        if running.handed_out:
+        if running.handed_out or (torch.equal(mean, state.mean) and torch.equal(var, state.var)):
             return state.of(mean, var)
         return state.placed(mean, var, theta, bias)
 

@@ -331,9 +331,7 @@ class CrossIterationMixin(_BatchNorm):
         (source, *more) = self._sources
         if more or source.tap is None or not isinstance(source.state, CarriedWindow):
             return False
-        if source.tap.take_folded(x):
-            return True
-        return recomputing and source.state.last_folded
+        return source.tap.take_folded(x) or (recomputing and source.state.last_folded)
 
     def _count(self, finite: Tensor | None, counts: bool = True) -> None:
         self.iteration += 1

@@ -86,7 +86,7 @@ class Compiled(Kernels):
             return super().fold(state, theta, bias, affine, running)
         rows, written = torch.empty_like(theta), None
         if running is not None and _fit(state, theta, running.mean, running.var):
-            written = running.written()
+            written = running.begin_write()
         out = self._fold(state, theta, bias, affine, rows, written)
         if running is not None and written is None:
             running.write(out[0], out[1])
