@@ -31,32 +31,20 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class FoldedStep:
-    """One step of a layer that trains folded.
+class FoldedLayer:
+    """A conv or linear layer as a function of what the norm behind it makes of its parameters.
 
     Args:
         module: the conv or linear layer.
         apply: what it computes of its weight, its bias and its input.
-        window: the norm layer's.
-        running: the norm layer's running statistics.
         eps: as in BatchNorm.
-        iteration, recomputing, ranks: as in `Batch`.
-        follows: whether the window is to follow the weights.
-        made_of: what the module's input can be made of again, and by which activation; not kept by the step either.
-        patches_of: the module's input before any padding; not kept behind the forward pass.
+        dtype: that of statistics.
     """
 
     module: Producer
     apply: LinearMap | Convolution
-    window: CarriedWindow
-    running: RunningStatistics
     eps: float
-    iteration: int
-    recomputing: bool
-    ranks: int
-    follows: bool
-    made_of: tuple[Tensor, str] | None = None
-    patches_of: Tensor | None = None
+    dtype: torch.dtype
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """θ [C, F] and b in the dtype of statistics, laid out as the kernels need them."""
@@ -69,9 +57,32 @@ class FoldedStep:
         return Affine(self._vector(gamma), self._vector(beta), self.eps)
 
     def _vector(self, t: Tensor | None) -> Tensor | None:
-        if t is None or (t.dtype == self.running.dtype and t.is_contiguous()):
+        if t is None or (t.dtype == self.dtype and t.is_contiguous()):
             return t
-        return t.to(self.running.dtype).contiguous()
+        return t.to(self.dtype).contiguous()
+
+
+@dataclass
+class FoldedStep(FoldedLayer):
+    """One step of a layer that trains folded.
+
+    Args:
+        window: the norm layer's.
+        running: the norm layer's running statistics.
+        iteration, recomputing, ranks: as in `Batch`.
+        follows: whether the window is to follow the weights.
+        made_of: what the module's input can be made of again, and by which activation; not kept by the step either.
+        patches_of: the module's input before any padding; not kept behind the forward pass.
+    """
+
+    window: CarriedWindow
+    running: RunningStatistics
+    iteration: int
+    recomputing: bool
+    ranks: int
+    follows: bool
+    made_of: tuple[Tensor, str] | None = None
+    patches_of: Tensor | None = None
 
     def begin(self, theta: Tensor, bias: Tensor | None, affine: Affine, images: int) -> tuple[Folded, bool]:
         """The norm layer as a part of this one, and whether the step is to look at its batch."""
@@ -167,11 +178,17 @@ class FoldedMap(torch.autograd.Function):
 
 
 def plainly_folded(
-    input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, state: Carried, step: FoldedStep
+    input: Tensor,
+    weight: Tensor,
+    bias: OptTensor,
+    gamma: OptTensor,
+    beta: OptTensor,
+    state: Carried,
+    layer: FoldedLayer,
 ) -> Tensor:
     """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes."""
-    folded = KERNELS["plain"].fold(state, *step.rows(weight, bias), step.affine(gamma, beta))
-    return step.apply(input, of_rows(folded.rows, step.module).to(input.dtype), folded.shift.to(input.dtype))
+    folded = KERNELS["plain"].fold(state, *layer.rows(weight, bias), layer.affine(gamma, beta))
+    return layer.apply(input, of_rows(folded.rows, layer.module).to(input.dtype), folded.shift.to(input.dtype))
 
 
 class FoldingMixin(nn.Module):

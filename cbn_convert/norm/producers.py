@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -70,7 +69,6 @@ def is_linear(module: nn.Module) -> TypeIs[nn.Linear]:
     return isinstance(module, nn.Linear) or _is_linear_by_name(cast(Any, type(module)))
 
 
-@cache
 def _is_linear_by_name(cls: type[Any]) -> bool:
     return any(_name(base) in _LINEAR_BY_NAME for base in cls.__mro__)
 
