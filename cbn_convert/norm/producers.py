@@ -149,6 +149,13 @@ def as_rows(weight: Tensor, module: Producer) -> Tensor:
     return weight.flatten(1)
 
 
+def has_channels_last(weight: Tensor, module: Producer) -> bool:
+    """Whether the weight of a conv lies in memory with its input channels last, and not first as well."""
+    if weight.is_contiguous() or weight.dim() not in (4, 5) or is_transposed(module):
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
+
+
 def theta_and_bias(module: Producer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(θ [C, F], b [C] or None) that the module applies now, in dtype, connected to its parameters by autograd."""
     with _without_side_effects(module) if is_parametrized(module) else nullcontext():

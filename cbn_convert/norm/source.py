@@ -18,7 +18,16 @@ from .carried import Carried, CarriedWindow
 from .distributed import world_size
 from .folded import FoldedLayer, FoldedMap, FoldedStep, plainly_folded
 from .functional import statistics_dtype
-from .producers import as_function, fan_in, groups_of, is_linear, is_transposed, plain_class, theta_and_bias
+from .producers import (
+    as_function,
+    fan_in,
+    groups_of,
+    has_channels_last,
+    is_linear,
+    is_transposed,
+    plain_class,
+    theta_and_bias,
+)
 from .ring import Ring
 from .tap import CHANGED, InputTap, OfNorm, is_watched, writes_to
 
@@ -188,7 +197,7 @@ class Source(OfNorm):
             step = FoldedStep(
                 module, apply, norm.eps, running.dtype, self.state, running, norm.iteration, recomputing,
                 world_size() if norm.window.sync else 1, tap.followed,
-                None if is_transposed(module) else made_of, input.detach(),
+                None if is_transposed(module) else made_of, input.detach(), last=has_channels_last(weight, module),
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
         tap.folded = not recomputing
@@ -208,7 +217,7 @@ class Source(OfNorm):
             state = Carried(*graph.step(self.number, norm.num_batches_tracked, *detached, output_size))
             if not tap.followed or norm.window.gradient != "full":
                 state = Carried(state.table)
-            layer = FoldedLayer(module, apply, norm.eps, state.table.dtype)
+            layer = FoldedLayer(module, apply, norm.eps, state.table.dtype, last=has_channels_last(weight, module))
             y = plainly_folded(padded, weight, bias, norm.weight, norm.bias, state, layer)
         tap.made_in_graph(y)
         return y
