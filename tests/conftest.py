@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cbn_convert.norm import carried
-
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is obeyed
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, as timm does
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -27,7 +29,7 @@ def _seeded() -> None:
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers look in turns from their second step on, instead of in all of their first steps."""
-    monkeypatch.setattr(carried, "FIRST_LOOKS", 1)
+    monkeypatch.setattr("cbn_convert.norm.carried.FIRST_LOOKS", 1)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ what a step normalises by depends on the weights alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .batch import Batch, RunningStatistics
 from .distributed import joined_moments
-from .functional import is_known, pooled
+from .functional import OptTensor, is_known, pooled
 from .kernels import select
 from .window import Window
 
@@ -203,6 +204,18 @@ class CarriedWindow:
         self.looks, self.waiting = self.looks + 1, 0
         return before
 
+    def advance(
+        self, running: RunningStatistics, theta: OptTensor, bias: OptTensor, iteration: int, images: int,
+        batch: Callable[[], Batch],
+    ) -> Carried:  # fmt: skip
+        """Takes a step; returns what it normalises by at θ and b. `batch` makes what it looks at, if it does."""
+        carried = self.begin(running, theta, bias, images).moved(theta, bias)
+        self.arrive(carried, folded=False)
+        if self.is_due(iteration, theta is not None):
+            carried = self.look(batch())
+        self.write(running)
+        return carried
+
     def statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """M and S that a step normalises x by where the layer does not train folded; see `folded` for where it does."""
         if batch.recomputing and self.last is not None:
@@ -211,12 +224,8 @@ class CarriedWindow:
             with torch.no_grad():
                 assert batch.running is not None
                 detached = batch.detached()
-                weights = (detached.theta, detached.bias)
-                carried = self.begin(batch.running, *weights, batch.images).moved(*weights)
-                self.arrive(carried, folded=False)
-                if self.is_due(batch.iteration, batch.theta is not None):
-                    carried = self.look(detached)
-                self.write(batch.running)
+                at = (detached.theta, detached.bias, batch.iteration, batch.images)
+                carried = self.advance(batch.running, *at, lambda: detached)
         if batch.theta is not None and self.window.gradient == "full":
             carried = carried.moved(batch.theta, batch.bias)
         return carried.mean, carried.var

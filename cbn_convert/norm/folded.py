@@ -12,7 +12,7 @@ efficient_conv_bn_eval does; here they follow, and the gradient goes through the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,70 +31,112 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class FoldedStep:
-    """One step of a layer that trains folded.
+class FoldedLayer:
+    """A conv or linear layer as a function of what the norm behind it makes of its parameters.
 
     Args:
         module: the conv or linear layer.
         apply: what it computes of its weight, its bias and its input.
-        window: the norm layer's.
-        running: the norm layer's running statistics.
         eps: as in BatchNorm.
-        iteration, recomputing, ranks: as in `Batch`.
-        follows: whether the window is to follow the weights.
-        made_of: what the module's input can be made of again, and by which activation; not kept by the step either.
-        patches_of: the module's input before any padding; not kept behind the forward pass.
+        dtype: that of statistics.
+        last: whether F runs over input channels last, as weights do in memory with channels_last.
     """
 
     module: Producer
     apply: LinearMap | Convolution
-    window: CarriedWindow
-    running: RunningStatistics
     eps: float
-    iteration: int
-    recomputing: bool
-    ranks: int
-    follows: bool
-    made_of: tuple[Tensor, str] | None = None
-    patches_of: Tensor | None = None
+    dtype: torch.dtype
+    last: bool = field(default=False, kw_only=True)
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """θ [C, F] and b in the dtype of statistics, laid out as the kernels need them."""
-        rows = self._vector(as_rows(weight, self.module))
+        rows = self._vector(self.as_rows(weight))
         assert rows is not None
         return rows, self._vector(bias)
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """A weight as [C, F], without a copy where it lies so in memory."""
+        return weight.movedim(1, -1).flatten(1) if self.last else as_rows(weight, self.module)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `as_rows`."""
+        if not self.last:
+            return of_rows(rows, self.module)
+        channels, *kernel = self.module.weight.shape[1:]
+        return rows.view(-1, *kernel, channels).movedim(-1, 1)
+
+    def ordered(self, state: Carried) -> Carried:
+        """p̄ and d in the order of F; windows keep them with input channels first."""
+        if not self.last or state.patch_mean is None or state.patch_var is None:
+            return state
+        channels = self.module.weight.shape[1]
+        patches = [t.unflatten(1, (channels, -1)).mT.flatten(1) for t in (state.patch_mean, state.patch_var)]
+        return Carried(state.table, *patches)
 
     def affine(self, gamma: Tensor | None, beta: Tensor | None) -> Affine:
         """γ and β likewise."""
         return Affine(self._vector(gamma), self._vector(beta), self.eps)
 
     def _vector(self, t: Tensor | None) -> Tensor | None:
-        if t is None or (t.dtype == self.running.dtype and t.is_contiguous()):
+        if t is None or (t.dtype == self.dtype and t.is_contiguous()):
             return t
-        return t.to(self.running.dtype).contiguous()
+        return t.to(self.dtype).contiguous()
 
-    def begin(self, theta: Tensor, bias: Tensor | None, affine: Affine, images: int) -> tuple[Folded, bool]:
-        """The norm layer as a part of this one, and whether the step is to look at its batch."""
+
+@dataclass
+class FoldedStep(FoldedLayer):
+    """One step of a layer that trains folded.
+
+    Args:
+        window: the norm layer's.
+        running: the norm layer's running statistics.
+        iteration, recomputing, ranks: as in `Batch`.
+        follows: whether the window is to follow the weights.
+        made_of: what the module's input can be made of again, and by which activation; not kept by the step either.
+        patches_of: the module's input before any padding; not kept behind the forward pass.
+    """
+
+    window: CarriedWindow
+    running: RunningStatistics
+    iteration: int
+    recomputing: bool
+    ranks: int
+    follows: bool
+    made_of: tuple[Tensor, str] | None = None
+    patches_of: Tensor | None = None
+    looks: bool = field(default=False, init=False)  # whether it looks at its batch
+
+    def begin(self, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, images: int) -> Folded:
+        """The norm layer as a part of this one, at the weights."""
+        (theta, b), affine = self.rows(weight, bias), self.affine(gamma, beta)
         window, kernels = self.window, select(theta)
         if self.recomputing and window.last is not None:
-            return kernels.fold(window.last, theta, bias, affine), window.last_looked
-        known = window.begin(self.running, *self._followed(theta, bias), images)
-        looks = window.is_due(self.iteration, self.follows)
-        folded = kernels.fold(known, theta, bias, affine, None if looks or window.window.is_fixed else self.running)
+            self.looks = window.last_looked
+            return kernels.fold(self.ordered(window.last), theta, b, affine)._replace(state=window.last)
+        followed = (theta, b) if self.follows else (None, None)
+        if self.last and self.running.changed:  # else it matters only whether there is one
+            followed = self.followed(weight, bias)
+        known = window.begin(self.running, *followed, images)
+        self.looks = window.is_due(self.iteration, self.follows)
+        written = None if self.looks or window.window.is_fixed else self.running
+        folded = kernels.fold(self.ordered(known), theta, b, affine, written)
+        if self.last:
+            folded = folded._replace(state=known._replace(table=folded.state.table))
         window.arrive(folded.state, folded=True)
-        return folded, looks
+        return folded
 
-    def _followed(self, theta: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return (theta, bias) if self.follows else (None, None)
+    def followed(self, weight: Tensor, bias: OptTensor) -> tuple[OptTensor, OptTensor]:
+        """θ and b as the window knows them; None where it follows neither."""
+        return (self._vector(as_rows(weight, self.module)), self._vector(bias)) if self.follows else (None, None)
 
-    def look(self, x: Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
+    def look(self, x: Tensor, weight: Tensor, bias: OptTensor) -> Carried:
         """Takes in what the module made, x, and returns what the step is to normalise by."""
         window = self.window
         if self.recomputing and window.last is not None:
             return window.last
         if isinstance(self.apply, LinearMap):
             x = x.flatten(0, -2)
-        followed = self._followed(theta, bias)
+        followed = self.followed(weight, bias)
         return window.look(Batch(x, self.module, self.patches_of, *followed, self.iteration, False, self.ranks))
 
 
@@ -114,21 +156,17 @@ class FoldedMap(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, step: FoldedStep
     ) -> Tensor:
         """See the class."""
-        (theta, b), affine = step.rows(weight, bias), step.affine(gamma, beta)
-        folded, looks = step.begin(theta, b, affine, len(input))
-        dtype = input.dtype
-        if looks:
+        folded, dtype = step.begin(weight, bias, gamma, beta, len(input)), input.dtype
+        if step.looks:
             # what the conv gives under θ itself is looked at, then scaled where it stands
             x = step.apply(input, weight.to(dtype), None if bias is None else bias.to(dtype))
-            state = step.look(x, theta, b)
-            if state is not folded.state:  # known only now how statistics respond
-                folded = folded._replace(state=state)
-            shift = folded.shift if b is None else folded.shift - folded.scale * b
+            folded = folded._replace(state=step.look(x, weight, bias))  # known only now how statistics respond
+            shift = folded.shift if bias is None else folded.shift - folded.scale * bias.to(step.dtype)
             y = step.apply.scaled(x, folded.scale, shift)
             if not step.recomputing:
                 step.window.write(step.running)
         else:
-            y = step.apply(input, of_rows(folded.rows, step.module).to(dtype), folded.shift.to(dtype))
+            y = step.apply(input, step.of_rows(folded.rows).to(dtype), folded.shift.to(dtype))
         kept, ctx.activation = (input, "") if step.made_of is None else step.made_of
         ctx.save_for_backward(kept, weight, bias, gamma, beta, folded.scale, *folded.state)
         step.made_of = step.patches_of = None
@@ -148,17 +186,17 @@ class FoldedMap(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)
-        rows = of_rows(theta * scale[:, None], step.module).to(input.dtype)
+        rows = step.of_rows(theta * scale[:, None]).to(input.dtype)
         g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, ctx.needs_input_grad[0], scale.dtype)
-        g_rows = as_rows(g_folded, step.module).to(scale.dtype)
+        g_rows = step.as_rows(g_folded).to(scale.dtype)
         affine = step.affine(gamma, None)
-        g_theta, g_gamma = select(theta).folded_gradient(state, theta, b, affine, g_rows, g_shift)
+        g_theta, g_gamma = select(theta).folded_gradient(step.ordered(state), theta, b, affine, g_rows, g_shift)
         g_bias = None
         if bias is not None and ctx.needs_input_grad[2]:
             g_bias = (scale * g_shift).to(bias.dtype) if state.patch_mean is None else torch.zeros_like(bias)
         return (
             g_input,
-            of_rows(g_theta, step.module).to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            step.of_rows(g_theta).to(weight.dtype) if ctx.needs_input_grad[1] else None,
             g_bias,
             None if gamma is None else g_gamma.to(gamma.dtype),
             None if beta is None else g_shift.to(beta.dtype),
@@ -167,11 +205,17 @@ class FoldedMap(torch.autograd.Function):
 
 
 def plainly_folded(
-    input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, state: Carried, step: FoldedStep
+    input: Tensor,
+    weight: Tensor,
+    bias: OptTensor,
+    gamma: OptTensor,
+    beta: OptTensor,
+    state: Carried,
+    layer: FoldedLayer,
 ) -> Tensor:
     """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes."""
-    folded = KERNELS["plain"].fold(state, *step.rows(weight, bias), step.affine(gamma, beta))
-    return step.apply(input, of_rows(folded.rows, step.module).to(input.dtype), folded.shift.to(input.dtype))
+    folded = KERNELS["plain"].fold(layer.ordered(state), *layer.rows(weight, bias), layer.affine(gamma, beta))
+    return layer.apply(input, layer.of_rows(folded.rows).to(input.dtype), folded.shift.to(input.dtype))
 
 
 class FoldingMixin(nn.Module):

@@ -290,8 +290,11 @@ class CrossIterationMixin(_BatchNorm):
         if self.training:
             refuse_replica(self)
             if torch.compiler.is_compiling():
-                compiled: Tensor = torch.compiler.disable(self._normalize_by_window)(x, act)
-                return compiled
+                tap = self._sources[0].tap
+                if tap is not None and tap.take_in_graph(x):
+                    return x if act is None else act(x)
+                unfolded: Tensor = torch.compiler.disable(self._normalize_by_window)(x, act)
+                return unfolded
             if not torch.is_inference_mode_enabled():
                 return self._normalize_by_window(x, act)
             with what_lasts_may_be_made():
@@ -308,7 +311,7 @@ class CrossIterationMixin(_BatchNorm):
         recomputing = self.is_recomputing
         self.begin_training()
         if self._is_folded(x, recomputing):
-            if not recomputing:
+            if not recomputing and not self._sources[0].counted_in_graph():
                 self._count(None)
             return x if act is None else activate(x, act)
         refuse_transforms(x, self.weight, self.bias)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -70,7 +69,6 @@ def is_linear(module: nn.Module) -> TypeIs[nn.Linear]:
     return isinstance(module, nn.Linear) or _is_linear_by_name(cast(Any, type(module)))
 
 
-@cache
 def _is_linear_by_name(cls: type[Any]) -> bool:
     return any(_name(base) in _LINEAR_BY_NAME for base in cls.__mro__)
 
@@ -149,6 +147,13 @@ def as_rows(weight: Tensor, module: Producer) -> Tensor:
     if is_transposed(module):
         weight = weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
     return weight.flatten(1)
+
+
+def has_channels_last(weight: Tensor, module: Producer) -> bool:
+    """Whether the weight of a conv lies in memory with its input channels last, and not first as well."""
+    if weight.is_contiguous() or weight.dim() not in (4, 5) or is_transposed(module):
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
 
 
 def theta_and_bias(module: Producer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

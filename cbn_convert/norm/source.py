@@ -11,13 +11,23 @@ from torch.nn.modules import module as torch_module
 
 from ..modes import what_lasts_may_be_made
 from ..refusals import refuse_replica, refuse_transforms
+from . import graph
 from .activation import origin
 from .batch import Batch, RunningStatistics
-from .carried import CarriedWindow
+from .carried import Carried, CarriedWindow
 from .distributed import world_size
-from .folded import FoldedMap, FoldedStep
+from .folded import FoldedLayer, FoldedMap, FoldedStep, plainly_folded
 from .functional import statistics_dtype
-from .producers import as_function, fan_in, groups_of, is_linear, is_transposed, plain_class, theta_and_bias
+from .producers import (
+    as_function,
+    fan_in,
+    groups_of,
+    has_channels_last,
+    is_linear,
+    is_transposed,
+    plain_class,
+    theta_and_bias,
+)
 from .ring import Ring
 from .tap import CHANGED, InputTap, OfNorm, is_watched, writes_to
 
@@ -37,6 +47,11 @@ class Source(OfNorm):
         self.tap = tap
         self.channels = channels
         self.state: CarriedWindow | Ring | None = None
+        self.number = graph.numbered(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = graph.numbered(self)
 
     def of(self, values: Tensor | None) -> Tensor | None:
         """This source's part of a tensor [C]."""
@@ -119,31 +134,44 @@ class Source(OfNorm):
         if not (norm.training and module.training) or self.tap is None or self.tap.module is not module:
             refuse_replica(module)
             return False
-        if self.state is None:
-            norm.begin_training()
-        if not isinstance(self.state, CarriedWindow) or not isinstance(input, Tensor):
+        compiling = torch.compiler.is_compiling()
+        if not isinstance(input, Tensor) or not (graph.can_fold(self.number) if compiling else self.can_fold()):
             return False
-        weight = None if "parametrizations" in module._modules else module._parameters.get("weight")
+        weight = module._parameters["weight"]
         if weight is None or not (input.dim() >= 2 if is_linear(module) else input.dim() == weight.dim()):
             return False
         if input.dtype != weight.dtype and (
             torch.float64 in (input.dtype, weight.dtype) or not torch.is_autocast_enabled(input.device.type)
         ):
             return False  # an error of torch's own
-        if not input.numel() and not (norm.window.sync and world_size() > 1):
+        return bool(input.numel()) or (norm.window.sync and world_size() > 1)
+
+    def can_fold(self) -> bool:
+        """Whether the module can apply the norm, whatever it gets: with a carried window, and nobody looking."""
+        norm, module = self.norm, None if self.tap is None else self.tap.module
+        if norm is None or module is None:
+            return False
+        if self.state is None:
+            norm.begin_training()
+        if not isinstance(self.state, CarriedWindow) or "parametrizations" in module._modules:
             return False
         return not (is_watched(module) or is_watched(norm) or _any_module_is_watched())
 
     def passes_by(self) -> None:
         """To be called where the module does not apply the norm: what it makes is no normalised output."""
         if self.tap is not None and self.tap.folded:
-            self.tap.folded = False
+            self.tap.folded = self.tap.in_graph = False
+
+    def counted_in_graph(self) -> bool:
+        """Whether the step whose output has arrived was counted by a compiled graph, of which the norm is no part."""
+        assert self.tap is not None
+        counted, self.tap.in_graph = self.tap.in_graph, False
+        return counted
 
     def folded(self, module: Any, input: Tensor, output_size: Any = None) -> Tensor:
         """The output of the module, normalised; input [N, C_in, ...], the rest as a transposed conv takes it."""
         if torch.compiler.is_compiling():
-            compiled: Tensor = torch.compiler.disable(self._folded)(module, input, output_size)
-            return compiled
+            return self._folded_in_graph(module, input, output_size)
         if not torch.is_inference_mode_enabled():
             return self._folded(module, input, output_size)
         with what_lasts_may_be_made():
@@ -167,13 +195,31 @@ class Source(OfNorm):
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             apply, padded = as_function(module, input, output_size)
             step = FoldedStep(
-                module, apply, self.state, running, norm.eps, norm.iteration, recomputing,
+                module, apply, norm.eps, running.dtype, self.state, running, norm.iteration, recomputing,
                 world_size() if norm.window.sync else 1, tap.followed,
-                None if is_transposed(module) else made_of, input.detach(),
+                None if is_transposed(module) else made_of, input.detach(), last=has_channels_last(weight, module),
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
         tap.folded = not recomputing
         y._cbn_writes = writes_to(y)  # type: ignore[attr-defined]
+        return y
+
+    def _folded_in_graph(self, module: Any, input: Tensor, output_size: Any) -> Tensor:
+        norm, tap, device = self.norm, self.tap, input.device.type
+        assert tap is not None
+        casts = torch.is_autocast_enabled(device)
+        if casts and input.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
+            input = input.to(torch.get_autocast_dtype(device))
+        weight, bias = module.weight, module.bias
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
+            apply, padded = as_function(module, input, output_size)
+            detached = (input.detach(), weight.detach(), None if bias is None else bias.detach())
+            state = Carried(*graph.step(self.number, norm.num_batches_tracked, *detached, output_size))
+            if not tap.followed or norm.window.gradient != "full":
+                state = Carried(state.table)
+            layer = FoldedLayer(module, apply, norm.eps, state.table.dtype, last=has_channels_last(weight, module))
+            y = plainly_folded(padded, weight, bias, norm.weight, norm.bias, state, layer)
+        tap.made_in_graph(y)
         return y
 
 

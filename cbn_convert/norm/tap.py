@@ -64,6 +64,7 @@ class InputTap(OfNorm):
         self.learned = False  # whether the output has a gradient
         self.compared = 0
         self.folded = False  # whether the output that is on its way is normalised already
+        self.in_graph = False  # whether a compiled graph has done so, and counted the step
         self.lost = 0.0  # such outputs that never came to the norm
         # before hooks of others, which may change the output
         self.watching = self.module.register_forward_hook(self, with_kwargs=True, prepend=True)
@@ -71,6 +72,8 @@ class InputTap(OfNorm):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Runs behind the module's forward pass."""
+        if self.in_graph and torch.compiler.is_compiling():
+            return
         if self.is_orphan:
             self.leave()
         elif self.norm.training and (self.folded or self.followed):
@@ -112,6 +115,21 @@ class InputTap(OfNorm):
             self.check_output(x)
         return folded
 
+    def made_in_graph(self, output: Tensor) -> None:
+        """Notes a normalised output in a graph that is being compiled."""
+        self.folded = self.in_graph = True
+        self.output, self.version = output, None
+
+    def take_in_graph(self, x: Tensor) -> bool:
+        """`take_folded` where a graph is compiled, which tells tensors apart, but not what was written to them."""
+        if not self.in_graph:
+            return False
+        made, self.output = self.output, None
+        self.folded = self.in_graph = False
+        if made is not x and not is_linear(self.module):
+            raise RuntimeError(self.changed())
+        return True
+
     def check_output(self, x: Tensor) -> None:
         """Raises RuntimeError unless x [N, C, ...] holds what the module made, its positions in the same order."""
         made, self.output = self.output, None
@@ -129,7 +147,11 @@ class InputTap(OfNorm):
             elif not self._joined(x) and (self.compared >= COMPARISONS or _nearly_equal(rows, made)):
                 self.compared += 1
                 return
-        raise RuntimeError(
+        raise RuntimeError(self.changed())
+
+    def changed(self) -> str:
+        """The error where what arrives is not what the module made."""
+        return (
             f"{self.norm.described} is bound to a {plain_class(self.module).__name__} whose output is changed before "
             f"it arrives; {CHANGED}exclude the layer from the conversion"
         )
@@ -159,7 +181,7 @@ class InputTap(OfNorm):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "input": None, "output": None, "folded": False}
+        return {**super().__getstate__(), "input": None, "output": None, "folded": False, "in_graph": False}
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -99,6 +99,24 @@ def test_folded_and_unfolded_are_one_function(kind: str, gradient: str) -> None:
         shake(folded, unfolded)
 
 
+@pytest.mark.parametrize("kind", ["conv2d", "biased", "conv3d", "pointwise", "grouped", "depthwise", "same"])
+def test_layouts_of_weights_are_one_function(kind: str) -> None:
+    """Steps that look and others, a change of layout in between, and statistics that somebody else writes."""
+    folded, unfolded, shape = pair(kind)
+    formats = [torch.channels_last if len(shape) == 4 else torch.channels_last_3d, torch.contiguous_format]
+    for step in range(10):
+        folded.to(memory_format=formats[step // 4 % 2])
+        x = inputs(shape, step)
+        for a, b in zip(gradients(folded, x), gradients(unfolded, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        for a, b in zip(folded[1].buffers(), unfolded[1].buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+        shake(folded, unfolded)
+        if step == 2:
+            for model in (folded, unfolded):
+                model[1].running_mean += 0.1
+
+
 @pytest.mark.parametrize("learns", ["weight", "bias"])
 def test_folded_and_unfolded_are_one_function_of_what_learns(learns: str) -> None:
     """The bias alone, too, as where nothing but biases is trained: M follows it."""

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +21,15 @@ from cbn_convert.norm.carried import Carried
 from cbn_convert.norm.functional import Affine
 from cbn_convert.norm.kernels import KERNELS, forced, select
 
-NAMES = list(KERNELS)
+NAMES = [name for name in KERNELS if name != "gpu" or find_spec("triton")]  # in Triton's interpreter without a GPU
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors are made where the kernels of a test are to run."""
+    gpu = "callspec" in dir(request.node) and request.node.callspec.params.get("name") == "gpu"
+    with torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"):
+        yield
 
 
 def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -37,6 +51,20 @@ def test_the_choice_is_by_layout_and_can_be_forced() -> None:
     assert select(x.to(memory_format=torch.channels_last)) is KERNELS["plain"]
     with FakeTensorMode():
         assert select(torch.zeros(1, 2, 3, 3)) is KERNELS["plain"]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernels_for_gpus_compile_without_one(tmp_path: Path) -> None:
+    """The interpreter takes what the compiler does not."""
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_triton.py")],
+        capture_output=True, text=True, timeout=200, env={**environ, "TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len({tuple(line.split()[:3]) for line in lines}) == 8  # two GPUs, two kernels, two dtypes
+    assert len(lines) == 16  # with and without what is optional
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,7 @@
 """The passes over weights that a layer makes in every step, and the statistics of a look, for each device.
 
 `Kernels` has the formulas as they stand, for any device and dtype; a subclass overrides what it does faster: `Compiled`
-by the C++ of passes.cpp, on the CPU. `select` is the one place that chooses.
+by the C++ of passes.cpp, on the CPU, `OnGpu` by Triton. `select` is the one place that chooses.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from .compiled import Compiled
+from .gpu import OnGpu
 from .plain import Folded, Kernels
 
 __all__ = ["KERNELS", "Folded", "Kernels", "batch_statistics", "forced", "select"]
 
-KERNELS: dict[str, Kernels] = {"plain": Kernels(), "compiled": Compiled()}
+KERNELS: dict[str, Kernels] = {"plain": Kernels(), "compiled": Compiled(), "gpu": OnGpu()}
 _forced: Kernels | None = None
 
 
 def select(x: Tensor) -> Kernels:
     """The kernels for a tensor, of activations or of weights [C, F]."""
-    return _forced or KERNELS["compiled" if Compiled.suits(x) else "plain"]
+    return _forced or KERNELS["compiled" if Compiled.suits(x) else "gpu" if OnGpu.suits(x) else "plain"]
 
 
 @contextmanager

@@ -10,17 +10,17 @@ import platform
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import NO_SQUARE, Affine, OptTensor, statistics_dtype
-from .plain import Folded, Kernels
+from .direct import Direct, is_dense
 
 if TYPE_CHECKING:
     from ..carried import Carried
-    from .plain import Running
+    from .direct import Both
 
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -56,13 +56,13 @@ def _load() -> dict[tuple[str, torch.dtype], Callable[..., int]]:
 _functions = _load()
 
 
-class Compiled(Kernels):
+class Compiled(Direct):
     """Contiguous tensors on the CPU, in float32 and float64."""
 
     @staticmethod
     def suits(x: Tensor) -> bool:
         """Whether the library was built and x is laid out as it needs it."""
-        return bool(_functions) and _is_dense(x) and x.dim() > 1
+        return bool(_functions) and x.is_cpu and is_dense(x) and x.dim() > 1
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
@@ -73,69 +73,37 @@ class Compiled(Kernels):
         _functions["statistics", xs.dtype](*_addresses(xs, mean, var), n, c, positions, torch.get_num_threads())
         return mean, var
 
-    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Kernels`."""
-        learns = theta.requires_grad or (bias is not None and bias.requires_grad)
-        if (learns and torch.is_grad_enabled()) or not _fit(state, theta, bias):
-            return super().move(state, theta, bias)
-        return self._fold(state, theta, bias, Affine(None, None, 1.0))[:5]
-
-    def fold(self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None) -> Folded:
-        """See `Kernels`."""
-        if not _fit(state, theta, bias, *affine[:2]):
-            return super().fold(state, theta, bias, affine, running)
-        rows, written = torch.empty_like(theta), None
-        if running is not None and _fit(state, theta, running.mean, running.var):
-            written = running.begin_write()
-        out = self._fold(state, theta, bias, affine, rows, written)
-        if running is not None and written is None:
-            running.write(out[0], out[1])
-        at = state if state.patch_mean is None else state._replace(table=out[:5])
-        return Folded(at, out[5], out[6], rows)
-
-    @staticmethod
-    def _fold(
-        state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor = None, running: Any = None
+    def write_fold(
+        self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor, running: Both | None
     ) -> Tensor:
-        (channels, width), (table, patch_mean, patch_var) = theta.shape, state
-        out = theta.new_empty(7, channels)
-        groups = 1 if patch_mean is None else len(patch_mean)
-        _functions["fold", theta.dtype](
-            *_addresses(theta, bias, patch_mean, patch_var, table, *affine[:2], out, rows, *(running or (None, None))),
-            channels, width, channels // groups, affine.eps, NO_SQUARE, torch.get_num_threads(),
+        """See `Direct`."""
+        out = theta.new_empty(7, len(theta))
+        table, patch_mean, patch_var = state
+        _call(
+            "fold", state, theta, affine.eps,
+            bias, patch_mean, patch_var, table, *affine[:2], out, rows, *(running or (None, None)),
         )  # fmt: skip
         return out
 
-    def folded_gradient(
-        self, state: Carried, theta: Tensor, bias: Tensor | None, affine: Affine, g: Tensor, g_shift: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `Kernels`."""
-        if not (g.is_contiguous() and g.dtype == theta.dtype and _fit(state, theta, bias, affine.gamma, g_shift)):
-            return super().folded_gradient(state, theta, bias, affine, g, g_shift)
-        (channels, width), (table, patch_mean, patch_var) = theta.shape, state
-        g_gamma = theta.new_empty(channels)
-        groups = 1 if patch_mean is None else len(patch_mean)
-        _functions["folded_gradient", theta.dtype](
-            *_addresses(theta, bias, patch_mean, patch_var, table, affine.gamma, g, g_shift, g_gamma),
-            channels, width, channels // groups, affine.eps, NO_SQUARE, torch.get_num_threads(),
+    def write_gradient(
+        self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, g: Tensor, g_shift: Tensor
+    ) -> Tensor:
+        """See `Direct`."""
+        g_gamma = theta.new_empty(len(theta))
+        table, patch_mean, patch_var = state
+        _call(
+            "folded_gradient", state, theta, affine.eps,
+            bias, patch_mean, patch_var, table, affine.gamma, g, g_shift, g_gamma,
         )  # fmt: skip
-        return g, g_gamma
+        return g_gamma
 
 
-def _is_dense(t: Tensor) -> bool:
-    """Whether there is memory that holds what the shape says; none of a FakeTensor's or a DTensor's own does."""
-    return type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.is_contiguous()
-
-
-def _fit(state: Carried, theta: Tensor, *vectors: Tensor | None) -> bool:
-    """Whether all are of θ [C, F]'s size and dtype, and dense; the library cannot tell."""
-    (channels, width), (table, patch_mean, _) = theta.shape, state
-    if patch_mean is not None and patch_mean.shape[1] != width:
-        return False
-    for t in (table, *vectors):
-        if t is not None and not (t.shape[-1] == channels and t.dtype == theta.dtype and _is_dense(t)):
-            return False
-    return True
+def _call(name: str, state: Carried, theta: Tensor, eps: float, *others: Tensor | None) -> None:
+    """A function of the library, on θ [C, F] and what it takes beside."""
+    (channels, width), groups = theta.shape, 1 if state.patch_mean is None else len(state.patch_mean)
+    _functions[name, theta.dtype](
+        *_addresses(theta, *others), channels, width, channels // groups, eps, NO_SQUARE, torch.get_num_threads()
+    )
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:

@@ -1,0 +1,79 @@
+"""What the paths have in common that are given the memory of tensors and cannot tell what is in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import Affine, OptTensor
+from .plain import Folded, Kernels
+
+if TYPE_CHECKING:
+    from ..carried import Carried
+    from .plain import Running
+
+Both = tuple[Tensor, Tensor]
+
+
+class Direct(Kernels):
+    """Passes over dense weights in float32 and float64, by what a subclass calls; the formulas for all else."""
+
+    def write_fold(
+        self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor, running: Both | None
+    ) -> Tensor:
+        """Returns [7, C]: the table at θ, if there are patches, then s and the shift; fills rows and running."""
+        raise NotImplementedError
+
+    def write_gradient(
+        self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, g: Tensor, g_shift: Tensor
+    ) -> Tensor:
+        """Makes of g the gradient of θ, in place; returns that of γ."""
+        raise NotImplementedError
+
+    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Kernels`."""
+        learns = theta.requires_grad or (bias is not None and bias.requires_grad)
+        if (learns and torch.is_grad_enabled()) or not fit(state, theta, bias):
+            return super().move(state, theta, bias)
+        return self.write_fold(state, theta, bias, Affine(None, None, 1.0), None, None)[:5]
+
+    def fold(self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None) -> Folded:
+        """See `Kernels`."""
+        if not fit(state, theta, bias, *affine[:2]):
+            return super().fold(state, theta, bias, affine, running)
+        rows, written = torch.empty_like(theta), None
+        if running is not None and fit(state, theta, running.mean, running.var):
+            written = running.begin_write()
+        out = self.write_fold(state, theta, bias, affine, rows, written)
+        if running is not None and written is None:
+            running.write(out[0], out[1])
+        at = state if state.patch_mean is None else state._replace(table=out[:5])
+        return Folded(at, out[5], out[6], rows)
+
+    def folded_gradient(
+        self, state: Carried, theta: Tensor, bias: Tensor | None, affine: Affine, g: Tensor, g_shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels`."""
+        if not (g.is_contiguous() and g.dtype == theta.dtype and fit(state, theta, bias, affine.gamma, g_shift)):
+            return super().folded_gradient(state, theta, bias, affine, g, g_shift)
+        return g, self.write_gradient(state, theta, bias, affine, g, g_shift)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether there is memory that holds what the shape says; none of a FakeTensor's or a DTensor's own does."""
+    return type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
+
+
+def fit(state: Carried, theta: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether all are of θ [C, F]'s size, dtype and device, and dense."""
+    (channels, width), (table, patch_mean, _) = theta.shape, state
+    if patch_mean is not None and patch_mean.shape[1] != width:
+        return False
+    for t in (table, *vectors):
+        if t is not None and not (
+            t.shape[-1] == channels and t.dtype == theta.dtype and t.device == theta.device and is_dense(t)
+        ):
+            return False
+    return True

@@ -1,0 +1,34 @@
+"""python tests/norm/compile_triton.py: compiles the Triton kernels for GPUs that need not be there; prints their names.
+
+In a process of its own, since TRITON_INTERPRET holds for a process as a whole.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cbn_convert.norm.kernels import triton_passes
+
+INTEGERS, CONSTANTS = ("C", "F", "per_group"), {"EPS": 1e-5, "LEAST": 1e-24}
+OPTIONAL = ("bias", "gamma", "beta", "patch_mean", "patch_var", "running_mean", "running_var", "rows")
+
+
+def source(kernel: triton.JITFunction, dtype: str, without: tuple[str, ...], block: int) -> ASTSource:
+    constants = {**CONSTANTS, "BLOCK": block, **dict.fromkeys(without)}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "i32" if name in INTEGERS else f"*{dtype}" for name in kernel.arg_names}
+    return ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+
+
+if __name__ == "__main__":
+    for capability in (80, 90):
+        target = GPUTarget("cuda", capability, 32)
+        for kernel in (triton_passes.fold, triton_passes.folded_gradient):
+            for dtype in ("fp32", "fp64"):
+                for without, block in (((), 1024), (OPTIONAL, 16)):
+                    made = triton.compile(
+                        source(kernel, dtype, without, block), target=GPUTarget("cuda", capability, 32)
+                    )
+                    print(f"sm_{capability} {made.metadata.name} {dtype} {len(made.asm['cubin'])}")
