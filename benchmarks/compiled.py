@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from readme import ROOT, fill
 from report import RESULTS, provenance
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
