@@ -81,7 +81,7 @@ def _smp() -> dict[str, Model]:
 
 
 def _monai() -> dict[str, Model]:
-    volume, small = random(1, 1, 32, 32, 32), random(1, 1, 64, 64, 64)
+    volume, small, tiny = (random(1, 1, *[size] * 3) for size in (32, 64, 16))
     unet = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
 
     def of(kind: str, inputs: Callable[[int], Any] = volume, **options: Any) -> Model:
@@ -94,11 +94,11 @@ def _monai() -> dict[str, Model]:
         "BasicUNet": of("BasicUNet", **unet, features=(8, 8, 16, 16, 16, 8), norm="batch"),
         "BasicUNetPlusPlus": of("BasicUNetPlusPlus", **unet, features=(8, 8, 16, 16, 16, 8), norm="batch"),
         "AttentionUnet": of("AttentionUnet", **unet, **levels),
-        "SegResNet": of("SegResNet", in_channels=1, out_channels=2, norm="batch"),
+        "SegResNet": of("SegResNet", tiny, in_channels=1, out_channels=2, norm="batch"),
         "DynUNet": of("DynUNet", **unet, kernel_size=[3, 3, 3], strides=[1, 2, 2], upsample_kernel_size=[2, 2],
-                      norm_name="batch", filters=[8, 16, 16]),
+                      norm_name="batch", filters=[4, 8, 8]),
         "VNet": of("VNet"),
-        "HighResNet": of("HighResNet", spatial_dims=3, in_channels=1, out_channels=2),
+        "HighResNet": of("HighResNet", tiny, spatial_dims=3, in_channels=1, out_channels=2),
         "AHNet": of("AHNet", random(1, 1, 64, 64, 32), spatial_dims=3, in_channels=1, out_channels=2, psp_block_num=0),
         "UNETR": of("UNETR", in_channels=1, out_channels=2, img_size=(32, 32, 32), feature_size=8, hidden_size=48,
                     mlp_dim=64, num_heads=4, norm_name="batch"),

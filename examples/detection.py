@@ -67,7 +67,7 @@ def train(model: nn.Module, args: Any) -> nn.Module:
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, steps=400, lr=0.01, detector="fcos", images=87)
+    args = arguments(__doc__, steps=250, lr=0.01, detector="fcos", images=87)
     body = network(args, features_only=True, out_indices=(2, 3, 4))
     if args.norm == "cbn":
         print(cbn.convert(body).summary())  # the one line

@@ -16,7 +16,7 @@ from timm.layers import freeze_batch_norm_2d
 import cbn_convert as cbn
 
 if __name__ == "__main__":
-    args = arguments(__doc__, steps=400, lr=0.01, images=87)
+    args = arguments(__doc__, steps=250, lr=0.01, images=87)
     body = network(args, features_only=True, out_indices=(2, 3, 4))
     if args.norm != "bn":
         freeze_batch_norm_2d(body)  # stands for a backbone that detectron2 or torchvision has made

@@ -50,7 +50,7 @@ def squares(folder: Path, count: int) -> Path:
 
 def main() -> None:
     """Trains, validates what ultralytics has saved."""
-    args = arguments(__doc__, steps=600, lr=0.005)
+    args = arguments(__doc__, steps=300, lr=0.005)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = squares(folder, 2 * args.steps // 6)
