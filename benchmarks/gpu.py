@@ -59,8 +59,9 @@ def timed(device: str, cell: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def tests() -> dict[str, Any]:
-    """The layer on CUDA."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/norm/test_layer.py", "-k", "cuda"]
+    """The layer on CUDA, and its kernels as compiled."""
+    files = ["tests/norm/test_layer.py", "tests/norm/test_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "cuda or gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     return {"exit_code": done.returncode, "output": done.stdout.splitlines()[-15:]}
 

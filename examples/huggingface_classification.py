@@ -39,7 +39,7 @@ def top1(prediction: Any) -> dict[str, float]:
 
 def main() -> None:
     """Trains, evaluates, folds."""
-    args = arguments(__doc__, steps=300, lr=0.01)
+    args = arguments(__doc__, steps=600, lr=0.01)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder, max_steps=args.steps, per_device_train_batch_size=2, per_device_eval_batch_size=32,

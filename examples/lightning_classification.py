@@ -46,7 +46,7 @@ class Classifier(pl.LightningModule):
 
 def main() -> None:
     """Trains, validates, folds."""
-    args = arguments(__doc__, steps=300, lr=0.01)
+    args = arguments(__doc__, steps=600, lr=0.01)
     module = Classifier(args)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(

@@ -60,7 +60,7 @@ class Classifier(BaseModel):
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__, steps=300, lr=0.01)
+    args = arguments(__doc__, steps=600, lr=0.01)
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(
             Classifier(args), folder, train_dataloader=DataLoader(photos(args, "train"), 2),

@@ -60,7 +60,7 @@ def train(args: Any, folder: Path) -> Any:
 
 def main() -> None:
     """Trains, evaluates the average."""
-    args = arguments(__doc__, steps=300, lr=0.01, output="", resume="", stop=0)
+    args = arguments(__doc__, steps=600, lr=0.01, output="", resume="", stop=0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(args.output or name)
         folder.mkdir(exist_ok=True)
