@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from conftest import randomize_norms
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
 from cbn_convert.norm import Window
@@ -137,6 +138,17 @@ def test_autocast_in_a_graph() -> None:
             got, want = compiled(x), twin(x)
         assert got.dtype == want.dtype == torch.bfloat16
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+
+
+def test_activation_checkpointing_under_compile_counts_every_step_once() -> None:
+    class Checkpointed(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    net, twin = converted("carried"), converted("carried")
+    net.__class__ = Checkpointed
+    trained([(twin, twin), (torch.compile(net, backend="aot_eager"), net)])
+    assert net.bn_a.iteration == twin.bn_a.iteration == 7
 
 
 def test_a_change_between_conv_and_norm_is_noticed_where_a_graph_is_made() -> None:
