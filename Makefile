@@ -25,7 +25,7 @@ $(INTEGRATIONS)/.installed: $(STAMP)
 
 # the real frameworks; `make test` skips what it does not find
 test-integrations: $(INTEGRATIONS)/.installed
-	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadgroup tests/integrations tests/test_examples.py
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadgroup tests/integrations tests/test_examples.py tests/deploy/test_load_folded.py
 
 # the recipes, with CBN and with what it replaces
 examples: $(INTEGRATIONS)/.installed
