@@ -26,12 +26,17 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
             "a converted layer cannot train under torch.func's transforms, such as grad or vmap; use torch.autograd, "
             "or put the norm layers into eval mode"
         )
-    if tensors[0] is not None and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    refuse_capture(tensors[0])
+    refuse_export()
+
+
+def refuse_capture(x: Tensor | None) -> None:
+    """Raises RuntimeError where a step of training is captured as a CUDA graph."""
+    if x is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a converted layer in training mode cannot be captured as a CUDA graph, which would repeat what one step "
-            "counted; use torch.compile, or capture what does not train"
+            "counted; use torch.compile without CUDA graphs, or capture what does not train"
         )
-    refuse_export()
 
 
 def refuse_export() -> None:

@@ -15,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 is obeyed
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    torch.backends.cudnn.allow_tf32 = False  # as precise as the CPU
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, as timm does
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

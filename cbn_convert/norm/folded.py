@@ -113,7 +113,7 @@ class FoldedStep(FoldedLayer):
         if self.recomputing and window.last is not None:
             self.looks = window.last_looked
             return kernels.fold(self.ordered(window.last), theta, b, affine)._replace(state=window.last)
-        followed = (theta, b) if self.follows else (None, None)
+        followed: tuple[OptTensor, OptTensor] = (theta, b) if self.follows else (None, None)
         if self.last and self.running.changed:  # else it matters only whether there is one
             followed = self.followed(weight, bias)
         known = window.begin(self.running, *followed, images)

@@ -46,7 +46,8 @@ def is_measured(mean: Tensor | None, var: Tensor | None) -> bool:
 
 def response(patch_mean: Tensor, theta: Tensor, bias: Tensor | None) -> Tensor:
     """θ·p̄ + b [C] for mean patches [G, F], weights [C, F] and bias [C]."""
-    out = torch.bmm(by_group(theta, len(patch_mean)), patch_mean[:, :, None]).flatten()
+    # no matrix product, whose precision is up to the user's settings
+    out: Tensor = torch.linalg.vecdot(by_group(theta, len(patch_mean)), patch_mean[:, None]).flatten()
     return out if bias is None else out + bias
 
 

@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..refusals import refuse_export
+from ..modes import what_lasts_may_be_made
+from ..refusals import refuse_capture, refuse_export
 from .batch import Batch
 from .carried import Carried, CarriedWindow
 from .distributed import world_size
@@ -55,23 +56,28 @@ def step(
     number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, output_size: list[int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Counts a step; returns its `Carried`, with something in the place of p̄ and d where weights are not followed."""
+    refuse_capture(input)
     source = _sources.get(number)
-    if source is None or not source.can_fold():
-        raise RuntimeError(
-            "the model was converted, reverted or given other statistics since it was compiled; call "
-            "torch.compiler.reset() and compile it again"
-        )
-    assert source.tap is not None
-    assert isinstance(source.state, CarriedWindow)
-    state = source.state.last
-    if state is None or not source.norm.is_recomputing:
-        state = _advanced(source, input, weight, bias, output_size)
-        if batches is not None:
-            batches.add_(1)
+    with what_lasts_may_be_made():
+        if source is None or not source.can_fold():
+            raise RuntimeError(
+                "the model was converted, reverted, given hooks or other statistics since it was compiled; call "
+                "torch.compiler.reset() and compile it again"
+            )
+        assert source.tap is not None
+        assert isinstance(source.state, CarriedWindow)
+        state = source.state.last
+        counts = state is None or not source.norm.is_recomputing
+        if state is None or counts:
+            source.tap.check_arrivals()
+            state = _advanced(source, input, weight, bias, output_size)
+    if counts and batches is not None:
+        batches.add_(1)
     if source.tap.followed and state.patch_mean is None:  # no batch yet whose patches are finite
         rows = as_rows(weight, source.tap.module).to(state.table.dtype)
         unknown = rows.new_zeros(groups_of(source.tap.module), rows.shape[1])
-        state = Carried(state.table, unknown, unknown).placed(state.mean, state.var, rows, None)
+        b = None if bias is None else bias.to(rows.dtype)
+        state = Carried(state.table, unknown, unknown).placed(state.mean, state.var, rows, b)
     # copies, since a graph may use what it gets as memory
     table, patch_mean, patch_var = [state.table.new_zeros(1) if t is None else t.clone() for t in state]
     return table, patch_mean, patch_var

@@ -311,7 +311,8 @@ class CrossIterationMixin(_BatchNorm):
         recomputing = self.is_recomputing
         self.begin_training()
         if self._is_folded(x, recomputing):
-            if not recomputing and not self._sources[0].counted_in_graph():
+            was_counted = self._sources[0].counted_in_graph()
+            if not (recomputing or was_counted):
                 self._count(None)
             return x if act is None else activate(x, act)
         refuse_transforms(x, self.weight, self.bias)

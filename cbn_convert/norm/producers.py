@@ -33,6 +33,7 @@ _STANDARDISED = (StdConv2d, StdConv2dSame, *_SCALED)
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TimmLinear, Conv2dSame, *_TRANSPOSED, *_STANDARDISED)
 # Compute as nn.Linear does, but are no subclasses of it.
 _LINEAR_BY_NAME = ("torch_geometric.nn.dense.linear.Linear",)
+_linear: dict[type[nn.Module], bool] = {}
 # What a call of these classes goes through: a subclass, or an instance, with one of these of its own may compute
 # anything.
 _FORWARD = (
@@ -66,11 +67,12 @@ def _name(cls: type[Any]) -> str:
 
 def is_linear(module: nn.Module) -> TypeIs[nn.Linear]:
     """Whether the module is a linear layer, of torch or another library."""
-    return isinstance(module, nn.Linear) or _is_linear_by_name(cast(Any, type(module)))
-
-
-def _is_linear_by_name(cls: type[Any]) -> bool:
-    return any(_name(base) in _LINEAR_BY_NAME for base in cls.__mro__)
+    if isinstance(module, nn.Linear):
+        return True
+    cls = type(module)
+    if cls not in _linear:  # a cache of functools would be no part of a compiled graph
+        _linear[cls] = any(_name(base) in _LINEAR_BY_NAME for base in cls.__mro__)
+    return _linear[cls]
 
 
 def own_forward(module: nn.Module) -> str | None:

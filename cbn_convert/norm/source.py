@@ -137,7 +137,7 @@ class Source(OfNorm):
         compiling = torch.compiler.is_compiling()
         if not isinstance(input, Tensor) or not (graph.can_fold(self.number) if compiling else self.can_fold()):
             return False
-        weight = module._parameters["weight"]
+        weight = module._parameters.get("weight")
         if weight is None or not (input.dim() >= 2 if is_linear(module) else input.dim() == weight.dim()):
             return False
         if input.dtype != weight.dtype and (
@@ -200,7 +200,7 @@ class Source(OfNorm):
                 None if is_transposed(module) else made_of, input.detach(), last=has_channels_last(weight, module),
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
-        tap.folded = not recomputing
+        tap.folded, tap.in_graph = not recomputing, False
         y._cbn_writes = writes_to(y)  # type: ignore[attr-defined]
         return y
 

@@ -118,16 +118,14 @@ class InputTap(OfNorm):
     def made_in_graph(self, output: Tensor) -> None:
         """Notes a normalised output in a graph that is being compiled."""
         self.folded = self.in_graph = True
-        self.output, self.version = output, None
+        self.output, self.version, self.learned = output, None, output.requires_grad
 
     def take_in_graph(self, x: Tensor) -> bool:
         """`take_folded` where a graph is compiled, which tells tensors apart, but not what was written to them."""
-        if not self.in_graph:
-            return False
-        made, self.output = self.output, None
+        if not self.in_graph or self.output is not x:
+            return False  # which breaks the graph, and `take_folded` looks at what has arrived
+        self.output = None
         self.folded = self.in_graph = False
-        if made is not x and not is_linear(self.module):
-            raise RuntimeError(self.changed())
         return True
 
     def check_output(self, x: Tensor) -> None:
@@ -135,7 +133,7 @@ class InputTap(OfNorm):
         made, self.output = self.output, None
         if made is None or type(made) is not Tensor:  # what only stands for a tensor has no values to compare
             return
-        rows = x.detach()
+        rows, made = x.detach(), made.detach()
         if is_linear(self.module):
             rows, made = rows.movedim(1, -1).flatten(0, -2), made.flatten(0, -2)
         if self.rows is not None:
@@ -147,11 +145,7 @@ class InputTap(OfNorm):
             elif not self._joined(x) and (self.compared >= COMPARISONS or _nearly_equal(rows, made)):
                 self.compared += 1
                 return
-        raise RuntimeError(self.changed())
-
-    def changed(self) -> str:
-        """The error where what arrives is not what the module made."""
-        return (
+        raise RuntimeError(
             f"{self.norm.described} is bound to a {plain_class(self.module).__name__} whose output is changed before "
             f"it arrives; {CHANGED}exclude the layer from the conversion"
         )

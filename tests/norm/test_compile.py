@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
-from cbn_convert.norm import Window
+from cbn_convert.norm import CrossIterationMixin, Window
+
+pytestmark = pytest.mark.usefixtures("turns")  # so that there are steps without a look
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,8 @@ def test_a_network_trains_in_one_graph(name: str) -> None:
     twin, counted = copy.deepcopy(net.train()), Counted("aot_eager")
     trained([(twin, twin), (torch.compile(net, backend=counted, fullgraph=True), net)], 10, 32, 1e-3)
     assert counted.graphs == 1
+    states = [m._sources[0].state for m in net.modules() if isinstance(m, CrossIterationMixin)]
+    assert {(state.seen, state.looks) for state in states} <= {(10, 5), (10, 6)}
 
 
 def test_inductor_trains_a_network() -> None:
@@ -164,6 +168,55 @@ def test_a_change_between_conv_and_norm_is_noticed_where_a_graph_is_made() -> No
     net.change = True
     with pytest.raises(RuntimeError, match=r"'bn_a' is bound to a Conv2d whose output is changed"):
         torch.compile(net.train(), backend="eager")(torch.randn(2, 3, 12, 12))
+
+
+def test_a_branch_beside_a_linear_layer_is_noticed() -> None:
+    class Branched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn, self.beside = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(5, 4)
+            self.on = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.a(x) + self.beside(x) if self.on else self.a(x))
+
+    net, x = randomize_norms(Branched()), torch.randn(6, 5)
+    cbn.convert(net, example_input=x)
+    net.on = True
+    with pytest.raises(RuntimeError, match=r"'bn' is bound to a Linear whose output is changed"):
+        torch.compile(net.train(), backend="aot_eager")(x)
+
+
+def test_an_output_that_never_comes_to_the_norm_is_an_error() -> None:
+    net = converted("carried")
+    kept, net.bn_a = net.bn_a, nn.Identity()
+    compiled, x = torch.compile(net, backend="aot_eager"), torch.randn(2, 3, 12, 12)
+    for _ in range(3):
+        compiled(x)
+    with pytest.raises(RuntimeError, match="but its output goes elsewhere"):
+        compiled(x)
+    assert kept.training
+
+
+def test_one_compiled_model_between_training_and_evaluation() -> None:
+    net, twin = converted("carried"), converted("carried")
+    compiled, x = torch.compile(net, backend="aot_eager", fullgraph=True), torch.randn(2, 3, 12, 12)
+    for size in (2, 2, 1):
+        trained([(twin, twin), (compiled, net)], 2)
+        torch.testing.assert_close(compiled(x[:size]), twin(x[:size]), rtol=1e-4, atol=1e-5)
+        for model in (twin, net):
+            model.eval()
+        torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-5)
+        for model in (twin, net):
+            model.train()
+        trained([(net, net), (twin, twin)], 2)  # eager in between
+
+
+def test_what_is_seen_under_inference_mode_trains_afterwards() -> None:
+    net, x = converted("carried"), torch.randn(2, 3, 12, 12)
+    with torch.inference_mode():
+        torch.compile(net, backend="aot_eager")(x)
+    net(x).sum().backward()
 
 
 def test_a_model_that_is_not_the_compiled_one_any_more_is_an_error() -> None:

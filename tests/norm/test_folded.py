@@ -99,6 +99,7 @@ def test_folded_and_unfolded_are_one_function(kind: str, gradient: str) -> None:
         shake(folded, unfolded)
 
 
+@pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize("kind", ["conv2d", "biased", "conv3d", "pointwise", "grouped", "depthwise", "same"])
 def test_layouts_of_weights_are_one_function(kind: str) -> None:
     """Steps that look and others, a change of layout in between, and statistics that somebody else writes."""

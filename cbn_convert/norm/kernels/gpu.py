@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -28,15 +29,32 @@ def _passes() -> Any:
     return triton_passes
 
 
+@cache
+def _run_on(device: torch.device) -> bool:
+    """Whether Triton is installed, knows the device and finds the C compiler that its launcher needs: it is tried."""
+    from ..carried import Carried
+
+    if find_spec("triton") is None:
+        return False
+    try:
+        for dtype in (torch.float32, torch.float64):
+            theta, vector = torch.ones(2, 2, dtype=dtype, device=device), torch.ones(2, dtype=dtype, device=device)
+            OnGpu().write_gradient(Carried(torch.ones_like(theta)), theta, None, Affine(None, None, 1.0), theta, vector)
+    except Exception as error:
+        warnings.warn(f"Triton does not run on {device}, so that CBN's steps take longer: {error}", stacklevel=2)
+        return False
+    return True
+
+
 class OnGpu(Direct):
     """Contiguous weights on CUDA, in float32 and float64. Statistics of activations are torch's own."""
 
-    is_there = find_spec("triton") is not None
-
-    @classmethod
-    def suits(cls, x: Tensor) -> bool:
-        """Whether Triton is installed and x is laid out as the kernels need it."""
-        return cls.is_there and x.is_cuda and x.dim() > 1 and x.dtype in (torch.float32, torch.float64) and is_dense(x)
+    @staticmethod
+    def suits(x: Tensor) -> bool:
+        """Whether the kernels run on the device of x, and x is laid out as they need it."""
+        if not (x.is_cuda and x.dim() > 1 and x.dtype in (torch.float32, torch.float64) and is_dense(x)):
+            return False
+        return _run_on(x.device)
 
     def write_fold(
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor, running: Both | None

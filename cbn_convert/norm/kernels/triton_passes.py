@@ -27,6 +27,12 @@ def root(a):
 
 
 @triton.jit
+def at_least(a, least):
+    """a, or the least; NaN stays."""
+    return tl.maximum(a, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def value(vector, c, default, dtype: tl.constexpr):
     """The entry of a vector, or the default where there is none."""
     if vector is None:
@@ -43,6 +49,7 @@ def fold(
     """out [7, C]: the table at θ, s and β + s (b - M); rows [C, F]: s θ; running statistics [C]."""
     c, f = tl.program_id(0), tl.arange(0, BLOCK)
     dtype: tl.constexpr = theta.dtype.element_ty
+    least = tl.full([], LEAST, dtype)  # a number alone would be rounded to float32
     row = theta + c.to(tl.int64) * F
     m, v, b = tl.load(table + c), tl.load(table + C + c), value(bias, c, 0.0, dtype)
     if patch_mean is not None:
@@ -54,10 +61,10 @@ def fold(
             along += w * tl.load(p + at, mask=at < F, other=0.0)
             across += w * w * tl.load(d + at, mask=at < F, other=0.0)
             length += w * w
-        anchor, spread, square = tl.sum(along) + b, tl.maximum(tl.sum(across), LEAST), tl.maximum(tl.sum(length), LEAST)
+        anchor, spread, square = tl.sum(along) + b, at_least(tl.sum(across), least), at_least(tl.sum(length), least)
         anchor_then, spread_then = tl.load(table + 2 * C + c), tl.load(table + 3 * C + c)
         square_then = tl.load(table + 4 * C + c)
-        leave_zero = (square_then <= LEAST) & (square > LEAST)
+        leave_zero = (square_then <= least) & (square > least)
         moved = m + (anchor - anchor_then) + (root(over(square, square_then)) - 1) * (m - anchor_then)
         m = tl.where(leave_zero, anchor, moved)
         v = tl.where(leave_zero, spread, v * over(spread, spread_then))
@@ -87,6 +94,7 @@ def folded_gradient(
     """Of g [C, F], the gradient of s θ, that of θ in its place; g_gamma [C]."""
     c, f = tl.program_id(0), tl.arange(0, BLOCK)
     dtype: tl.constexpr = theta.dtype.element_ty
+    least = tl.full([], LEAST, dtype)  # a number alone would be rounded to float32
     row, to = theta + c.to(tl.int64) * F, g + c.to(tl.int64) * F
     m, v, of_shift = tl.load(table + c), tl.load(table + C + c), tl.load(g_shift + c)
     product = tl.zeros([BLOCK], dtype)
@@ -105,8 +113,8 @@ def folded_gradient(
         p, d = patch_mean + (c // per_group) * F, patch_var + (c // per_group) * F
         anchor, spread, square = tl.load(table + 2 * C + c), tl.load(table + 3 * C + c), tl.load(table + 4 * C + c)
         g_mean, g_var = -s * of_shift, -0.5 * s * t * inv_std * inv_std
-        along = tl.where(square > LEAST, over(g_mean * (m - anchor), square), 0.0)
-        across = tl.where(spread > LEAST, over(g_var * 2 * v, spread), 0.0)
+        along = tl.where(square > least, over(g_mean * (m - anchor), square), 0.0)
+        across = tl.where(spread > least, over(g_var * 2 * v, spread), 0.0)
         for start in range(0, F, BLOCK):
             at = start + f
             w, own = tl.load(row + at, mask=at < F), tl.load(to + at, mask=at < F)
