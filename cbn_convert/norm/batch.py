@@ -35,6 +35,11 @@ class RunningStatistics:
         """Copies in the dtype of statistics."""
         return self.mean.to(self.dtype, copy=True), self.var.to(self.dtype, copy=True)
 
+    def hold(self, mean: Tensor, var: Tensor) -> bool:
+        """Whether the buffers are what `write` would make them."""
+        pairs = ((self.mean, mean), (self.var, var))
+        return all(torch.equal(buffer, t.to(buffer.dtype)) for buffer, t in pairs)
+
     def write(self, mean: Tensor, var: Tensor) -> None:
         """Writes to the buffers."""
         self.mean.copy_(mean)

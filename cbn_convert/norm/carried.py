@@ -165,10 +165,10 @@ class CarriedWindow:
         # Somebody else wrote to the buffers, or to memory that they share with others. What DistributedDataParallel
         # hands out before every step are those of rank 0 at the weights of the step before; what others write goes
         # with the weights as they are.
+        if not running.handed_out and running.hold(state.mean, state.var):
+            return state
         mean, var = running.read()
-        if running.handed_out or (torch.equal(mean, state.mean) and torch.equal(var, state.var)):
-            return state.of(mean, var)
-        return state.placed(mean, var, theta, bias)
+        return state.of(mean, var) if running.handed_out else state.placed(mean, var, theta, bias)
 
     def look(self, batch: Batch) -> Carried:
         """Takes the batch in, behind the step that `begin` began; returns what the step is to normalise by."""

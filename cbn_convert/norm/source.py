@@ -137,7 +137,7 @@ class Source(OfNorm):
         compiling = torch.compiler.is_compiling()
         if not isinstance(input, Tensor) or not (graph.can_fold(self.number) if compiling else self.can_fold()):
             return False
-        weight = module._parameters.get("weight")
+        weight = module._parameters["weight"]
         if weight is None or not (input.dim() >= 2 if is_linear(module) else input.dim() == weight.dim()):
             return False
         if input.dtype != weight.dtype and (
@@ -155,6 +155,8 @@ class Source(OfNorm):
             norm.begin_training()
         if not isinstance(self.state, CarriedWindow) or "parametrizations" in module._modules:
             return False
+        if not all({"weight", "bias"} <= m._parameters.keys() for m in (module, norm)):
+            return False  # as where somebody keeps them elsewhere, in one flat parameter
         return not (is_watched(module) or is_watched(norm) or _any_module_is_watched())
 
     def passes_by(self) -> None:

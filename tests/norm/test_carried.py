@@ -377,17 +377,18 @@ def test_statistics_that_somebody_else_writes_hold_at_the_weights_as_they_are() 
     torch.testing.assert_close(norm(x), normalised(norm, x, *(torch.full((4,), v, dtype=DOUBLE) for v in (0.7, 3.0))))
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.bfloat16])
 @pytest.mark.parametrize("folded", [False, True])
-def test_statistics_in_memory_that_layers_share_follow_the_weights(folded: bool) -> None:
+def test_statistics_in_memory_that_layers_share_follow_the_weights(folded: bool, dtype: torch.dtype) -> None:
     """As where somebody puts all buffers into one flat tensor: a write to any of them counts as one to all."""
-    models = [nn.Sequential(*pair(folded=folded)) for _ in range(2)]
+    models = [nn.Sequential(*pair(folded=folded, dtype=dtype)) for _ in range(2)]
     norm = models[1][1]
-    flat = torch.cat([norm.running_mean, norm.running_var, torch.zeros(4, dtype=DOUBLE)])
+    flat = torch.cat([norm.running_mean, norm.running_var, torch.zeros(4, dtype=dtype)])
     norm.running_mean, norm.running_var, others = flat.split(4)
     for i in range(6):
         outputs = []
         for model in models:
-            outputs.append(model(batch(i)))
+            outputs.append(model(batch(i).to(dtype)))
             torch.manual_seed(i)
             shake(model[0])
         assert torch.equal(*outputs)

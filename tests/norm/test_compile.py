@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationMixin, Window
+from cbn_convert.refusals import refuse_capture
 
 pytestmark = pytest.mark.usefixtures("turns")  # so that there are steps without a look
 
@@ -217,6 +219,36 @@ def test_what_is_seen_under_inference_mode_trains_afterwards() -> None:
     with torch.inference_mode():
         torch.compile(net, backend="aot_eager")(x)
     net(x).sum().backward()
+
+
+def test_a_frozen_conv_compiles_at_most_twice() -> None:
+    net, twin, counted = converted("carried"), converted("carried"), Counted("aot_eager")
+    for model in (net, twin):
+        model.a.weight.requires_grad_(False)
+    compiled, x = torch.compile(net, backend=counted, fullgraph=True), torch.randn(2, 3, 12, 12)
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-5)
+    assert counted.graphs <= 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_is_captured_as_a_cuda_graph_is_refused(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager and compiled, on something that says that it is on CUDA, since there may be none."""
+    seen = []
+
+    def refuse(x: torch.Tensor) -> None:
+        seen.append(x)
+        refuse_capture(SimpleNamespace(is_cuda=True))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for place in ("cbn_convert.refusals", "cbn_convert.norm.graph"):
+        monkeypatch.setattr(f"{place}.refuse_capture", refuse)
+    net, x = converted(way), torch.randn(2, 3, 12, 12)
+    for call in (net, torch.compile(net, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph"):
+            call(x)
+    assert len(seen) == 2
+    net.eval()(x)
 
 
 def test_a_model_that_is_not_the_compiled_one_any_more_is_an_error() -> None:

@@ -289,6 +289,21 @@ def test_a_conv_that_is_parametrised_later_trains_unfolded() -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(("where", "name"), [(0, "weight"), (0, "bias"), (1, "weight"), (1, "bias")])
+def test_parameters_that_are_plain_attributes_train_unfolded(where: int, name: str) -> None:
+    """As where somebody keeps them in one flat parameter, of which they are views."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), randomize_norms(nn.BatchNorm2d(4)))
+    cbn.convert(model, example_input=torch.randn(2, 3, 6, 6))
+    twin, x = copy.deepcopy(model), torch.randn(2, 3, 6, 6)
+    flat = getattr(model[where], name).detach().flatten().clone().requires_grad_()
+    shape = getattr(model[where], name).shape
+    delattr(model[where], name)
+    setattr(model[where], name, flat.view(shape))
+    for m in (model, twin):
+        m(x).square().sum().backward()
+    torch.testing.assert_close(flat.grad, getattr(twin[where], name).grad.flatten(), rtol=1e-3, atol=1e-3)
+
+
 def test_what_changes_the_output_on_its_way_is_an_error() -> None:
     model = conv_pair()
     net = nn.Sequential(model[0], nn.Identity(), model[1])

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationBatchNormAct2d
 from cbn_convert.norm.carried import Carried
 from cbn_convert.norm.functional import Affine
-from cbn_convert.norm.kernels import KERNELS, forced, select
+from cbn_convert.norm.kernels import KERNELS, forced, gpu, select
 
 NAMES = [name for name in KERNELS if name != "gpu" or find_spec("triton")]  # in Triton's interpreter without a GPU
 
@@ -65,6 +65,20 @@ def test_the_kernels_for_gpus_compile_without_one(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert len({tuple(line.split()[:3]) for line in lines}) == 8  # two GPUs, two kernels, two dtypes
     assert len(lines) == 24  # with all, without what is optional, and with a single weight per channel
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_that_do_not_run_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run_on = gpu._run_on.__wrapped__  # without what was found before
+    assert run_on(device)
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(gpu, "_launch", broken)
+    with pytest.warns(UserWarning, match="Triton does not run on .*: Failed to find C compiler"):
+        assert not run_on(device)
 
 
 @pytest.mark.parametrize("name", NAMES)
