@@ -34,4 +34,6 @@ if __name__ == "__main__":
                     made = triton.compile(
                         source(kernel, dtype, without, block), target=GPUTarget("cuda", capability, 32)
                     )
+                    if dtype == "fp64" and "f32" in made.asm["ttir"]:
+                        raise SystemExit(f"{made.metadata.name} has float32 in float64:\n{made.asm['ttir']}")
                     print(f"sm_{capability} {made.metadata.name} {dtype} {len(made.asm['cubin'])}")

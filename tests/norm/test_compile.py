@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -146,15 +148,56 @@ def test_autocast_in_a_graph() -> None:
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
-def test_activation_checkpointing_under_compile_counts_every_step_once() -> None:
-    class Checkpointed(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(super().forward, x, use_reentrant=False)
-
+@pytest.mark.parametrize("compiled", ["the checkpointed model", "what is checkpointed", "a conv in it"])
+def test_activation_checkpointing_counts_every_step_once(compiled: str) -> None:
+    """The first breaks the graph, since a checkpoint in a graph must leave nothing behind."""
     net, twin = converted("carried"), converted("carried")
-    net.__class__ = Checkpointed
-    trained([(twin, twin), (torch.compile(net, backend="aot_eager"), net)])
+    call: Callable[..., torch.Tensor] = partial(checkpoint, net, use_reentrant=False)
+    if compiled == "the checkpointed model":
+        call = torch.compile(call, backend="aot_eager")
+    else:
+        (net if compiled == "what is checkpointed" else net.a).compile(backend="aot_eager")
+    trained([(twin, twin), (call, net)])
     assert net.bn_a.iteration == twin.bn_a.iteration == 7
+
+
+def test_a_conv_that_is_compiled_alone_is_counted_once() -> None:
+    net, twin, x = converted("carried"), converted("carried"), torch.randn(2, 3, 12, 12)
+    compiled = torch.compile(net.a, backend="aot_eager")
+    for _ in range(3):
+        torch.testing.assert_close(net.bn_a(compiled(x)), twin.bn_a(twin.a(x)), rtol=1e-4, atol=1e-5)
+    assert net.bn_a.iteration == 3
+    compiled(x)  # its output is lost
+    net.bn_a(net.a(x))
+    assert net.bn_a.iteration == 5
+
+
+def test_a_first_batch_that_is_not_finite() -> None:
+    net, twin = converted("carried"), converted("carried")
+    x = torch.randn(2, 3, 12, 12)
+    x[1, 0, 0, 0] = float("nan")
+    got, want = torch.compile(net, backend="aot_eager", fullgraph=True)(x), twin(x)
+    torch.testing.assert_close(got[0], want[0])
+    trained([(twin, twin), (net, net)], 2)
+
+
+def test_tokens_behind_a_linear_layer() -> None:
+    """As in LeViT: [N, T, F] go to the norm as [N·T, F]."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn = nn.Linear(12, 6, bias=False), nn.BatchNorm1d(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x.flatten(1, 2))
+            return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+    torch.manual_seed(0)
+    net = randomize_norms(Tokens())
+    cbn.convert(net, example_input=torch.randn(1, 3, 12, 12))
+    twin = copy.deepcopy(net.train())
+    trained([(twin, twin), (torch.compile(net, backend="aot_eager"), net)])
 
 
 def test_a_change_between_conv_and_norm_is_noticed_where_a_graph_is_made() -> None:
