@@ -5,6 +5,9 @@ In a process of its own, since TRITON_INTERPRET holds for a process as a whole.
 
 from __future__ import annotations
 
+import re
+
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -34,6 +37,7 @@ if __name__ == "__main__":
                     made = triton.compile(
                         source(kernel, dtype, without, block), target=GPUTarget("cuda", capability, 32)
                     )
-                    if dtype == "fp64" and "f32" in made.asm["ttir"]:
-                        raise SystemExit(f"{made.metadata.name} has float32 in float64:\n{made.asm['ttir']}")
+                    found = {float(number) for number in re.findall(r"arith.constant (\S+) : f64", made.asm["ttir"])}
+                    if found & {float(torch.tensor(value)) for value in CONSTANTS.values()}:
+                        raise SystemExit(f"{made.metadata.name} has rounded a constant to float32:\n{made.asm['ttir']}")
                     print(f"sm_{capability} {made.metadata.name} {dtype} {len(made.asm['cubin'])}")
