@@ -280,7 +280,7 @@ def summary(report: dict[str, Any]) -> str:
         f"{len(report['onnx'])} small ones export to ONNX. Of {len(third)} models of {libraries} other libraries\n"
         f"(segmentation, detection, 3d, video, audio), {len(well)} also resume to the bit; {without_bn} of "
         "them cannot train with BatchNorm at the one or two images that they were checked at.\n\n"
-        "*`make sweep third-party`, [JSON](benchmarks/results/coverage.json), "
+        f"*`make sweep third-party`, [JSON](benchmarks/results/coverage.json) of version {report['commit'][:7]}, "
         "[JSON](benchmarks/results/third_party.json)*"
     )
 
