@@ -26,13 +26,10 @@ from torch import Tensor
 
 from .batch import Batch, RunningStatistics
 from .distributed import joined_moments
-from .functional import OptTensor, is_known, pooled
+from .functional import LEAST_VARIANCE, TINY, OptTensor, is_known, pooled
 from .kernels import select
 from .window import Window
 
-# A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
-# patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
-LEAST_VARIANCE, TINY = 0.05, 1e-12
 # Looks in a row at the start: p̄ and d of one batch follow the weights badly.
 FIRST_LOOKS = 32
 _ROWS = ("mean", "var", "anchor", "spread", "square")  # of `Carried.table`, by their names in checkpoints
@@ -185,19 +182,19 @@ class CarriedWindow:
             of_patches = (found.patch_mean, found.patch_var)
             if before.patch_mean is None:
                 # they serve this step already, so that here it has to be known whether they can be trusted
-                if type(found.finite) is Tensor and not found.finite:
+                finite = found.finite
+                if type(finite) is Tensor and not finite:
                     return before
                 before, self.looks = before.with_patches(*of_patches, 1.0, theta, bias), 0
             first = 1 / (self.looks + 1)  # the mean of the first looks
             of_look = share.clamp_min(first) if isinstance(share, Tensor) else max(share, first)
-            joined = before.with_patches(*of_patches, of_look, theta, bias)
+            joined, finite = select(theta).join(before, theta, bias, found, (share, of_look))
         else:
-            joined = before
-        joined = joined.of(*pooled(before.mean, before.var, found.mean, found.var, share))
+            joined, finite = before.of(*pooled(before.mean, before.var, found.mean, found.var, share)), found.finite
         self.last = before
-        if not is_known(found.finite):
-            self.state = joined.where(found.finite, before)
-        elif found.finite:
+        if isinstance(finite, Tensor) and not is_known(finite):
+            self.state = joined.where(finite, before)
+        elif finite:
             self.state = joined
         else:
             return before

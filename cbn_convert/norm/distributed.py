@@ -59,15 +59,22 @@ def joined_mean(t: Tensor, count: int, ranks: int) -> Tensor:
 class JoinedMoments(NamedTuple):
     """Mean and variance of a batch and of its input patches, over all ranks.
 
-    images: those that the batch stands for. finite: whether they all are.
+    images: those that the batch stands for.
     """
 
     mean: Tensor  # [C]
     var: Tensor  # [C]
     images: float | Tensor
-    finite: Tensor
     patch_mean: Tensor | None = None  # [G, F]
     patch_var: Tensor | None = None  # [G, F]
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all values are; those of patches may be too large where their x is not."""
+        finite = torch.isfinite(self.mean + self.var).all()
+        if self.patch_mean is None or self.patch_var is None:
+            return finite
+        return finite & torch.isfinite(self.patch_mean + self.patch_var).all()
 
 
 def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, images: int) -> JoinedMoments:
@@ -78,13 +85,13 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
     if batch.ranks == 1:
         mean, var = select(batch.x).statistics(batch.x)
         found = () if patches is None else patches.mean_and_var()
-        return JoinedMoments(mean, var, images, _all_finite(mean, var, *found), *found)
+        return JoinedMoments(mean, var, images, *found)
     count = batch.x.numel() // batch.x.shape[1]
     nothing = about.mean.new_zeros(len(about.mean))
     parts = [(*(select(batch.x).statistics(batch.x) if count else (nothing, nothing)), about.mean, count)]
     if patches is not None:
         known = about.patch_mean
-        centre = patches.y.new_zeros(()) if known is None else known
+        centre = about.mean.new_zeros(()) if known is None else known
         parts.append((*patches.mean_and_var(), centre, patches.positions))
     sums = []
     for mean, var, centre, n in parts:
@@ -96,10 +103,4 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
         first, second, every = found[3 * i : 3 * i + 3]
         away = (first / every).view_as(mean)
         moments += [centre + away.to(mean.dtype), ((second / every).view_as(mean) - away * away).to(mean.dtype)]
-    return JoinedMoments(moments[0], moments[1], found[-1].to(moments[0].dtype), _all_finite(*moments), *moments[2:])
-
-
-def _all_finite(mean: Tensor, var: Tensor, *of_patches: Tensor) -> Tensor:
-    """Whether all values are; those of patches may be too large where their x is not."""
-    finite = torch.isfinite(mean + var).all()
-    return finite & torch.isfinite(of_patches[0] + of_patches[1]).all() if of_patches else finite
+    return JoinedMoments(moments[0], moments[1], found[-1].to(moments[0].dtype), *moments[2:])

@@ -20,6 +20,9 @@ from torch import Tensor
 
 OptTensor = Tensor | None
 NO_SQUARE = 1e-24  # what |θ|² and q are taken to be at least, so that they can be divided by
+# A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
+# patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
+LEAST_VARIANCE, TINY = 0.05, 1e-12
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

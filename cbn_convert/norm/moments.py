@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import batch_statistics
+from .kernels import PatchAxis, batch_statistics, select
 from .producers import Conv, Producer, as_rows, fan_in, groups_of, is_linear, is_transposed, padded_input, per_axis
+
+
+class _Arranged(NamedTuple):
+    """An input, and the conv whose patches of it, all of them, are those that were asked for."""
+
+    y: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    pointwise: bool
 
 
 class InputPatches:
@@ -36,43 +47,46 @@ class InputPatches:
         at_most: int | None = None,
         turn: int = 0,
     ) -> None:
-        self.module = module
+        self.module, self.dtype, self.at_most, self.out_size = module, dtype, at_most, tuple(out_size)
         if is_linear(module):
-            rows = y.reshape(-1, fan_in(module))
-            self.grid = _grid([len(rows)], 1, at_most, turn)
-            self.y = rows[self.grid[0]].to(dtype)
-            self.positions = len(self.y)
+            self.given, self.padding = y.reshape(-1, fan_in(module)), ()
+            self.grid = _grid([len(self.given)], 1, at_most, turn)
+            self.positions = len(range(*self.grid[0].indices(len(self.given))))
             return
         if is_transposed(module):
+            self.given, self.padding = y, per_axis(module, "padding")
             self.grid = _grid(out_size, len(y), None, 0)
-            self.positions = len(y) * out_size.numel()
-            self.out_size: Sequence[int] = out_size
-            self.y, self.padding = y.to(dtype), per_axis(module, "padding")
-            self.stride, self.dilation = per_axis(module, "stride"), per_axis(module, "dilation")
-            self.pointwise = False
-            return
-        self.grid = _grid(out_size, len(y), at_most, turn)
-        self.out_size = [len(range(*g.indices(n))) for g, n in zip(self.grid, out_size, strict=True)]
+        else:
+            self.given, self.padding = padded_input(module, y)
+            self.grid = _grid(out_size, len(y), at_most, turn)
+            self.out_size = tuple(len(range(*g.indices(n))) for g, n in zip(self.grid, out_size, strict=True))
         self.positions = len(y) * math.prod(self.out_size)
-        y, self.padding = padded_input(module, y)
-        self.stride = tuple(s * g.step for s, g in zip(per_axis(module, "stride"), self.grid, strict=True))
-        self.dilation = per_axis(module, "dilation")
-        kernel = per_axis(module, "kernel_size")
+
+    @cached_property
+    def arranged(self) -> _Arranged:
+        """The part of the input that the patches are of."""
+        module, y, padding = self.module, self.given, self.padding
+        if is_linear(module):
+            return _Arranged(y[self.grid[0]].to(self.dtype), (), (), (), True)
+        stride, dilation, kernel = (per_axis(module, name) for name in ("stride", "dilation", "kernel_size"))
+        if is_transposed(module):
+            return _Arranged(y.to(self.dtype), stride, padding, dilation, False)
         # every input position is the patch of one output position
-        self.pointwise = set(kernel) == {1} and set(self.padding) == {0}
-        if any(g.step > 1 for g in self.grid):
-            y, self.padding = _input_of(self.grid, self.out_size, module, y, self.padding), (0,) * len(self.grid)
-        if self.pointwise:
-            y = y[(slice(None), slice(None), *(slice(None, None, s) for s in self.stride))]
-            self.stride = (1,) * len(self.stride)
-        elif any(g.step > 1 for g in self.grid) and _apart(module, self.stride):
+        pointwise = set(kernel) == {1} and set(padding) == {0}
+        steps, rank = [g.step for g in self.grid], len(kernel)
+        stride = tuple(s * step for s, step in zip(stride, steps, strict=True))
+        if max(steps) > 1:
+            y, padding = _input_of(self.grid, self.out_size, module, y, padding), (0,) * rank
+        if pointwise:
+            y = y[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
+            stride = (1,) * rank
+        elif max(steps) > 1 and _apart(module, stride):
             # nothing but the patches, side by side: most of a large map is not looked at
-            y = _views(y, kernel, self.stride, self.dilation)
-            rank = len(self.grid)
+            y = _views(y, kernel, stride, dilation)
             y = y.permute(0, 1, *(2 + i + j for i in range(rank) for j in (0, rank)))
             y = y.reshape(*y.shape[:2], *(n * k for n, k in zip(self.out_size, kernel, strict=True)))
-            self.stride, self.dilation = kernel, (1,) * rank
-        self.y = y.to(dtype)
+            stride, dilation = kernel, (1,) * rank
+        return _Arranged(y.to(self.dtype), stride, padding, dilation, pointwise)
 
     def outputs(self, x: Tensor) -> Tensor:
         """The outputs x [N, C, ...] at the positions of these patches, [N, C, ...] or [C, m]."""
@@ -87,7 +101,7 @@ class InputPatches:
 
     def mean(self) -> Tensor:
         """p̄ [G, F]."""
-        return self._mean_of(self.y)
+        return self._mean_of(self.arranged.y)
 
     def mean_and_var(self) -> tuple[Tensor, Tensor]:
         """p̄ and the variance of every entry of the patches [G, F].
@@ -95,20 +109,40 @@ class InputPatches:
         About the mean of each input channel, so that a large one does not hide the variance. Where a patch reaches over
         the edge, or no input reaches it, its entries are 0: they are at minus that mean.
         """
-        module, y = self.module, self.y
+        module = self.module
+        if found := self._in_one_pass():
+            return found
+        y = self.arranged.y
         if not self.positions:
             return self._mean_of(y), self._mean_of(y)
-        if is_linear(module) or self.pointwise:
+        if self.arranged.pointwise:
             mean, var = batch_statistics(y.contiguous())
             return mean.view(self.groups, -1), var.view(self.groups, -1)
         centre = y.mean([0, *range(2, y.dim())], keepdim=True)
         centred = y - centre
         first, square = self._mean_of(centred), self._mean_of(centred.square())
         centre = centre.flatten().repeat_interleave(first.numel() // centre.numel()).view_as(first)
-        if is_transposed(module) or any(self.padding):
+        if is_transposed(module) or any(self.arranged.padding):
             filled = self._mean_of(torch.ones_like(y))
             first, square = first - centre * (1 - filled), square + centre.square() * (1 - filled)
         return centre + first, (square - first.square()).clamp_min(0)
+
+    def _in_one_pass(self) -> tuple[Tensor, Tensor] | None:
+        """`mean_and_var` where a kernel makes one pass over some patches, without arranging them first."""
+        module, y = self.module, self.given
+        if self.at_most is None or not self.positions or is_linear(module) or is_transposed(module):
+            return None
+        if y.dtype != self.dtype:
+            return None
+        layers = [per_axis(module, name) for name in ("kernel_size", "stride", "dilation")]
+        axes = [
+            PatchAxis(size, memory, kernel, stride, padding, dilation, g.start, g.step, count)
+            for size, memory, kernel, stride, dilation, padding, g, count in zip(
+                y.shape[2:], y.stride()[2:], *layers, self.padding, self.grid, self.out_size, strict=True
+            )
+        ]
+        found = select(y, in_any_order=True).patch_moments(y, axes)
+        return None if found is None else (found[0].view(self.groups, -1), found[1].view(self.groups, -1))
 
     def _mean_of(self, y: Tensor) -> Tensor:
         """The mean patch [G, F] of values y in the place of the input."""
@@ -121,7 +155,7 @@ class InputPatches:
             # the mean over outputs is one more output channel per group: its weight gradient is the mean patch
             ones = y.new_ones(()).expand(len(y), module.groups, *self.out_size)
             total = self._weight_gradient(ones, y)
-        elif self.pointwise:
+        elif self.arranged.pointwise:
             total = y.sum([0, *range(2, y.dim())])
         else:
             total = self._patch_sum(y)
@@ -129,12 +163,12 @@ class InputPatches:
 
     def covariance_with(self, xc: Tensor) -> Tensor:
         """mean(xc p) [C, F] for centred `outputs`, or for some channels of them where there is one group."""
-        module, y = self.module, self.y
+        module, y = self.module, self.arranged.y
         if not self.positions:
             return y.new_zeros(xc.shape[0 if is_linear(module) else 1], fan_in(module))
         if is_linear(module):
             return (xc @ y).div_(self.positions)
-        if self.pointwise and module.groups == 1:
+        if self.arranged.pointwise and module.groups == 1:
             total = torch.bmm(xc.flatten(2), y.flatten(2).transpose(1, 2)).sum(0)
         else:
             total = as_rows(self._weight_gradient(xc, y), module)
@@ -142,11 +176,11 @@ class InputPatches:
 
     def _patch_sum(self, y: Tensor) -> Tensor:
         """Sum of the patches [C_in, K_1, K_2, ...] of y over all output positions."""
-        total, kernel = y.sum(0), per_axis(self.module, "kernel_size")
+        total, kernel, at = y.sum(0), per_axis(self.module, "kernel_size"), self.arranged
         # what is made for a FakeTensor is one itself, and of no use to others
         selector_of = _selector if type(y) is Tensor else _selector.__wrapped__
         for d in reversed(range(len(kernel))):
-            steps = (self.stride[d], self.padding[d], self.dilation[d])
+            steps = (at.stride[d], at.padding[d], at.dilation[d])
             selector = selector_of(y.shape[2 + d], self.out_size[d], kernel[d], *steps, y.device).to(y.dtype)
             # contracts the last of the untouched axes; the kernel axes collect at the end, first dimension first
             total = torch.tensordot(total, selector, dims=([1 + d], [0]))
@@ -154,7 +188,7 @@ class InputPatches:
 
     def _weight_gradient(self, g: Tensor, y: Tensor) -> Tensor:
         """Gradient of the conv's weight for input y and output gradient g, which may have fewer channels."""
-        conv = self.module
+        conv, (_, stride, padding, dilation, _) = self.module, self.arranged
         assert not is_linear(conv)
         transposed, kernel = is_transposed(conv), per_axis(conv, "kernel_size")
         inputs, channels = conv.in_channels, g.shape[1]
@@ -164,12 +198,12 @@ class InputPatches:
         output_padding = [0] * len(kernel)
         if transposed:  # as the output is, whatever output_size was asked for
             output_padding = [
-                g.shape[2 + d] - (y.shape[2 + d] - 1) * self.stride[d] + 2 * self.padding[d]
-                - self.dilation[d] * (kernel[d] - 1) - 1
+                g.shape[2 + d] - (y.shape[2 + d] - 1) * stride[d] + 2 * padding[d]
+                - dilation[d] * (kernel[d] - 1) - 1
                 for d in range(len(kernel))
             ]  # fmt: skip
         result: Tensor = torch.ops.aten.convolution_backward(
-            g, y, weight, None, self.stride, self.padding, self.dilation, transposed, output_padding, conv.groups,
+            g, y, weight, None, stride, padding, dilation, transposed, output_padding, conv.groups,
             [False, True, False],
         )[1]  # fmt: skip
         return result

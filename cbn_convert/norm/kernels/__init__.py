@@ -13,17 +13,17 @@ from torch import Tensor
 
 from .compiled import Compiled
 from .gpu import OnGpu
-from .plain import Folded, Kernels
+from .plain import Folded, Kernels, PatchAxis
 
-__all__ = ["KERNELS", "Folded", "Kernels", "batch_statistics", "forced", "select"]
+__all__ = ["KERNELS", "Folded", "Kernels", "PatchAxis", "batch_statistics", "forced", "select"]
 
 KERNELS: dict[str, Kernels] = {"plain": Kernels(), "compiled": Compiled(), "gpu": OnGpu()}
 _forced: Kernels | None = None
 
 
-def select(x: Tensor) -> Kernels:
-    """The kernels for a tensor, of activations or of weights [C, F]."""
-    return _forced or KERNELS["compiled" if Compiled.suits(x) else "gpu" if OnGpu.suits(x) else "plain"]
+def select(x: Tensor, in_any_order: bool = False) -> Kernels:
+    """The kernels for a tensor, of activations or of weights [C, F]; only `patch_moments` takes them in any order."""
+    return _forced or KERNELS["compiled" if Compiled.suits(x, in_any_order) else "gpu" if OnGpu.suits(x) else "plain"]
 
 
 @contextmanager

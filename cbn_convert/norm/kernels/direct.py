@@ -61,9 +61,14 @@ class Direct(Kernels):
         return g, self.write_gradient(state, theta, bias, affine, g, g_shift)
 
 
+def has_memory(t: Tensor) -> bool:
+    """Whether there is memory that holds the values; none of a FakeTensor's or a DTensor's own does."""
+    return type(t) in (Tensor, nn.Parameter)
+
+
 def is_dense(t: Tensor) -> bool:
-    """Whether there is memory that holds what the shape says; none of a FakeTensor's or a DTensor's own does."""
-    return type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
+    """Whether that memory holds what the shape says, in its order."""
+    return has_memory(t) and t.is_contiguous()
 
 
 def fit(state: Carried, theta: Tensor, *vectors: Tensor | None) -> bool:

@@ -1,5 +1,5 @@
-// What kernels/compiled.py calls on the CPU: statistics of activations x [N, C, P], contiguous, and passes over weights
-// [C, F]. Sums are in the type of the tensor within a block and in double beyond, as exact as pairwise summation.
+// What kernels/compiled.py calls on the CPU: statistics of activations x [N, C, P], contiguous, and of the patches of a
+// conv's input, and passes over weights [C, F]. Sums are in the type of the tensor within a block and in double beyond, as exact as pairwise summation.
 
 #include <cmath>
 #include <cstdint>
@@ -43,6 +43,120 @@ void statistics(const T* x, T* mean, T* var, int64_t N, int64_t C, int64_t P, in
   }
 }
 
+// One axis of a conv's input, and the positions of its output that are looked at: `count` from `first` on, `step` apart.
+struct Axis {
+  int64_t size, memory, kernel, stride, padding, dilation, first, step, count;
+
+  // Where the patch of position i has its k-th entry; outside of the input there are zeros.
+  int64_t at(int64_t i, int64_t k) const { return (first + i * step) * stride - padding + k * dilation; }
+};
+
+// Mean and biased variance [C, K_h, K_w] of every entry of the patches of y [N, C, H, W], which may lie in memory in any
+// order: steps of `per_image` and `per_channel` numbers.
+template <class T>
+void patch_moments(const T* y, int64_t N, int64_t C, int64_t per_image, int64_t per_channel, const Axis& h,
+                   const Axis& w, T* mean, T* var, int threads) {
+  const double count = double(N) * h.count * w.count;
+  const int64_t work = N * C * h.kernel * w.kernel * h.count * w.count;
+#pragma omp parallel for num_threads(threads) if (work > SMALL)
+  for (int64_t c = 0; c < C; ++c) {
+    const T* channel = y + c * per_channel;
+    const double guess = *channel;  // keeps the variance beside a large mean
+    for (int64_t kh = 0; kh < h.kernel; ++kh) {
+      for (int64_t kw = 0; kw < w.kernel; ++kw) {
+        // the positions whose entry is inside
+        int64_t begin = 0, end = w.count;
+        while (begin < end && w.at(begin, kw) < 0) ++begin;
+        while (end > begin && w.at(end - 1, kw) >= w.size) --end;
+        const int64_t hop = w.step * w.stride * w.memory;
+        double sum = 0, square = 0, inside = 0;
+        for (int64_t i = 0; i < h.count; ++i) {
+          const int64_t row = h.at(i, kh);
+          if (row < 0 || row >= h.size || begin == end) continue;
+          for (int64_t n = 0; n < N; ++n) {
+            const T* entry = channel + n * per_image + row * h.memory + w.at(begin, kw) * w.memory;
+            for (int64_t j = begin; j < end; ++j, entry += hop) {
+              const double d = *entry - guess;
+              sum += d;
+              square += d * d;
+            }
+          }
+          inside += N * (end - begin);
+        }
+        const double zeros = count - inside;
+        const double rest = (sum - zeros * guess) / count, v = (square + zeros * guess * guess) / count - rest * rest;
+        const int64_t to = (c * h.kernel + kh) * w.kernel + kw;
+        mean[to] = T(guess + rest);
+        var[to] = T(v < 0 ? 0 : v);
+      }
+    }
+  }
+}
+
+// What weights make of the moments of patches: b + w . p, d . w^2 and w . w.
+template <class T>
+struct Response {
+  double along = 0, across = 0, length = 0;
+
+  Response(const T* row, const T* p, const T* d, int64_t F) {
+    for (int64_t start = 0; start < F; start += BLOCK) {
+      const int64_t end = start + BLOCK < F ? start + BLOCK : F;
+      T a = 0, q = 0, l = 0;
+#pragma omp simd reduction(+ : a, q, l)
+      for (int64_t f = start; f < end; ++f) {
+        const T w = row[f] * row[f];
+        a += row[f] * p[f];
+        q += w * d[f];
+        l += w;
+      }
+      along += a;
+      across += q;
+      length += l;
+    }
+  }
+};
+
+// What a carried window at theta, with p and d [G, F], is after a look: `Kernels.join`. Returns whether all is finite.
+template <class T>
+int join(const T* theta, const T* bias, const T* patch_mean, const T* patch_var, const T* table, const T* found_mean,
+         const T* found_var, const T* found_patch_mean, const T* found_patch_var, T* out, T* out_patch_mean,
+         T* out_patch_var, int64_t C, int64_t F, int64_t per_group, double share, double of_patches, double least_var,
+         double tiny, double least, int threads) {
+  const T floor = T(least), part = T(of_patches);
+  int finite = 1;
+#pragma omp parallel for reduction(&& : finite) num_threads(threads) if (C / per_group * F > SMALL)
+  for (int64_t g = 0; g < C / per_group; ++g) {
+    const T *p = patch_mean + g * F, *fp = found_patch_mean + g * F, *fd = found_patch_var + g * F;
+    const T* d = patch_var + g * F;
+    T *to_p = out_patch_mean + g * F, *to_d = out_patch_var + g * F;
+    double sum = 0;
+    for (int64_t f = 0; f < F; ++f) {
+      const T step = fp[f] - p[f];
+      to_p[f] = p[f] + part * step;
+      to_d[f] = fd[f] + (1 - part) * step * step;
+      sum += to_d[f];
+    }
+    const T at_least = T(least_var * sum / F + tiny);
+    for (int64_t f = 0; f < F; ++f) {
+      to_d[f] = d[f] + part * (to_d[f] + at_least - d[f]);
+      finite = finite && std::isfinite(to_p[f]) && std::isfinite(to_d[f]);
+    }
+  }
+#pragma omp parallel for reduction(&& : finite) num_threads(threads) if (C * F > SMALL)
+  for (int64_t c = 0; c < C; ++c) {
+    const int64_t group = c / per_group * F;
+    const Response<T> at(theta + c * F, out_patch_mean + group, out_patch_var + group, F);
+    const double mean = table[c], var = table[C + c], step = found_mean[c] - mean;
+    out[c] = T(mean + share * step);
+    out[C + c] = T(var + share * (found_var[c] - var) + share * (1 - share) * step * step);
+    out[2 * C + c] = T(at.along + (bias ? bias[c] : T(0)));
+    out[3 * C + c] = T(at.across) < floor ? floor : T(at.across);
+    out[4 * C + c] = T(at.length) < floor ? floor : T(at.length);
+    finite = finite && std::isfinite(out[c]) && std::isfinite(out[C + c]);
+  }
+  return finite;
+}
+
 // A carried window's statistics at other weights and, where `rows` is given, what folds the norm layer into them.
 // table [5, C]: mean, var, anchor, spread, square, or the first two alone without patches, which then stay as they are.
 // out [7, C]: the table at theta, the scale s and the shift beta + s (b - M); rows [C, F]: s theta. The running
@@ -60,22 +174,9 @@ void fold(const T* theta, const T* bias, const T* patch_mean, const T* patch_var
     T m = mean[c], v = var[c];
     if (patch_mean) {
       const T *p = patch_mean + (c / per_group) * F, *d = patch_var + (c / per_group) * F;
-      double along = b, across = 0, length = 0;
-      for (int64_t start = 0; start < F; start += BLOCK) {
-        const int64_t end = start + BLOCK < F ? start + BLOCK : F;
-        T a = 0, q = 0, l = 0;
-#pragma omp simd reduction(+ : a, q, l)
-        for (int64_t f = start; f < end; ++f) {
-          const T w = row[f] * row[f];
-          a += row[f] * p[f];
-          q += w * d[f];
-          l += w;
-        }
-        along += a;
-        across += q;
-        length += l;
-      }
-      const T a = T(along), q = T(across) < floor ? floor : T(across), l = T(length) < floor ? floor : T(length);
+      const Response<T> at(row, p, d, F);
+      const T a = T(at.along + b), q = T(at.across) < floor ? floor : T(at.across),
+              l = T(at.length) < floor ? floor : T(at.length);
       m = m + (a - anchor[c]) + (std::sqrt(l / square[c]) - 1) * (m - anchor[c]), v = v * (q / spread[c]);
       if (square[c] <= floor && l > floor) m = a, v = q;
       out[2 * C + c] = a, out[3 * C + c] = q, out[4 * C + c] = l;
@@ -132,6 +233,18 @@ void folded_gradient(const T* theta, const T* bias, const T* patch_mean, const T
 
 // one C function per template and type
 #define EXPORT(T, name)                                                                                             \
+  void cbn_patch_moments_##name(const T* y, const int64_t* layout, T* mean, T* var, int threads) {                  \
+    const Axis* axes = reinterpret_cast<const Axis*>(layout + 4);                                                   \
+    patch_moments(y, layout[0], layout[1], layout[2], layout[3], axes[0], axes[1], mean, var, threads);             \
+  }                                                                                                                 \
+  int cbn_join_##name(const T* theta, const T* bias, const T* patch_mean, const T* patch_var, const T* table,       \
+                      const T* found_mean, const T* found_var, const T* found_patch_mean, const T* found_patch_var, \
+                      T* out, T* out_patch_mean, T* out_patch_var, int64_t C, int64_t F, int64_t per_group,         \
+                      double share, double of_patches, double least_var, double tiny, double least, int threads) {  \
+    return join(theta, bias, patch_mean, patch_var, table, found_mean, found_var, found_patch_mean,                 \
+                found_patch_var, out, out_patch_mean, out_patch_var, C, F, per_group, share, of_patches, least_var, \
+                tiny, least, threads);                                                                              \
+  }                                                                                                                 \
   void cbn_statistics_##name(const T* x, T* mean, T* var, int64_t N, int64_t C, int64_t P, int threads) {           \
     statistics(x, mean, var, N, C, P, threads);                                                                     \
   }                                                                                                                 \
@@ -149,7 +262,7 @@ void folded_gradient(const T* theta, const T* bias, const T* patch_mean, const T
   }
 
 extern "C" {
-int cbn_version() { return 6; }  // to be raised with every change of a signature
+int cbn_version() { return 7; }  // to be raised with every change of a signature
 EXPORT(float, f32)
 EXPORT(double, f64)
 }

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from ..functional import NO_SQUARE, Affine, OptTensor, by_group, response, statistics_dtype
+from ..functional import NO_SQUARE, Affine, OptTensor, by_group, pooled, response, statistics_dtype
 
 if TYPE_CHECKING:
     from ..batch import RunningStatistics
     from ..carried import Carried
+    from ..distributed import JoinedMoments
 
     Running: TypeAlias = RunningStatistics | None
+    Share: TypeAlias = float | Tensor
 
 
 class Folded(NamedTuple):
@@ -25,6 +28,23 @@ class Folded(NamedTuple):
     rows: Tensor  # s θ [C, F], the weight
 
 
+class PatchAxis(NamedTuple):
+    """One axis of a conv and of its input, and the positions of the output that are looked at.
+
+    memory: how far apart neighbours lie. first, step, count: of the positions.
+    """
+
+    size: int
+    memory: int
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    first: int
+    step: int
+    count: int
+
+
 class Kernels:
     """x [N, C, ...] of any float dtype; weights [C, F] and what is per channel in float32 (float64 for float64 x)."""
 
@@ -32,6 +52,23 @@ class Kernels:
         """Mean and biased variance [C]."""
         var, mean = torch.var_mean(x.to(statistics_dtype(x)), [0, *range(2, x.dim())], correction=0)
         return mean, var
+
+    def patch_moments(self, y: Tensor, axes: Sequence[PatchAxis]) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance of every entry of some patches of y [N, C, ...], flat; None where no pass is for it."""
+        return None
+
+    def join(
+        self, state: Carried, theta: Tensor, bias: OptTensor, found: JoinedMoments, shares: tuple[Share, Share]
+    ) -> tuple[Carried, Tensor | bool]:
+        """What a window at θ [C, F] and b is after a look, and whether that is finite.
+
+        shares: those of what was found of the batch and of its patches; a float, or a tensor on the device.
+        """
+        share, of_patches = shares
+        assert found.patch_mean is not None
+        assert found.patch_var is not None
+        joined = state.with_patches(found.patch_mean, found.patch_var, of_patches, theta, bias)
+        return joined.of(*pooled(state.mean, state.var, found.mean, found.var, share)), found.finite
 
     def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
         """The table of `state` at θ [C, F] and b [C]; see `Carried.moved`."""
