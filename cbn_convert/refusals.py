@@ -21,7 +21,10 @@ def refuse_replica(module: nn.Module) -> None:
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises RuntimeError where a step of training is transformed, or recorded, which would repeat what it counts."""
-    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None and any(
+        t is not None and functorch.is_functorch_wrapped_tensor(t) for t in tensors
+    ):
         raise RuntimeError(
             "a converted layer cannot train under torch.func's transforms, such as grad or vmap; use torch.autograd, "
             "or put the norm layers into eval mode"

@@ -56,9 +56,10 @@ class Carried(NamedTuple):
         return self.table[1]
 
     def fits(self, channels: int, theta: Tensor | None) -> bool:
-        """Whether these are of a layer with so many channels and weights [C, F], as not where it was pruned since."""
-        width = None if theta is None or self.patch_mean is None else self.patch_mean.shape[1]
-        return self.table.shape[1] == channels and (theta is None or width in (None, theta.shape[1]))
+        """Whether these are of a layer with so many channels and weights [C, ...], as not where it was pruned since."""
+        if self.table.shape[1] != channels:
+            return False
+        return theta is None or self.patch_mean is None or self.patch_mean.shape[1] * channels == theta.numel()
 
     def moved(self, theta: Tensor | None, bias: Tensor | None) -> Carried:
         """The statistics at θ [C, F] and b [C]; may be differentiated with respect to both.
@@ -178,19 +179,21 @@ class CarriedWindow:
             patches = batch.patches(self.window.positions, turn)
         found = joined_moments(batch, patches, before, self.waiting)
         share = 1 - (1 - 1 / self.window.size) ** found.images
+        finite: Tensor | bool
         if found.patch_mean is not None and found.patch_var is not None and theta is not None:
             of_patches = (found.patch_mean, found.patch_var)
             if before.patch_mean is None:
                 # they serve this step already, so that here it has to be known whether they can be trusted
-                finite = found.finite
-                if type(finite) is Tensor and not finite:
+                trusted = found.finite
+                if type(trusted) is Tensor and not trusted:
                     return before
                 before, self.looks = before.with_patches(*of_patches, 1.0, theta, bias), 0
             first = 1 / (self.looks + 1)  # the mean of the first looks
             of_look = share.clamp_min(first) if isinstance(share, Tensor) else max(share, first)
             joined, finite = select(theta).join(before, theta, bias, found, (share, of_look))
         else:
-            joined, finite = before.of(*pooled(before.mean, before.var, found.mean, found.var, share)), found.finite
+            joined = before.of(*pooled(before.mean, before.var, found.mean, found.var, share))
+            finite = found.finite
         self.last = before
         if isinstance(finite, Tensor) and not is_known(finite):
             self.state = joined.where(finite, before)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ..refusals import qconfig
 from .batch import Batch, RunningStatistics
 from .carried import Carried, CarriedWindow
-from .functional import Affine, OptTensor, gradients
+from .functional import Affine, OptTensor, gradients, per_channel
 from .kernels import KERNELS, Folded, select
-from .producers import Convolution, LinearMap, Producer, as_function, as_rows, of_rows
+from .producers import Convolution, LinearMap, Producer, as_function, as_rows, is_transposed, of_rows
 
 if TYPE_CHECKING:
     from .source import Source
@@ -39,7 +39,7 @@ class FoldedLayer:
         apply: what it computes of its weight, its bias and its input.
         eps: as in BatchNorm.
         dtype: that of statistics.
-        last: whether F runs over input channels last, as weights do in memory with channels_last.
+        last: whether the weight lies in memory with its input channels last.
     """
 
     module: Producer
@@ -49,24 +49,25 @@ class FoldedLayer:
     last: bool = field(default=False, kw_only=True)
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """θ [C, F] and b in the dtype of statistics, laid out as the kernels need them."""
+        """θ [C, ...] and b in the dtype of statistics, laid out as the kernels need them."""
         rows = self._vector(self.as_rows(weight))
         assert rows is not None
         return rows, self._vector(bias)
 
     def as_rows(self, weight: Tensor) -> Tensor:
-        """A weight as [C, F], without a copy where it lies so in memory."""
-        return weight.movedim(1, -1).flatten(1) if self.last else as_rows(weight, self.module)
+        """A weight with output channels first, and the others as they lie in memory."""
+        if self.last:
+            return weight.movedim(1, -1)
+        return as_rows(weight, self.module) if is_transposed(self.module) else weight
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """The inverse of `as_rows`."""
-        if not self.last:
-            return of_rows(rows, self.module)
-        channels, *kernel = self.module.weight.shape[1:]
-        return rows.view(-1, *kernel, channels).movedim(-1, 1)
+        if self.last:
+            return rows.movedim(-1, 1)
+        return of_rows(rows, self.module) if is_transposed(self.module) else rows
 
     def ordered(self, state: Carried) -> Carried:
-        """p̄ and d in the order of F; windows keep them with input channels first."""
+        """p̄ and d in the order of the weight in memory; windows keep them with input channels first."""
         if not self.last or state.patch_mean is None or state.patch_var is None:
             return state
         channels = self.module.weight.shape[1]
@@ -166,7 +167,7 @@ class FoldedMap(torch.autograd.Function):
             if not step.recomputing:
                 step.window.write(step.running)
         else:
-            y = step.apply(input, step.of_rows(folded.rows).to(dtype), folded.shift.to(dtype))
+            y = step.apply(input, step.of_rows(folded.weight).to(dtype), folded.shift.to(dtype))
         kept, ctx.activation = (input, "") if step.made_of is None else step.made_of
         ctx.save_for_backward(kept, weight, bias, gamma, beta, folded.scale, *folded.state)
         step.made_of = step.patches_of = None
@@ -186,7 +187,7 @@ class FoldedMap(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)
-        rows = step.of_rows(theta * scale[:, None]).to(input.dtype)
+        rows = step.of_rows(theta * per_channel(scale, theta)).to(input.dtype)
         g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, ctx.needs_input_grad[0], scale.dtype)
         g_rows = step.as_rows(g_folded).to(scale.dtype)
         affine = step.affine(gamma, None)
@@ -215,7 +216,7 @@ def plainly_folded(
 ) -> Tensor:
     """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes."""
     folded = KERNELS["plain"].fold(layer.ordered(state), *layer.rows(weight, bias), layer.affine(gamma, beta))
-    return layer.apply(input, layer.of_rows(folded.rows).to(input.dtype), folded.shift.to(input.dtype))
+    return layer.apply(input, layer.of_rows(folded.weight).to(input.dtype), folded.shift.to(input.dtype))
 
 
 class FoldingMixin(nn.Module):

@@ -35,6 +35,11 @@ def by_group(t: Tensor, groups: int) -> Tensor:
     return t.view(groups, -1, *t.shape[1:])
 
 
+def per_channel(values: Tensor, of: Tensor, axis: int = 0) -> Tensor:
+    """Views [C] so that it broadcasts along an axis of a tensor."""
+    return values.view(*[1] * axis, -1, *[1] * (of.dim() - axis - 1))
+
+
 def is_known(condition: Tensor) -> bool:
     """Whether a condition can be looked at without waiting for a device: not on one, and no FakeTensor."""
     return condition.is_cpu and type(condition) is Tensor

@@ -219,16 +219,18 @@ class CrossIterationMixin(_BatchNorm):
         """Whether anybody else has written to the running statistics since this layer left them."""
         if self._left is None:
             return True
-        mean, var, writes = self._found()
-        return not (self._left[0] is mean and self._left[1] is var and self._left[2] == writes)
+        left, found = self._left, self._found()
+        return not (left[0] is found[0] and left[1] is found[1] and left[2:] == found[2:])
 
     def _leave(self) -> None:
         """Notes the running statistics as this layer leaves them."""
         self._left = self._found()
 
-    def _found(self) -> tuple[Tensor | None, Tensor | None, Any]:
+    def _found(self) -> tuple[Tensor | None, Tensor | None, int | None, int | None]:
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-        return mean, var, None if mean is None or var is None else (writes_to(mean), writes_to(var))
+        if mean is None or var is None:
+            return mean, var, None, None
+        return mean, var, writes_to(mean), writes_to(var)
 
     def history_tensors(self) -> list[Tensor]:
         """The tensors that hold the past, to account for their memory."""

@@ -48,8 +48,9 @@ class InputPatches:
         turn: int = 0,
     ) -> None:
         self.module, self.dtype, self.at_most, self.out_size = module, dtype, at_most, tuple(out_size)
+        self.padding: tuple[int, ...] = ()
         if is_linear(module):
-            self.given, self.padding = y.reshape(-1, fan_in(module)), ()
+            self.given = y.reshape(-1, fan_in(module))
             self.grid = _grid([len(self.given)], 1, at_most, turn)
             self.positions = len(range(*self.grid[0].indices(len(self.given))))
             return

@@ -192,6 +192,7 @@ def padded_input(conv: Conv, y: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return y, per_axis(conv, "padding")
 
 
+_convolution_backward = torch.ops.aten.convolution_backward.default
 _Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
@@ -224,13 +225,14 @@ class Convolution(NamedTuple):
 
     def __call__(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Applies a weight of the conv's shape and a bias [C] to y [N, C_in, ...]."""
-        x: Tensor = torch.ops.aten.convolution(y, weight, bias, *self)
-        return x
+        return torch.convolution(y, weight, bias, *self)
 
     def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool, dtype: torch.dtype) -> _Gradients:
         """∂L/∂y (if wanted), ∂L/∂W and, in a dtype of its own, ∂L/∂b from ∂L/∂x."""
-        found = torch.ops.aten.convolution_backward(g, y, weight, None, *self, [of_input, True, False])
-        return found[0], found[1], g.sum([0, *range(2, g.dim())], dtype=dtype)
+        # the operator sums for the bias in g's dtype
+        own, sizes = g.dtype == dtype, [g.shape[1]]
+        found = _convolution_backward(g, y, weight, sizes, *self, [of_input, True, own])
+        return found[0], found[1], found[2] if own else g.sum([0, *range(2, g.dim())], dtype=dtype)
 
     def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """x·scale + shift per channel, in place where x has their dtype."""

@@ -155,8 +155,9 @@ class Source(OfNorm):
             norm.begin_training()
         if not isinstance(self.state, CarriedWindow) or "parametrizations" in module._modules:
             return False
-        if not all({"weight", "bias"} <= m._parameters.keys() for m in (module, norm)):
-            return False  # as where somebody keeps them elsewhere, in one flat parameter
+        for m in (module, norm):
+            if "weight" not in m._parameters or "bias" not in m._parameters:
+                return False  # as where somebody keeps them elsewhere, in one flat parameter
         return not (is_watched(module) or is_watched(norm) or _any_module_is_watched())
 
     def passes_by(self) -> None:

@@ -195,4 +195,9 @@ def _nearly_equal(copy: Tensor, original: Tensor) -> bool:
 
 def writes_to(t: Tensor) -> int | None:
     """How often the tensor, or what it is a view of, was written to; None where nobody counts."""
-    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return t._version
+    except RuntimeError:  # made in inference mode
+        return None

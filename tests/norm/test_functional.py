@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cbn_convert.norm import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d
-from cbn_convert.norm.kernels import batch_statistics
+from cbn_convert.norm.kernels import batch_statistics, forced
 from cbn_convert.norm.moments import InputPatches
 from cbn_convert.norm.producers import of_rows
 
@@ -227,21 +228,33 @@ PATCHES = [
 ]
 
 
-@pytest.mark.parametrize("at_most", [None, 9])
+ORDERS = {
+    "dense": lambda y: y,
+    "channels last": lambda y: y.movedim(1, -1).contiguous().movedim(-1, 1),
+    "a part": lambda y: torch.stack([y, y + 1], -1).repeat(1, 2, *[1] * (y.dim() - 1))[:, :4, ..., 0],
+}
+
+
+@pytest.mark.parametrize("kernels", ["plain", "compiled"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("at_most", "turn"), [(None, 1), *((9, turn) for turn in range(9))])
 @pytest.mark.parametrize("layer", PATCHES, ids=str)
 @torch.no_grad()
-def test_mean_and_variance_of_every_entry_of_the_patches(layer: nn.Module, at_most: int | None) -> None:
+def test_mean_and_variance_of_every_entry_of_the_patches(
+    layer: nn.Module, at_most: int | None, turn: int, order: str, kernels: str
+) -> None:
     """Oracle: with one weight at 1 and all others at 0, the layer's output is that entry of the patches."""
     layer = copy.deepcopy(layer).double()
     size = [] if isinstance(layer, nn.Linear) else [11, 10, 9][: layer.weight.dim() - 2]
-    y = torch.randn(24 if isinstance(layer, nn.Linear) else 2, 4, *size, dtype=torch.float64) + 100
+    y = ORDERS[order](torch.randn(24 if isinstance(layer, nn.Linear) else 2, 4, *size, dtype=torch.float64) + 100)
     x = layer(y)
-    patches = InputPatches(layer, y, x.shape[2:], torch.float64, at_most, 1)
-    mean, var = patches.mean_and_var()
+    patches = InputPatches(layer, y, x.shape[2:], torch.float64, at_most, turn)
+    with forced(kernels) if kernels == "plain" else nullcontext():
+        mean, var = patches.mean_and_var()
     groups, entries = mean.shape
     if layer.bias is not None:
         layer.bias.zero_()
-    for entry in range(entries):
+    for entry in range(turn % 3, entries, 3 if at_most else 1):
         rows = torch.zeros(8, entries, dtype=torch.float64)
         rows[:, entry] = 1
         layer.weight.copy_(of_rows(rows, layer))

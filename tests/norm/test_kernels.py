@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationBatchNormAct2d
 from cbn_convert.norm.carried import Carried
+from cbn_convert.norm.distributed import JoinedMoments
 from cbn_convert.norm.functional import Affine
 from cbn_convert.norm.kernels import KERNELS, forced, gpu, select
 
@@ -235,7 +236,7 @@ def test_statistics_at_other_weights(name, dtype, groups, width, bias) -> None:
     close(folded.state.table, found, 1e-12)
     scale = torch.rsqrt(found[1].double() + 1e-3) * (gamma.double() if bias else 1)
     close(folded.scale, scale, 1e-5 if dtype == torch.float32 else 1e-12)
-    close(folded.rows, scale[:, None] * theta.double(), 1e-5 if dtype == torch.float32 else 1e-12)
+    close(folded.weight, scale[:, None] * theta.double(), 1e-5 if dtype == torch.float32 else 1e-12)
     shift = scale * (b.double() - found[0].double()) + beta.double() if bias else -scale * found[0].double()
     close(folded.shift, shift, 1e-5 if dtype == torch.float32 else 1e-12)
     then, now, p, d = (t.double() for t in (start, theta, patch_mean, patch_var))
@@ -254,6 +255,55 @@ def test_statistics_at_other_weights(name, dtype, groups, width, bias) -> None:
         for got, expected in zip(found, (M, S, anchors[1], spreads[1], squares[1]), strict=True):
             error = (got[c].double() - expected).abs()
             assert error <= (1e-4 if dtype == torch.float32 else 1e-10) * torch.maximum(size, expected.abs())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("groups", "width"), [(1, 33), (1, 5000), (4, 7), (8, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_a_look_adds(name, dtype, groups, width, bias) -> None:
+    """Oracle: float64, moments of mixtures of the past and what was found; the variance of an entry has a least one."""
+    theta, b = torch.randn(8, width, dtype=dtype), torch.randn(8, dtype=dtype)
+    theta[2] = 0
+    mean, new_mean = 3 * torch.randn(2, 8, dtype=dtype)
+    var, new_var = torch.rand(2, 8, dtype=dtype) + 0.1
+    p, new_p = torch.randn(2, groups, width, dtype=dtype)
+    d, new_d = torch.rand(2, groups, width, dtype=dtype)
+    given, share, of_patches = b if bias else None, 0.01, 0.25
+    before = Carried(torch.stack([mean, var]), p, d).placed(mean, var, theta, given)
+    kept = [t.clone() for t in before]
+    found = JoinedMoments(new_mean, new_var, 2, new_p, new_d)
+    after, finite = KERNELS[name].join(before, theta, given, found, (share, of_patches))
+    assert finite
+    assert all(torch.equal(t, u) for t, u in zip(before, kept, strict=True))  # others keep it
+
+    w, b, mean, new_mean, var, new_var, p, new_p, d, new_d = (
+        t.double() for t in (theta, b, mean, new_mean, var, new_var, p, new_p, d, new_d)
+    )
+    P = p + of_patches * (new_p - p)
+    own = new_d + (1 - of_patches) * (new_p - p).square()
+    own = own + 0.05 * own.mean(1, keepdim=True) + 1e-12
+    D = (1 - of_patches) * d + of_patches * own
+    M = (1 - share) * mean + share * new_mean
+    S = (1 - share) * (var + mean.square()) + share * (new_var + new_mean.square()) - M.square()
+    rows_p, rows_d = (t.repeat_interleave(8 // groups, 0) for t in (P, D))
+    anchor = (w * rows_p).sum(1) + (b if bias else 0)
+    spread, square = ((w.square() * t).sum(1).clamp_min(1e-24) for t in (rows_d, torch.ones_like(w)))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for got, want in zip([*after.table, *after[1:]], [M, S, anchor, spread, square, P, D], strict=True):
+        close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("of", ["mean", "var", "patch_mean", "patch_var"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_look_at_what_is_not_finite_is_told(name: str, of: str, value: float) -> None:
+    theta, mean, var = torch.randn(4, 9), torch.randn(4), torch.rand(4)
+    state = Carried(torch.stack([mean, var]), torch.randn(1, 9), torch.rand(1, 9)).placed(mean, var, theta, None)
+    found = JoinedMoments(torch.randn(4), torch.rand(4), 2, torch.randn(1, 9), torch.rand(1, 9))
+    getattr(found, of).view(-1)[-1] = value
+    _, finite = KERNELS[name].join(state, theta, None, found, (0.01, 0.25))
+    assert not finite
 
 
 RINGS = [{"window": 4, "moments_positions": 40}, {"window": 4, "gradient": "straight_through"}]

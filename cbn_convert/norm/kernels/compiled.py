@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import struct
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
     from .direct import Both
     from .plain import Share
 
-_ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, count=1)
+_ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, positions=1)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 7  # of the signatures, as in passes.cpp
-_p, _n, _d, _i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-_SIGNATURES = {
-    "patch_moments": [_p] * 4 + [_i],
-    "join": [_p] * 12 + [_n] * 3 + [_d] * 5 + [_i],
-    "statistics": [_p] * 3 + [_n] * 3 + [_i],
-    "fold": [_p] * 11 + [_n] * 3 + [_d] * 2 + [_i],
-    "folded_gradient": [_p] * 9 + [_n] * 3 + [_d] * 2 + [_i],
+_VERSION = 7  # of what the functions take, as in passes.cpp
+# addresses, sizes and numbers, as they lie side by side
+_ARGUMENTS = {
+    "statistics": struct.Struct("3Q4q").pack,
+    "patch_moments": struct.Struct("3Q23q").pack,
+    "join": struct.Struct("12Q3q5dq").pack,
+    "fold": struct.Struct("11Q3q2dq").pack,
+    "folded_gradient": struct.Struct("9Q3q2dq").pack,
 }
 
 
@@ -51,10 +52,10 @@ def _load() -> dict[tuple[str, torch.dtype], Callable[..., int]]:
     except (OSError, AttributeError):  # not built; for another machine; from another version of passes.cpp
         return {}
     functions = {}
-    for name, arguments in _SIGNATURES.items():
+    for name in _ARGUMENTS:
         for dtype, suffix in _DTYPES.items():
             function = getattr(library, f"cbn_{name}_{suffix}")
-            function.argtypes, function.restype = arguments, _i if name == "join" else None
+            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int if name == "join" else None
             functions[name, dtype] = function
     return functions
 
@@ -76,7 +77,7 @@ class Compiled(Direct):
         n, c = xs.shape[:2]
         mean, var = xs.new_empty(2, c).unbind()
         positions = xs.numel() // (n * c) if n else 0
-        _functions["statistics", xs.dtype](*_addresses(xs, mean, var), n, c, positions, torch.get_num_threads())
+        _call("statistics", xs, (xs, mean, var), n, c, positions)
         return mean, var
 
     def patch_moments(self, y: Tensor, axes: Sequence[PatchAxis]) -> tuple[Tensor, Tensor] | None:
@@ -84,64 +85,57 @@ class Compiled(Direct):
         if y.dtype not in _DTYPES or len(axes) > 2:
             return None
         both = (_ONE, *axes)[-2:]
-        layout = (_n * (4 + 2 * len(_ONE)))(*y.shape[:2], *y.stride()[:2], *both[0], *both[1])
         mean, var = y.new_empty(2, y.shape[1] * both[0].kernel * both[1].kernel).unbind()
-        threads = torch.get_num_threads()
-        _functions["patch_moments", y.dtype](y.data_ptr(), layout, mean.data_ptr(), var.data_ptr(), threads)
+        _call("patch_moments", y, (y, mean, var), *y.shape[:2], *y.stride()[:2], *both[0], *both[1])
         return mean, var
 
     def join(
         self, state: Carried, theta: Tensor, bias: OptTensor, found: JoinedMoments, shares: tuple[Share, Share]
     ) -> tuple[Carried, Tensor | bool]:
         """See `Kernels`."""
-        (table, *patches), (mean, var, _, *of_patches) = state, found
-        rows = (*patches, *of_patches)
-        if (
-            not all(isinstance(share, float) for share in shares)
-            or not fit(state, theta, bias, mean, var)
-            or not all(t is not None and is_dense(t) and t.dtype == theta.dtype for t in rows)
-        ):
+        (table, *patches), (mean, var, _, *of_patches), (share, patch_share) = state, found, shares
+        if isinstance(share, Tensor) or isinstance(patch_share, Tensor) or not fit(state, theta, bias, mean, var):
             return super().join(state, theta, bias, found, shares)
-        out = theta.new_empty(5, len(theta))
-        patch_mean, patch_var = theta.new_empty(2, *of_patches[0].shape).unbind()
-        finite = _call(
-            "join", state, theta, (*shares, LEAST_VARIANCE, TINY),
-            bias, *patches, table, mean, var, *of_patches, out, patch_mean, patch_var,
-        )  # fmt: skip
+        if not all(t is not None and is_dense(t) and t.dtype == theta.dtype for t in (*patches, *of_patches)):
+            return super().join(state, theta, bias, found, shares)
+        sizes = channels, width, per_group = _sizes(state, theta)
+        out, both = theta.new_empty(5, channels), theta.new_empty(2, channels // per_group, width)
+        patch_mean, patch_var = both.unbind()
+        tensors = (theta, bias, *patches, table, mean, var, *of_patches, out, patch_mean, patch_var)
+        finite = _call("join", theta, tensors, *sizes, share, patch_share, LEAST_VARIANCE, TINY, NO_SQUARE)
         return state._replace(table=out, patch_mean=patch_mean, patch_var=patch_var), bool(finite)
 
     def write_fold(
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor, running: Both | None
     ) -> Tensor:
         """See `Direct`."""
-        out = theta.new_empty(7, len(theta))
+        out = theta.new_empty(7, theta.shape[0])
         table, patch_mean, patch_var = state
-        _call(
-            "fold", state, theta, (affine.eps,),
-            bias, patch_mean, patch_var, table, *affine[:2], out, rows, *(running or (None, None)),
-        )  # fmt: skip
+        gamma, beta, eps = affine
+        running_mean, running_var = running or (None, None)
+        tensors = (theta, bias, patch_mean, patch_var, table, gamma, beta, out, rows, running_mean, running_var)
+        _call("fold", theta, tensors, *_sizes(state, theta), eps, NO_SQUARE)
         return out
 
     def write_gradient(
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, g: Tensor, g_shift: Tensor
     ) -> Tensor:
         """See `Direct`."""
-        g_gamma = theta.new_empty(len(theta))
+        g_gamma = theta.new_empty(theta.shape[0])
         table, patch_mean, patch_var = state
-        _call(
-            "folded_gradient", state, theta, (affine.eps,),
-            bias, patch_mean, patch_var, table, affine.gamma, g, g_shift, g_gamma,
-        )  # fmt: skip
+        tensors = (theta, bias, patch_mean, patch_var, table, affine.gamma, g, g_shift, g_gamma)
+        _call("folded_gradient", theta, tensors, *_sizes(state, theta), affine.eps, NO_SQUARE)
         return g_gamma
 
 
-def _call(name: str, state: Carried, theta: Tensor, numbers: tuple[float, ...], *others: Tensor | None) -> int | None:
-    """A function of the library, on θ [C, F] and what it takes beside."""
-    (channels, width), groups = theta.shape, 1 if state.patch_mean is None else len(state.patch_mean)
-    return _functions[name, theta.dtype](
-        *_addresses(theta, *others), channels, width, channels // groups, *numbers, NO_SQUARE, torch.get_num_threads()
-    )
+def _call(name: str, like: Tensor, tensors: tuple[OptTensor, ...], *numbers: float) -> int | None:
+    """A function of the library, in the dtype of a tensor."""
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    result: int | None = _functions[name, like.dtype](_ARGUMENTS[name](*addresses, *numbers, torch.get_num_threads()))
+    return result
 
 
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if t is None else t.data_ptr() for t in tensors]
+def _sizes(state: Carried, theta: Tensor) -> tuple[int, int, int]:
+    """C, F and how many channels share their patches."""
+    channels, patch_mean = theta.shape[0], state.patch_mean
+    return channels, theta.numel() // channels, channels if patch_mean is None else channels // patch_mean.shape[0]

@@ -49,7 +49,7 @@ class Direct(Kernels):
         out = self.write_fold(state, theta, bias, affine, rows, written)
         if running is not None and written is None:
             running.write(out[0], out[1])
-        at = state if state.patch_mean is None else state._replace(table=out[:5])
+        at = state if state.patch_mean is None else type(state)(out[:5], state.patch_mean, state.patch_var)
         return Folded(at, out[5], out[6], rows)
 
     def folded_gradient(
@@ -72,13 +72,12 @@ def is_dense(t: Tensor) -> bool:
 
 
 def fit(state: Carried, theta: Tensor, *vectors: Tensor | None) -> bool:
-    """Whether all are of θ [C, F]'s size, dtype and device, and dense."""
-    (channels, width), (table, patch_mean, _) = theta.shape, state
-    if patch_mean is not None and patch_mean.shape[1] != width:
+    """Whether all are of θ [C, ...]'s size, dtype and device, and dense."""
+    channels, (table, patch_mean, _) = theta.shape[0], state
+    if patch_mean is not None and patch_mean.shape[1] * channels != theta.numel():
         return False
+    dtype, device = theta.dtype, theta.device
     for t in (table, *vectors):
-        if t is not None and not (
-            t.shape[-1] == channels and t.dtype == theta.dtype and t.device == theta.device and is_dense(t)
-        ):
+        if t is not None and (t.shape[-1] != channels or t.dtype is not dtype or t.device != device or not is_dense(t)):
             return False
     return True

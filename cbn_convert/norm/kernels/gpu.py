@@ -78,8 +78,9 @@ class OnGpu(Direct):
 
 
 def _launch(kernel: Any, theta: Tensor, others: tuple[OptTensor, ...], patch_mean: OptTensor, eps: float) -> None:
-    """A program for each row of θ [C, F]."""
-    (channels, width), groups = theta.shape, 1 if patch_mean is None else len(patch_mean)
+    """A program for each row of θ [C, ...]."""
+    channels, groups = theta.shape[0], 1 if patch_mean is None else len(patch_mean)
+    width = theta.numel() // channels
     block = min(LONGEST_BLOCK, 1 << (width - 1).bit_length())
     # Triton launches on the current device, whatever tensors are on
     with torch.cuda.device(theta.device) if theta.is_cuda else nullcontext():

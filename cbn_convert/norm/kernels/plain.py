@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from ..functional import NO_SQUARE, Affine, OptTensor, by_group, pooled, response, statistics_dtype
+from ..functional import NO_SQUARE, Affine, OptTensor, by_group, per_channel, pooled, response, statistics_dtype
 
 if TYPE_CHECKING:
     from ..batch import RunningStatistics
@@ -25,13 +25,13 @@ class Folded(NamedTuple):
     state: Carried  # at the weights that this was made of
     scale: Tensor  # s [C]
     shift: Tensor  # β + s (b - M) [C], the bias
-    rows: Tensor  # s θ [C, F], the weight
+    weight: Tensor  # s θ [C, ...]
 
 
 class PatchAxis(NamedTuple):
     """One axis of a conv and of its input, and the positions of the output that are looked at.
 
-    memory: how far apart neighbours lie. first, step, count: of the positions.
+    memory: how far apart neighbours lie. first, step: of the positions.
     """
 
     size: int
@@ -42,11 +42,14 @@ class PatchAxis(NamedTuple):
     dilation: int
     first: int
     step: int
-    count: int
+    positions: int
 
 
 class Kernels:
-    """x [N, C, ...] of any float dtype; weights [C, F] and what is per channel in float32 (float64 for float64 x)."""
+    """x [N, C, ...] of any float dtype; θ [C, ...] and what is per channel in float32 (float64 for float64 x).
+
+    The F weights of a channel may have any shape; p̄ and d [G, F] have one axis for all.
+    """
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance [C]."""
@@ -71,7 +74,8 @@ class Kernels:
         return joined.of(*pooled(state.mean, state.var, found.mean, found.var, share)), found.finite
 
     def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
-        """The table of `state` at θ [C, F] and b [C]; see `Carried.moved`."""
+        """The table of `state` at θ [C, ...] and b [C]; see `Carried.moved`."""
+        theta = theta.flatten(1)
         mean, var, anchor_then, spread_then, square_then = state.table.unbind()
         patch_mean, patch_var = cast(tuple[Tensor, Tensor], state[1:])
         squares, anchor = theta.square(), response(patch_mean, theta, bias)
@@ -84,7 +88,7 @@ class Kernels:
         return torch.stack([mean, var, anchor, spread, square])
 
     def fold(self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None) -> Folded:
-        """`state` at θ [C, F] and b [C], and what normalises by it. M and S are written to `running`."""
+        """`state` at θ [C, ...] and b [C], and what normalises by it. M and S are written to `running`."""
         if state.patch_mean is not None:
             state = state._replace(table=self.move(state, theta, bias))
         if running is not None:
@@ -93,12 +97,12 @@ class Kernels:
         scale = torch.rsqrt(state.var + eps)
         scale = scale if gamma is None else scale * gamma
         shift = -scale * (state.mean if bias is None else state.mean - bias)
-        return Folded(state, scale, shift if beta is None else shift + beta, theta * scale[:, None])
+        return Folded(state, scale, shift if beta is None else shift + beta, per_channel(scale, theta) * theta)
 
     def folded_gradient(
         self, state: Carried, theta: Tensor, bias: Tensor | None, affine: Affine, g: Tensor, g_shift: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """∂L/∂θ [C, F] and ∂L/∂γ [C], from g, the gradient of the rows s θ, which may be overwritten, and that of β.
+        """∂L/∂θ [C, ...] and ∂L/∂γ [C], from g, the gradient of the rows s θ, which may be overwritten, and that of β.
 
         With t = θ·g + (b - M) g_shift, g_M = -s g_shift and g_S = -½ s t / (S + eps):
         ∂L/∂θ = s g + g_M (p̄ + (M - θ·p̄ - b) θ / |θ|²) + 2 g_S S d θ / q. Without patches, M and S are fixed.
@@ -106,6 +110,7 @@ class Kernels:
         inv_std = torch.rsqrt(state.var + affine.eps)
         scale = inv_std if affine.gamma is None else inv_std * affine.gamma
         away = -state.mean if bias is None else bias - state.mean
+        shape, theta, g = theta.shape, theta.flatten(1), g.flatten(1)
         t = torch.linalg.vecdot(theta, g) + g_shift * away
         g_theta = g * scale[:, None]
         if state.patch_mean is not None and state.patch_var is not None:
@@ -118,4 +123,4 @@ class Kernels:
             rows += by_group(along_length[:, None] * theta, groups)
             rows += by_group(along_spread[:, None] * theta, groups) * state.patch_var[:, None]
             rows.baddbmm_(by_group(g_mean, groups)[:, :, None], state.patch_mean[:, None])
-        return g_theta, t * inv_std
+        return g_theta.view(shape), t * inv_std
