@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 
 INTEGRATIONS := .venv-integrations
 
-.PHONY: test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
+.PHONY: docs package test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -40,6 +40,23 @@ third-party: $(INTEGRATIONS)/.installed
 # on a machine with a GPU: the kernels compiled instead of interpreted, and the layer on CUDA
 test-gpu: $(STAMP)
 	$(PY) -m pytest tests/norm
+
+# source archive and wheel in build/dist, and the wheel tried in another environment and folder; it shares torch
+WHEEL := build/wheel-environment
+package: $(STAMP)
+	$(PY) -m pip install --quiet build
+	rm -rf build/dist
+	$(PY) -m build --outdir build/dist
+	python3 -m venv --clear $(WHEEL)
+	$(PY) -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$($(WHEEL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(WHEEL)/bin/python -m pip install --quiet --no-deps build/dist/*.whl
+	cd build && wheel-environment/bin/python ../tests/installed.py
+
+# README, docs/, docstrings and --help as a site, in build/site; every link in it leads somewhere, or this fails
+docs: $(STAMP)
+	$(PY) -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 demo: $(STAMP)
 	$(VENV)/bin/cbn demo -o demo --overwrite

@@ -1,4 +1,4 @@
-"""python benchmarks/readme.py: writes tables of README.md, docs/experiments.md and docs/performance.md."""
+"""python benchmarks/readme.py: writes tables of README.md and of docs/start.md, experiments.md and performance.md."""
 
 from __future__ import annotations
 
@@ -241,6 +241,11 @@ def speed() -> dict[str, str]:
         main.append(
             f"| {arch}, batch {batch}, {size} px | {row['bn']['step']:.0f} | {' | '.join(ratios)} | {inference} |"
         )
+    short = ["| | CBN: time | memory | frozen BN: time | memory |", "|---|---|---|---|---|"]
+    for arch, batch, size in SHOWN:
+        row = steps[arch, batch, size]
+        cells = [text for c in ("cbn", "frozen") for text in (_over_bn(row[c]), f"{row[c]['kept_over_bn']:.2f}")]
+        short.append(f"| {arch}, {batch} of {size} px | {' | '.join(cells)} |")
     every = [
         "| | norm | step [ms] | over BN | forward | backward | optimizer | memory [MB] | history [MB] | kept [MB] "
         "| over BN |",
@@ -254,9 +259,14 @@ def speed() -> dict[str, str]:
                 f"| {where} | {BENCH[name]} | {r['step']:.1f} | {_over_bn(r)} | {times} | {r['memory']:.0f} | "
                 f"{r['history']:.1f} | {r['kept']:.1f} | {r['kept_over_bn']:.2f} |"
             )
-    return {"speed": "\n".join([*main, "", source]), "speed-all": "\n".join([*every, "", source])}
+    tables = {"cost": short, "speed": main, "speed-all": every}
+    return {name: "\n".join([*lines, "", source]) for name, lines in tables.items()}
 
 
+SHOWN = [
+    ("resnet50", 2, 224), ("resnet50", 2, 512), ("mobilenetv2_100", 2, 224), ("mobilenetv2_100", 2, 512),
+    ("mobilenetv2_035", 2, 96),
+]  # fmt: skip
 BENCH = {
     "bn": "BN", "frozen": "frozen BN", "cbn": "CBN (default)", "cbn-paper": "CBN, the paper's settings",
     "cbn-unfolded": "CBN, not folded", "tune": "frozen BN, folded (tune)", "gn": "GroupNorm",
@@ -324,15 +334,10 @@ def fill(path: Path, tables: dict[str, str]) -> None:
 if __name__ == "__main__":
     study = studies()
     performance = {**speed(), **limits()}
-    fill(
-        ROOT / "README.md",
-        {
-            "demo": demo(),
-            "speed": performance["speed"],
-        },
-    )
+    fill(ROOT / "README.md", {"cost": performance.pop("cost")})
+    fill(ROOT / "docs" / "start.md", {"demo": demo()})
     fill(
         ROOT / "docs" / "experiments.md",
         {**study, "from-scratch": from_scratch(), "carried": carried(), "resume": resume()},
     )
-    fill(ROOT / "docs" / "performance.md", {k: v for k, v in performance.items() if k != "speed"})
+    fill(ROOT / "docs" / "performance.md", performance)

@@ -150,13 +150,26 @@ def verdicts(studies: dict[str, Study]) -> str:
     return "\n".join(lines)
 
 
-def outcome(studies: dict[str, Study]) -> str:
+def headline(studies: dict[str, Study]) -> str:
+    """Their accuracies alone, for README."""
+    lines = ["| photos of | batch | CBN | best other norm | BN at 32 |", "|---|---|---|---|---|"]
+    for name, size, own, rival, reference in judged(studies):
+        cells = [
+            f"**{_shown(own)}**" if exceeds(own, rival) else _shown(own),
+            f"{_shown(rival)} ({LABELS[rival.norm]})",
+        ]
+        cells.append("" if reference is None else _shown(reference))
+        lines.append(f"| {REPORTED[name][0]} | {size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def outcome(studies: dict[str, Study], starts: tuple[str, ...] = ("pretrained", "random")) -> str:
     """How often CBN is ahead, in words; runs that are done over with recalibration and single seeds do not count."""
     settings = {name: REPORTED[name][2] for name in studies}
     every = [v for v in judged(studies) if "recalibrate" not in settings[v.name] and settings[v.name]["seeds"] > 1]
     said = []
-    for weights, is_new in (("pretrained", False), ("random", True)):
-        own = [v for v in every if (COMPARISONS[v.name][1] == "new") == is_new]
+    for weights in starts:
+        own = [v for v in every if (COMPARISONS[v.name][1] == "new") == (weights == "random")]
         large = [(v.own, v.reference) for v in own if v.reference is not None]
         said.append(
             f"From {weights} weights CBN is {_count([(v.own, v.rival) for v in own])} the best other\n"
@@ -273,7 +286,7 @@ def main() -> None:
     studies = read()
     runs = sum(len(study.results) for study in studies.values())
     shown = {name: studies[name] for name in HEADLINE}
-    readme = {"headline": verdicts(shown), "outcome": outcome(studies)}
+    readme = {"headline": headline(shown), "outcome": outcome(studies, ("pretrained",))}
     results = {
         "runs": f"{runs} runs in {len(studies)} comparisons.",
         "verdicts": verdicts(studies),
