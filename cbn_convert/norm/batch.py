@@ -48,7 +48,7 @@ class RunningStatistics:
     def begin_write(self) -> tuple[Tensor, Tensor] | None:
         """The buffers, to be written to by way of their memory, which counts as a write; None where nobody counts."""
         both = (self.mean, self.var)
-        if any(t.is_inference() for t in both):
+        if self.mean.is_inference() or self.var.is_inference():
             return None
         increment_version(both)
         return both

@@ -13,7 +13,7 @@ efficient_conv_bn_eval does; here they follow, and the gradient goes through the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ..refusals import qconfig
 from .batch import Batch, RunningStatistics
 from .carried import Carried, CarriedWindow
-from .functional import Affine, OptTensor, gradients, per_channel
+from .functional import Affine, OptTensor, cast, gradients, per_channel
 from .kernels import KERNELS, Folded, select
-from .producers import Convolution, LinearMap, Producer, as_function, as_rows, is_transposed, of_rows
+from .producers import Convolution, LinearMap, Producer, as_function, as_rows, of_rows
 
 if TYPE_CHECKING:
     from .source import Source
@@ -58,13 +58,13 @@ class FoldedLayer:
         """A weight with output channels first, and the others as they lie in memory."""
         if self.last:
             return weight.movedim(1, -1)
-        return as_rows(weight, self.module) if is_transposed(self.module) else weight
+        return as_rows(weight, self.module) if self.apply.transposed else weight
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """The inverse of `as_rows`."""
         if self.last:
             return rows.movedim(-1, 1)
-        return of_rows(rows, self.module) if is_transposed(self.module) else rows
+        return of_rows(rows, self.module) if self.apply.transposed else rows
 
     def ordered(self, state: Carried) -> Carried:
         """p̄ and d in the order of the weight in memory; windows keep them with input channels first."""
@@ -160,14 +160,14 @@ class FoldedMap(torch.autograd.Function):
         folded, dtype = step.begin(weight, bias, gamma, beta, len(input)), input.dtype
         if step.looks:
             # what the conv gives under θ itself is looked at, then scaled where it stands
-            x = step.apply(input, weight.to(dtype), None if bias is None else bias.to(dtype))
+            x = step.apply(input, cast(weight, dtype), None if bias is None else cast(bias, dtype))
             folded = folded._replace(state=step.look(x, weight, bias))  # known only now how statistics respond
             shift = folded.shift if bias is None else folded.shift - folded.scale * bias.to(step.dtype)
             y = step.apply.scaled(x, folded.scale, shift)
             if not step.recomputing:
                 step.window.write(step.running)
         else:
-            y = step.apply(input, step.of_rows(folded.weight).to(dtype), folded.shift.to(dtype))
+            y = step.apply(input, cast(step.of_rows(folded.weight), dtype), cast(folded.shift, dtype))
         kept, ctx.activation = (input, "") if step.made_of is None else step.made_of
         ctx.save_for_backward(kept, weight, bias, gamma, beta, folded.scale, *folded.state)
         step.made_of = step.patches_of = None
@@ -179,7 +179,8 @@ class FoldedMap(torch.autograd.Function):
         """See the class; with create_graph, by the formulas that have derivatives of their own."""
         (g,) = grads
         input, weight, bias, gamma, beta, scale, *saved = ctx.saved_tensors
-        step, state = cast(FoldedStep, ctx.step), Carried(*saved)
+        step: FoldedStep = ctx.step
+        state = Carried(*saved)
         if step.window.window.gradient != "full":
             state = Carried(state.table)
         if ctx.activation:
@@ -187,9 +188,9 @@ class FoldedMap(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)
-        rows = step.of_rows(theta * per_channel(scale, theta)).to(input.dtype)
+        rows = cast(step.of_rows(theta * per_channel(scale, theta)), input.dtype)
         g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, ctx.needs_input_grad[0], scale.dtype)
-        g_rows = step.as_rows(g_folded).to(scale.dtype)
+        g_rows = cast(step.as_rows(g_folded), scale.dtype)
         affine = step.affine(gamma, None)
         g_theta, g_gamma = select(theta).folded_gradient(step.ordered(state), theta, b, affine, g_rows, g_shift)
         g_bias = None
@@ -197,10 +198,10 @@ class FoldedMap(torch.autograd.Function):
             g_bias = (scale * g_shift).to(bias.dtype) if state.patch_mean is None else torch.zeros_like(bias)
         return (
             g_input,
-            step.of_rows(g_theta).to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            cast(step.of_rows(g_theta), weight.dtype) if ctx.needs_input_grad[1] else None,
             g_bias,
-            None if gamma is None else g_gamma.to(gamma.dtype),
-            None if beta is None else g_shift.to(beta.dtype),
+            None if gamma is None else cast(g_gamma, gamma.dtype),
+            None if beta is None else cast(g_shift, beta.dtype),
             None,
         )
 
@@ -228,7 +229,8 @@ class FoldingMixin(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class does, and normalised where `Source.folds` says so."""
         # the class is given back where the norm is gone
-        plain, source = self.folded_class, cast("Source | None", self.__dict__.get("folds_into"))
+        plain = self.folded_class
+        source: Source | None = self.__dict__.get("folds_into")
         given = [*args, *kwargs.values()]
         if source is not None:
             if source.folds(self, given[0]):

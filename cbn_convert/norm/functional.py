@@ -30,6 +30,11 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; `Tensor.to` where it has it already costs as much as an addition."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
 def by_group(t: Tensor, groups: int) -> Tensor:
     """Views [C, ...] as [G, C/G, ...]."""
     return t.view(groups, -1, *t.shape[1:])

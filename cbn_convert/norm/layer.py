@@ -224,7 +224,7 @@ class CrossIterationMixin(_BatchNorm):
 
     def _leave(self) -> None:
         """Notes the running statistics as this layer leaves them."""
-        self._left = self._found()
+        self.__dict__["_left"] = self._found()  # modules set attributes the long way
 
     def _found(self) -> tuple[Tensor | None, Tensor | None, int | None, int | None]:
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
@@ -340,7 +340,7 @@ class CrossIterationMixin(_BatchNorm):
         return source.tap.take_folded(x) or (recomputing and source.state.last_folded)
 
     def _count(self, finite: Tensor | None, counts: bool = True) -> None:
-        self.iteration += 1
+        self.__dict__["iteration"] += 1
         batches = self._buffers["num_batches_tracked"]
         if batches is not None and counts:
             batches.add_(1 if finite is None else finite)

@@ -224,7 +224,8 @@ class _Trainer:
                 break
             if self.config.save_every and self.step % self.config.save_every == 0 and self.evaluated != self.step:
                 self._save()
-            self.learner.wrapped.train()
+            if self.evaluated == self.step:
+                self.learner.wrapped.train()
             started = time.perf_counter()
 
     def _record(self) -> None:

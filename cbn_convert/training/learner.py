@@ -58,6 +58,7 @@ class Learner:
             if config.on_nan == "skip" and isinstance(m, _NormBase) and not isinstance(m, CrossIterationMixin)
             for b in (m.running_mean, m.running_var) if b is not None
         ]  # fmt: skip
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.totals = Totals(self.device, ranks)
         self.updates = 0
 
@@ -115,9 +116,8 @@ class Learner:
 
     def step_unless_bad(self) -> Tensor:
         """Steps the optimizer, but not with a gradient that is not finite; whether that was so, on the device."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
         limit = self.config.clip_grad or math.inf
-        bad = ~torch.isfinite(self.accelerator.clip_grad_norm_(parameters, limit))
+        bad = ~torch.isfinite(self.accelerator.clip_grad_norm_(self.trained, limit))
         if (scaler := self.accelerator.scaler) is not None:
             # too large a loss scale is no fault, the scaler leaves the step out and lowers it; at 1 it is not too large
             bad = self.totals.loss_is_bad() | (bad & (scaler.scale(torch.ones_like(self.totals.bad_losses)) <= 1))
