@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from .settings import PLACE, Config, Data, given, read_values, require, resumed_
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cbn_convert import FinetuneResult
+    from cbn_convert import FinetuneConfig, FinetuneResult
     from cbn_convert.training.evaluation import Evaluation
 
 
@@ -71,6 +72,7 @@ def finetune(
             return
         result = run_finetune(wanted, resume=resume is not None, overwrite=overwrite, quiet=quiet)
         session.print(_summary(result))
+        session.print(_next_steps(wanted, result))
         session.result(result.to_dict())
 
 
@@ -104,6 +106,15 @@ def _summary(result: FinetuneResult) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _next_steps(config: FinetuneConfig, result: FinetuneResult) -> str:
+    """Commands for what comes after a run, to be copied."""
+    run, data, folder = (shlex.quote(str(path)) for path in (result.output, config.data, f"{result.output}-deploy"))
+    commands = [f"cbn evaluate {run} {data}"]
+    if config.norm != "gn":  # whose layers timm has no place for
+        commands.append(f"cbn export {run} -o {folder} --fold conv")
+    return "next:\n" + "\n".join(f"  {command}" for command in commands)
 
 
 def evaluate(

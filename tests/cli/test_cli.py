@@ -57,6 +57,16 @@ def test_the_whole_way(colors: Path, tmp_path: Path) -> None:
     assert torch.equal(tuned(x), plain(x))
 
 
+def test_a_run_ends_with_commands_that_go_on(colors: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    code, out, _ = cbn("finetune", colors, "-m", "test_resnet", "-o", run, "--max-steps", 2, *SMALL)
+    assert code == 0
+    evaluate, export = (shlex.split(line) for line in out.split("next:\n")[1].splitlines())
+    assert cbn(*evaluate[1:], "--device", "cpu", "--workers", 0)[1].startswith("12 images: top-1")
+    assert cbn(*export[1:])[0] == 0
+    assert timm.create_model(f"local-dir:{run}-deploy", pretrained=True).num_classes == 2
+
+
 def test_inspect_and_convert(tmp_path: Path) -> None:
     code, out, _ = cbn("inspect", "test_resnet", "--json")
     assert code == 0
