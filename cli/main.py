@@ -51,7 +51,7 @@ def _main(
     pass
 
 
-app.command(short_help="Show what convert would do, layer by layer.", epilog="Example: cbn inspect densenet121")(
+app.command(short_help="Show what convert would do, stage by stage.", epilog="Example: cbn inspect densenet121")(
     models.inspect
 )
 app.command(

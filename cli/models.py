@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from . import options as o
 from .session import Session
@@ -10,7 +12,7 @@ from .session import Session
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cbn_convert import ConversionReport
+    from cbn_convert import ConversionReport, ReportRow
 
 
 def inspect(
@@ -23,11 +25,14 @@ def inspect(
     window: o.Window = None,
     compensation: o.Compensation = "projection",
     history: o.History = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every layer: what feeds it, and why it is converted so.")
+    ] = False,
     as_json: o.Json = False,
     debug: o.Debug = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Shows every norm layer of a model: what feeds it, what convert will do with it and why, and what it remembers.
+    """Shows what convert will do with the norm layers of a model, stage by stage, and what they will remember.
 
     A timm name is looked at without weights, so nothing is downloaded.
     """
@@ -43,8 +48,8 @@ def inspect(
         with torch.device("meta" if named else "cpu"):  # the structure of the largest model takes no memory
             inspected = create_model(ModelSpec(**spec))
         report = cbn.convert(inspected, window=window, compensation=compensation, history=history)  # type: ignore[arg-type]
-        session.print(_table(report))
-        session.print(report.summary())
+        session.print(_table(report) if every else _picture(report))
+        session.print("\n".join([report.summary(), *report.exceptions()]))
         session.result({"model": model, "window": window, "history": history, **report.to_dict()})
 
 
@@ -103,6 +108,36 @@ def convert(
             )  # fmt: skip
             session.print(f"{report.summary()}; written to {output}")
         session.result({**conversion.to_dict(), "output": None if dry_run else str(output)})
+
+
+MARKS_WIDTH = 36
+# what a layer is shown as
+MARKS = {
+    "#": "trains folded into the conv in front of it", "+": "follows the conv in front of it, and trains unfolded",
+    "o": "follows the images only", ".": "stays as it is",
+}  # fmt: skip
+
+
+def _mark(row: ReportRow) -> str:
+    if row.status == "compensated":
+        return "#" if row.form == "folded" else "+"
+    return "o" if row.status == "window" else "."
+
+
+def _picture(report: ConversionReport) -> Table:
+    """A row for each stage, in which every layer is one mark."""
+    from rich import box
+    from rich.table import Table
+
+    shown = dict.fromkeys(_mark(row) for row in report)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table.caption = "; ".join(f"{mark} {MARKS[mark]}" for mark in MARKS if mark in shown)
+    for header, justify in (("stage", "left"), ("norms", "right"), ("each layer", "left"), ("history [MB]", "right")):
+        table.add_column(header, justify=justify, overflow="fold", max_width=MARKS_WIDTH)  # type: ignore[arg-type]
+    for stage, rows in report.stages().items():
+        history = sum(row.history_bytes for row in rows) / 1e6
+        table.add_row(stage, str(len(rows)), "".join(map(_mark, rows)), f"{history:.2f}")
+    return table
 
 
 def _table(report: ConversionReport) -> Table:

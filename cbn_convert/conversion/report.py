@@ -14,6 +14,7 @@ Statistics = Literal["pretrained", "new"]
 
 NOT_REACHED = "not reached on the example input"
 COLUMNS, MOST_REASONS, MOST_NAMES = 79, 6, 3  # of the printed report
+MOST_STAGES = 5  # into which a model is divided on, where it has fewer
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,19 @@ class ConversionReport:
         history = f"history {self.history_bytes / 1e6:.2f} MB"
         return f"{counts} of {len(self)} norm layers; {self.folded} train folded; {history}{new}"
 
-    def __str__(self) -> str:
-        """For a terminal of 80 columns: what became of the layers, why not the best of some, and what to do next."""
+    def stages(self) -> dict[str, list[ReportRow]]:
+        """The rows by the part of the model that they are in, as many parts as a person can take in at once."""
+        parts = {"": list(self.rows)}
+        while len(parts) < MOST_STAGES:
+            inner = {name: _parts(name, rows) for name, rows in parts.items()}
+            name = max(parts, key=lambda name: len(parts[name]) if len(inner[name]) > 1 else 0)
+            if len(inner[name]) < 2 or (name and len(parts) + len(inner[name]) - 1 > 3 * MOST_STAGES):
+                break
+            parts = {k: v for n in parts for k, v in (inner[n] if n == name else {n: parts[n]}).items()}
+        return parts
+
+    def exceptions(self) -> list[str]:
+        """Why layers are not compensated, a line for each reason with the names of some."""
         groups: dict[str, list[str]] = {}
         for row in self.rows:
             if row.status != "compensated":
@@ -102,7 +114,11 @@ class ConversionReport:
         lines = [f"  {reason}: {_few(names)}" for reason, names in [*groups.items()][:MOST_REASONS]]
         if len(groups) > MOST_REASONS:
             lines.append(f"  ... and {len(groups) - MOST_REASONS} more reasons, in the rows of this report")
-        return "\n".join(_wrapped(line) for line in [self.summary(), *lines, f"Next: {self._next()}"])
+        return lines
+
+    def __str__(self) -> str:
+        """For a terminal of 80 columns: what became of the layers, why not the best of some, and what to do next."""
+        return "\n".join(_wrapped(line) for line in [self.summary(), *self.exceptions(), f"Next: {self._next()}"])
 
     def _next(self) -> str:
         steps = ["train as usual", "then cbn.fold(model) for inference, or cbn.revert(model)"]
@@ -113,6 +129,18 @@ class ConversionReport:
         if any(row.reason == NOT_REACHED for row in self.rows):
             steps.insert(0, "if training reaches the kept layers, convert with an example_input that does so")
         return "; ".join(steps)
+
+
+def _parts(name: str, rows: Sequence[ReportRow]) -> dict[str, list[ReportRow]]:
+    """The rows of a part of the model by the parts of that one, as deep as it is before it divides."""
+    depth = name.count(".") + 1 if name else 0
+    while True:
+        parts: dict[str, list[ReportRow]] = {}
+        for row in rows:
+            parts.setdefault(".".join(row.name.split(".")[: depth + 1]), []).append(row)
+        if len(parts) > 1 or all(row.name in parts for row in rows):
+            return parts
+        depth += 1
 
 
 def _few(names: Sequence[str]) -> str:

@@ -182,12 +182,14 @@ class CarriedWindow:
         finite: Tensor | bool
         if found.patch_mean is not None and found.patch_var is not None and theta is not None:
             of_patches = (found.patch_mean, found.patch_var)
-            if before.patch_mean is None:
-                # they serve this step already, so that here it has to be known whether they can be trusted
+            if before.patch_mean is None or before.patch_mean.shape != found.patch_mean.shape:
+                # none yet, or those of other groups, if somebody changed them; these serve this step already, so that
+                # here it has to be known whether they can be trusted
                 trusted = found.finite
                 if type(trusted) is Tensor and not trusted:
                     return before
-                before, self.looks = before.with_patches(*of_patches, 1.0, theta, bias), 0
+                before = before._replace(patch_mean=None, patch_var=None).with_patches(*of_patches, 1.0, theta, bias)
+                self.looks = 0
             first = 1 / (self.looks + 1)  # the mean of the first looks
             of_look = share.clamp_min(first) if isinstance(share, Tensor) else max(share, first)
             joined, finite = select(theta).join(before, theta, bias, found, (share, of_look))

@@ -190,8 +190,7 @@ class FoldedMap(torch.autograd.Function):
         theta, b = step.rows(weight, bias)
         rows = cast(step.of_rows(theta * per_channel(scale, theta)), input.dtype)
         g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, ctx.needs_input_grad[0], scale.dtype)
-        g_rows = cast(step.as_rows(g_folded), scale.dtype)
-        affine = step.affine(gamma, None)
+        (g_rows, _), affine = step.rows(g_folded, None), step.affine(gamma, None)
         g_theta, g_gamma = select(theta).folded_gradient(step.ordered(state), theta, b, affine, g_rows, g_shift)
         g_bias = None
         if bias is not None and ctx.needs_input_grad[2]:

@@ -22,6 +22,7 @@ from .producers import (
     OutputChannels,
     Producer,
     applies_stored_weight,
+    fan_in,
     groups_of,
     is_producer,
     is_transposed,
@@ -272,6 +273,13 @@ class CrossIterationMixin(_BatchNorm):
             for name, value in ({} if own is None else own["slots"]).items():
                 if name in ("mean", "var") and value.shape[-1] != channels:
                     raise ValueError(f"history is of a layer with {value.shape[-1]} channels, this one has {channels}")
+                if name in ("patch_mean", "patch_var") and own["kind"] == "ema" and source.tap is not None:
+                    groups, width = groups_of(source.tap.module), fan_in(source.tap.module)
+                    if value.shape != (groups, width):
+                        raise ValueError(
+                            f"history is of a module whose patches have shape {(*value.shape,)}, this one's have "
+                            f"{(groups, width)}"
+                        )
                 if not torch.isfinite(value).all():
                     raise ValueError(f"history holds a {name} that is not finite; it is damaged")
         self.reset_history()

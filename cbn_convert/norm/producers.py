@@ -192,6 +192,7 @@ def padded_input(conv: Conv, y: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return y, per_axis(conv, "padding")
 
 
+MOST_SUMMED = 2**16  # values whose sum in float32, one by one, is as exact as it need be
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _Gradients = tuple[Tensor | None, Tensor, Tensor]
 
@@ -231,8 +232,9 @@ class Convolution(NamedTuple):
 
     def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool, dtype: torch.dtype) -> _Gradients:
         """∂L/∂y (if wanted), ∂L/∂W and, in a dtype of its own, ∂L/∂b from ∂L/∂x."""
-        # the operator sums for the bias in g's dtype
-        own, sizes = g.dtype == dtype, [g.shape[1]]
+        # the operator sums for the bias in g's dtype, one by one where oneDNN does
+        sizes = [g.shape[1]]
+        own = g.dtype == dtype and g.numel() <= MOST_SUMMED * g.shape[1]
         found = _convolution_backward(g, y, weight, sizes, *self, [of_input, True, own])
         return found[0], found[1], found[2] if own else g.sum([0, *range(2, g.dim())], dtype=dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -77,8 +78,8 @@ def test_inspect_and_convert(tmp_path: Path) -> None:
     )
     assert report["folded"] == sum(layer["form"] == "folded" for layer in report["layers"]) > 0
     assert report["history_bytes"] == sum(layer["history_bytes"] for layer in report["layers"]) > 0
-    code, out, _ = cbn("inspect", "test_resnet")
-    assert "compensated" in out
+    code, out, _ = cbn("inspect", "test_resnet", "--all")
+    assert all(layer["name"] in out and layer["fed_by"] in out for layer in report["layers"])
 
     code, out, _ = cbn("convert", "test_resnet", "--no-pretrained", "-o", tmp_path / "out", "--dry-run")
     assert code == 0
@@ -91,6 +92,26 @@ def test_inspect_and_convert(tmp_path: Path) -> None:
     timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
     code, out, _ = cbn("inspect", f"local-dir:{tmp_path}/out", "--json")
     assert code == 0
+
+
+@pytest.mark.parametrize("model", ["resnet18", "regnetz_005", "densenet121", "test_resnet", "hrnet_w18_small"])
+def test_inspect_shows_every_layer_as_one_mark(model: str) -> None:
+    code, out, _ = cbn("inspect", model)
+    assert code == 0
+    table = out[: out.index("\n# ")]
+    assert max(map(len, table.splitlines())) <= 80
+    rows = re.findall(r"^ (\S+) +(\d+) +([#+o.]+) +[\d.]+ *$", table, re.MULTILINE)
+    more = re.findall(r"^ +([#+o.]+) *$", table, re.MULTILINE)  # of a row that is too long for a line
+    marks = "".join([*(own for *_, own in rows), *more])
+    layers = json.loads(cbn("inspect", model, "--json")[1])["layers"]
+    assert sum(int(count) for _, count, _ in rows) == len(marks) == len(layers)
+    assert marks.count("#") == sum(layer["form"] == "folded" for layer in layers)
+    assert marks.count("o") == sum(layer["status"] == "window" for layer in layers)
+    assert 3 <= len(rows) <= 15
+    if model == "resnet18":
+        assert [(name, int(count)) for name, count, _ in rows] == [
+            ("bn1", 1), ("layer1", 4), ("layer2", 5), ("layer3", 5), ("layer4", 5),
+        ]  # fmt: skip
 
 
 def test_what_convert_writes_says_what_to_do_with_it(colors: Path, tmp_path: Path, monkeypatch) -> None:

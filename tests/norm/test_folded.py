@@ -19,6 +19,7 @@ import cbn_convert as cbn
 from cbn_convert.bench.steps import kept_bytes
 from cbn_convert.norm import CrossIterationMixin, Window
 from cbn_convert.norm.folded import FoldingMixin
+from cbn_convert.norm.kernels import Kernels
 
 DOUBLE = torch.float64
 # a producer of 6 channels, its input, and the norm behind it
@@ -116,6 +117,33 @@ def test_layouts_of_weights_are_one_function(kind: str) -> None:
         if step == 2:
             for model in (folded, unfolded):
                 model[1].running_mean += 0.1
+
+
+@pytest.mark.parametrize("of", ["weight", "input"])
+def test_layouts_keep_the_compiled_gradient(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives a weight's gradient in the layout of the input or of the weight, whichever is channels_last."""
+    model = conv_pair()
+    x = torch.randn(2, model[0].in_channels, 8, 8)
+    model.float().to(memory_format=torch.channels_last if of == "weight" else torch.contiguous_format)
+    monkeypatch.setattr(Kernels, "folded_gradient", None)  # the plain one, which a subclass falls back to
+    model(x.to(memory_format=torch.channels_last if of == "input" else torch.contiguous_format)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_sums_over_many_positions_stay_exact() -> None:
+    """oneDNN adds up the gradient of a bias one by one in float32."""
+    torch.manual_seed(0)
+    model = conv_pair()
+    x = torch.randn(32, model[0].in_channels, 64, 64, dtype=DOUBLE) + 2
+    weight = torch.randn_like(model(x)) + 1
+    exact = torch.autograd.grad((model(x) * weight).sum(), [*model.parameters()])
+    model.float()
+    found = torch.autograd.grad((model(x.float()) * weight.float()).sum(), [*model.parameters()])
+    of_beta = [
+        (g, e) for g, e, (name, _) in zip(found, exact, model.named_parameters(), strict=True) if name == "1.bias"
+    ]
+    for g, e in of_beta:
+        torch.testing.assert_close(g.double(), e, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("learns", ["weight", "bias"])

@@ -20,7 +20,8 @@ from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationBatchNormA
 from cbn_convert.norm.carried import Carried
 from cbn_convert.norm.distributed import JoinedMoments
 from cbn_convert.norm.functional import Affine
-from cbn_convert.norm.kernels import KERNELS, forced, gpu, select
+from cbn_convert.norm.kernels import KERNELS, batch_statistics, forced, gpu, select
+from cbn_convert.norm.moments import InputPatches
 
 NAMES = [name for name in KERNELS if name != "gpu" or find_spec("triton")]  # in Triton's interpreter without a GPU
 
@@ -31,6 +32,10 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     gpu = "callspec" in dir(request.node) and request.node.callspec.params.get("name") == "gpu"
     with torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"):
         yield
+
+
+RINGS = [{"window": 4, "moments_positions": 40}, {"window": 4, "gradient": "straight_through"}]
+CARRIED = {"window": 16, "history": "ema", "moments_every": 2, "moments_positions": 40}
 
 
 def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -294,6 +299,47 @@ def test_what_a_look_adds(name, dtype, groups, width, bias) -> None:
         close(got, want, tolerance)
 
 
+def test_patches_of_what_lies_in_memory_with_the_other_sign() -> None:
+    """torch negates some tensors where they are read only."""
+    conv = nn.Conv2d(3, 4, 3)
+    y = torch.complex(torch.randn(2, 3, 9, 9), torch.rand(2, 3, 9, 9) + 1).conj().imag
+    assert y.is_neg()
+    for given in (y, torch._neg_view(torch.rand(2, 3, 9, 9))):
+        mean, var = InputPatches(conv, given, torch.Size([7, 7]), torch.float32, 20, 0).mean_and_var()
+        want = InputPatches(conv, given.resolve_neg(), torch.Size([7, 7]), torch.float32, 20, 0).mean_and_var()
+        assert mean.max() < 0
+        torch.testing.assert_close((mean, var), want)
+        close(batch_statistics(given)[0], given.double().resolve_neg().mean((0, 2, 3)))
+
+
+def test_one_value_far_off_that_is_not_looked_at() -> None:
+    conv = nn.Conv2d(1, 2, 1)
+    y = torch.randn(2, 1, 64, 64)
+    y[0, 0, 0, 0] = 1e9
+    patches = InputPatches(conv, y, torch.Size([64, 64]), torch.float32, 512, 1)
+    looked_at = patches.outputs(y).double()
+    assert looked_at.max() < 10
+    close(patches.mean_and_var()[1], looked_at.var(unbiased=False).view(1, 1))
+
+
+def test_a_conv_that_gets_other_groups_starts_with_other_patches() -> None:
+    """The weight may have the same shape, and p̄ and d fewer rows."""
+    conv, norm = nn.Conv2d(8, 8, 3, groups=4), randomize_norms(CrossIterationBatchNorm2d(8, **CARRIED))
+    norm.bind(conv, folded=True)
+    for _ in range(3):
+        norm(conv(torch.randn(2, 8, 9, 9)))
+    assert norm._sources[0].state.state.patch_mean.shape == (4, 18)
+    state, weights = norm.history_state(), copy.deepcopy(norm.state_dict())
+    conv.groups, conv.in_channels = 2, 4
+    for _ in range(3):
+        y = norm(conv(torch.randn(2, 4, 9, 9)))
+    assert norm._sources[0].state.state.patch_mean.shape == (2, 18)
+    assert y.isfinite().all()
+    norm.load_state_dict(weights)
+    with pytest.raises(ValueError, match=r"patches have shape \(4, 18\), this one's have \(2, 18\)"):
+        norm.load_history_state(state)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("of", ["mean", "var", "patch_mean", "patch_var"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -304,10 +350,6 @@ def test_a_look_at_what_is_not_finite_is_told(name: str, of: str, value: float) 
     getattr(found, of).view(-1)[-1] = value
     _, finite = KERNELS[name].join(state, theta, None, found, (0.01, 0.25))
     assert not finite
-
-
-RINGS = [{"window": 4, "moments_positions": 40}, {"window": 4, "gradient": "straight_through"}]
-CARRIED = {"window": 16, "history": "ema", "moments_every": 2, "moments_positions": 40}
 
 
 @pytest.mark.parametrize(

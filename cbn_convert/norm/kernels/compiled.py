@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, positions=1)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 7  # of what the functions take, as in passes.cpp
+_VERSION = 8  # of what the functions take, as in passes.cpp
 # addresses, sizes and numbers, as they lie side by side
 _ARGUMENTS = {
     "statistics": struct.Struct("3Q4q").pack,
@@ -69,7 +69,8 @@ class Compiled(Direct):
     @staticmethod
     def suits(x: Tensor, in_any_order: bool = False) -> bool:
         """Whether the library was built and x is laid out as it needs it."""
-        return bool(_functions) and x.is_cpu and (has_memory(x) if in_any_order else is_dense(x)) and x.dim() > 1
+        fits = has_memory(x) if in_any_order else is_dense(x)
+        return bool(_functions) and x.is_cpu and fits and x.dim() > 1 and not x.is_neg()
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
@@ -96,9 +97,10 @@ class Compiled(Direct):
         (table, *patches), (mean, var, _, *of_patches), (share, patch_share) = state, found, shares
         if isinstance(share, Tensor) or isinstance(patch_share, Tensor) or not fit(state, theta, bias, mean, var):
             return super().join(state, theta, bias, found, shares)
-        if not all(t is not None and is_dense(t) and t.dtype == theta.dtype for t in (*patches, *of_patches)):
-            return super().join(state, theta, bias, found, shares)
         sizes = channels, width, per_group = _sizes(state, theta)
+        for t in (*patches, *of_patches):
+            if t is None or t.shape != (channels // per_group, width) or t.dtype != theta.dtype or not is_dense(t):
+                return super().join(state, theta, bias, found, shares)
         out, both = theta.new_empty(5, channels), theta.new_empty(2, channels // per_group, width)
         patch_mean, patch_var = both.unbind()
         tensors = (theta, bias, *patches, table, mean, var, *of_patches, out, patch_mean, patch_var)
