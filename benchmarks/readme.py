@@ -226,7 +226,8 @@ def speed() -> dict[str, str]:
     report = json.loads((RESULTS / "step_time_cpu.json").read_text())
     steps, folded = _cells(report)
     link = "[JSON](BASE/benchmarks/results/step_time_cpu.json)"
-    source = f"*`make bench-cpu`, {link}; {report['machine']}, torch {report['versions']['torch']}, float32*"
+    version = f"version {report['commit'][:7]}"
+    source = f"*`make bench-cpu`, {link}, {version}; {report['machine']}, torch {report['versions']['torch']}, float32*"
 
     main = [
         "| | BN step [ms] | CBN over BN | kept, CBN over BN | frozen BN over BN | kept | frozen, folded (tune) over BN "
@@ -296,7 +297,10 @@ def limits() -> dict[str, str]:
         "rest": "the rest of the folded layers: sθ twice, Python",
         "norms": "the norm layers: counting, activations",
     }
-    source = f"*`{report['command']}`, [JSON](BASE/benchmarks/results/bounds.json), {report['machine']}*"
+    source = (
+        f"*`{report['command']}`, [JSON](BASE/benchmarks/results/bounds.json), version {report['commit'][:7]}, "
+        f"{report['machine']}*"
+    )
     tables = {"bounds": "\n".join([*lines, "", source]), "profile": NOT_YET}
     if report["profile"]:
         where = ["| ms per step, batch 2 | " + " | ".join(p["arch"] for p in report["profile"]) + " |"]
