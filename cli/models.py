@@ -110,7 +110,7 @@ def convert(
         session.result({**conversion.to_dict(), "output": None if dry_run else str(output)})
 
 
-MARKS_WIDTH = 36
+MARKS_WIDTH = 30  # in a terminal of 80 columns
 # what a layer is shown as
 MARKS = {
     "#": "trains folded into the conv in front of it", "+": "follows the conv in front of it, and trains unfolded",
