@@ -92,7 +92,7 @@ stability: $(STAMP)
 	$(PY) benchmarks/stability.py --data ../shared/data
 	$(PY) benchmarks/readme.py
 
-# every timm architecture with BatchNorm through tests/promises.py: an hour and a half on two cores that do nothing else
+# every timm architecture with BatchNorm through tests/helpers/promises.py: an hour and a half on two cores that do nothing else
 # (an estimate); it goes on where it was stopped, so that `python benchmarks/sweep.py --failed` is enough after a change
 sweep: $(STAMP)
 	$(PY) benchmarks/sweep.py

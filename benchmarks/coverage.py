@@ -14,14 +14,14 @@ from report import RESULTS
 
 sys.path[:0] = [str(RESULTS.parents[1] / "tests")]
 
-from promises import LARGE_M, SPARED  # noqa: E402
-from subject import CALIBRATION_IMAGES, MOST_NOISE  # noqa: E402
+from helpers.promises import LARGE_M, SPARED  # noqa: E402
+from helpers.subject import CALIBRATION_IMAGES, MOST_NOISE  # noqa: E402
 
 THIRD = RESULTS / "third_party.json"
 DOCUMENT = RESULTS.parents[1] / "docs" / "coverage.md"
 Record = dict[str, Any]
 STATUSES = ("compensated", "window", "kept")
-# column of the table by family, and the checks of tests/promises.py that it is about
+# column of the table by family, and the checks of tests/helpers/promises.py that it is about
 COLUMNS = {
     "convert": ("build", "convert", "meta"),
     "eval": ("eval",),
@@ -174,7 +174,7 @@ def document(report: dict[str, Any]) -> str:
 {totals(records)}
 
 {source(report, records)}
-Written by `python benchmarks/coverage.py`; the checks are [tests/promises.py](../tests/promises.py).
+Written by `python benchmarks/coverage.py`; the checks are [tests/helpers/promises.py](../tests/helpers/promises.py).
 
 {MEANING}
 

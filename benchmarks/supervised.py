@@ -21,7 +21,7 @@ from safetensors import safe_open
 ROOT = RESULTS.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import write_image  # noqa: E402
+from helpers.images import write_image  # noqa: E402
 
 from cbn_convert.training.checkpoint import checkpoints  # noqa: E402
 from cbn_convert.training.metrics import read_metrics  # noqa: E402

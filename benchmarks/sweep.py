@@ -1,4 +1,4 @@
-"""Every timm architecture with BatchNorm through the checks of tests/promises.py.
+"""Every timm architecture with BatchNorm through the checks of tests/helpers/promises.py.
 
     python benchmarks/sweep.py [--jobs 2] [--only 'resnet*'] [--failed | --again] [--onnx]
 
@@ -35,8 +35,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path[:0] = [str(RESULTS.parents[1] / "tests")]
 
-from promises import EXTRA, blank, failures, run_promises  # noqa: E402
-from subject import example_size  # noqa: E402
+from helpers.promises import EXTRA, blank, failures, run_promises  # noqa: E402
+from helpers.subject import example_size  # noqa: E402
 
 OUTPUT = RESULTS / "coverage.json"
 # the package beside this script, and one thread for each process

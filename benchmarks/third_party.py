@@ -38,8 +38,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 os.environ |= {"HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
 sys.path[:0] = [str(RESULTS.parents[1] / "tests")]
 
-from promises import describe, reasons  # noqa: E402
-from subject import LEAST_VAR, assert_identical, difference  # noqa: E402
+from helpers.promises import describe, reasons  # noqa: E402
+from helpers.subject import LEAST_VAR, assert_identical, difference  # noqa: E402
 
 import cbn_convert as cbn  # noqa: E402
 from cbn_convert.conversion import norm_layers  # noqa: E402
@@ -98,7 +98,7 @@ def outputs(model: nn.Module, inputs: Any, part: str = "") -> list[Tensor]:
 
 @torch.no_grad()
 def calibrated(model: nn.Module, inputs: Any) -> nn.Module:
-    """In eval mode, with random γ and β and statistics of what the norms see, as in tests/subject.py and why there."""
+    """In eval mode, with random γ and β and statistics of what the norms see; helpers.subject says why."""
     handles = []
     for norm in norm_layers(model).values():
         if norm.weight is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from cbn_convert.cli.main import app
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner

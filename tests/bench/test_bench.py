@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from cbn_convert.cli.main import app
-from reference import ReferenceCBN
+from helpers.reference import ReferenceCBN
 from torch import nn
 
 import cbn_convert as cbn

@@ -14,21 +14,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from cbn_convert.cli.main import app
-from conftest import write_image
+from helpers.commands import SMALL, cbn
+from helpers.images import write_image
 from timm.data import resolve_model_data_config
-from typer.testing import CliRunner
 
 from cbn_convert import CrossIterationBatchNormAct2d
 from cbn_convert.training import load_run
-
-SMALL = ["--no-pretrained", "--img-size", "32", "--no-aug", "--workers", "0", "--device", "cpu", "--window", "4"]
-
-
-def cbn(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_the_whole_way(colors: Path, tmp_path: Path) -> None:

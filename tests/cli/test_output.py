@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_colors
+from helpers.images import write_colors
 
 import cbn_convert as cbn
 from cbn_convert.files import read_json, write_json

@@ -12,7 +12,7 @@ import cbn_convert.cli.settings as cli_settings
 import pytest
 import typer.main
 from cbn_convert.cli.main import app
-from test_cli import SMALL, cbn
+from helpers.commands import SMALL, cbn
 
 import cbn_convert
 from cbn_convert import FinetuneConfig, FinetuneResult

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until, write_colors
+from helpers.images import write_colors
+from helpers.waiting import wait_until
 
 import cbn_convert as cbn
 from cbn_convert.comparison import workers

@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from helpers.grids import RUN, finish, grid, peak
 from PIL import Image
-from test_plan import RUN, finish, grid, peak
 
 from cbn_convert.comparison.plan import Cell
 from cbn_convert.comparison.report import write_report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from promises import failures, run_promises
-from subject import example_size
+from helpers.promises import failures, run_promises
+from helpers.subject import example_size
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 from torch import nn

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.ao.quantization as ao
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_fx
 from torchvision.models.feature_extraction import create_feature_extractor

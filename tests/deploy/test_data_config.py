@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import timm
-from conftest import write_image
+from helpers.images import write_image
 from timm.data import resolve_data_config, resolve_model_data_config
 from timm.layers import apply_test_time_pool
 

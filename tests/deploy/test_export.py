@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open

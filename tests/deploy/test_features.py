@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from safetensors.torch import load_file
 from timm.models import FeatureListNet
 from torch import nn

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from PIL import Image
 from torch import Tensor, nn
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from nets import Images, Net
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from loop import different, everything, images, two_processes
 from torch import nn
 

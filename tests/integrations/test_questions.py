@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from loop import images, network
 from torch import Tensor, nn
 

@@ -1,11 +1,11 @@
-"""The ring against the paper written out literally (tests/reference.py), over several steps with moving weights."""
+"""The ring against the paper written out literally (helpers.reference), over several steps with moving weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ReferenceCBN
+from helpers.reference import ReferenceCBN
 from torch import Tensor, nn
 
 from cbn_convert.norm import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, CrossIterationBatchNorm3d

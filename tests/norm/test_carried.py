@@ -9,13 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize_norms
+from helpers.models import randomize_norms
+from helpers.ways import Net, X, batch, layers
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
-from ways import Net, X, batch, layers
 
 import cbn_convert as cbn
 from cbn_convert.norm import (

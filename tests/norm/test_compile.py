@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch._dynamo
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import randomize_norms, wait_until
+from helpers.models import randomize_norms
+from helpers.waiting import wait_until
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

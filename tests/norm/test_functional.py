@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from torch import Tensor, nn
 from torch.func import functional_call
 

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from helpers.ways import assert_same_state, batch, converted, layers, step
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from ways import assert_same_state, batch, converted, layers, step
 
 from cbn_convert.norm import CrossIterationBatchNorm2d, history_state
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from timm.layers import BatchNormAct2d
 from torch import nn
 

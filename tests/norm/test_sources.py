@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from torch import Tensor, nn
 
 from cbn_convert.norm import CrossIterationBatchNorm1d, CrossIterationBatchNorm2d, OutputChannels

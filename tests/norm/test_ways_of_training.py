@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize_norms
+from helpers.models import randomize_norms
+from helpers.ways import X, assert_same_state, batch, converted, layers, step
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
-from ways import X, assert_same_state, batch, converted, layers, step
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationMixin, history_state

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 

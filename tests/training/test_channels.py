@@ -11,8 +11,8 @@ import pytest
 import timm
 import torch
 from cbn_convert.cli.main import app
+from helpers.runs import config
 from PIL import Image
-from test_engine import config
 from timm.data import create_transform, resolve_input_data_config, resolve_model_data_config
 from typer.testing import CliRunner
 

@@ -11,9 +11,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import write_image
+from helpers.images import write_image
+from helpers.runs import config
 from PIL import Image
-from test_engine import config
 from timm.data import resolve_data_config
 
 import cbn_convert as cbn

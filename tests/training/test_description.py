@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
+from helpers.runs import Killed, assert_equal, config, final_state, kill_after
 from safetensors.torch import load_file
-from test_engine import config
-from test_resume import Killed, assert_equal, final_state, kill_after
 
 import cbn_convert as cbn
 from cbn_convert.errors import ModelError, RunError

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from helpers.runs import config
 from timm.scheduler import CosineLRScheduler
 
 import cbn_convert as cbn
@@ -17,14 +17,6 @@ from cbn_convert.training import load_run
 from cbn_convert.training.checkpoint import checkpoints
 from cbn_convert.training.config import FinetuneConfig
 from cbn_convert.training.metrics import read_metrics
-
-
-def config(data: Path, output: Path, **changes) -> FinetuneConfig:
-    base = FinetuneConfig(
-        data=str(data), model="test_resnet", output=str(output), pretrained=False, img_size=32, epochs=2, lr=0.01,
-        no_aug=True, workers=0, device="cpu", window=4,
-    )  # fmt: skip
-    return replace(base, **changes)
 
 
 @pytest.mark.parametrize("norm", ["cbn", "bn", "frozen", "gn", "brn"])

@@ -11,8 +11,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from test_engine import config
-from test_resume import assert_equal, final_state
+from helpers.runs import assert_equal, config, final_state
 
 import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning, RunError

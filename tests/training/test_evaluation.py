@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import randomize_norms, write_image
+from helpers.images import write_image
+from helpers.models import randomize_norms
+from helpers.runs import config
 from sklearn.metrics import confusion_matrix, log_loss, recall_score, top_k_accuracy_score
-from test_engine import config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

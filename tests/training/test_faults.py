@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import wait_until
-from test_engine import config
-from test_resume import assert_equal, final_state
+from helpers.runs import COMMAND, FLAGS, assert_equal, config, final_state
+from helpers.waiting import wait_until
 from torch import Tensor, nn
 
 import cbn_convert as cbn
@@ -27,12 +25,6 @@ from cbn_convert.training.faults import TrainingInterrupted, first_non_finite
 from cbn_convert.training.learner import Learner
 from cbn_convert.training.metrics import read_metrics
 from cbn_convert.training.setup import owned
-
-COMMAND = [sys.executable, "-m", "cbn_convert.cli", "finetune"]
-SMALL = [
-    "-m", "test_resnet", "--no-pretrained", "--img-size", "32", "--no-aug", "--device", "cpu", "--window", "4",
-    "--lr", "0.01",
-]  # fmt: skip
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
@@ -185,7 +177,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_all_processes_of_the_command(number: int, code: int, colors: Path, tmp_path: Path) -> None:
-    arguments = [str(colors), *SMALL, "--workers", "2", "--epochs", "500", "-o", str(tmp_path / "run")]
+    arguments = [str(colors), *FLAGS, "--workers", "2", "--epochs", "500", "-o", str(tmp_path / "run")]
     process = subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -210,7 +202,7 @@ def test_a_full_disk(colors: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     run = tmp_path / "run"
-    arguments = [str(colors), *SMALL, "--workers", "0", "--max-steps", "4", "-o", str(run), "--quiet"]
+    arguments = [str(colors), *FLAGS, "--workers", "0", "--max-steps", "4", "-o", str(run), "--quiet"]
     done = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, preexec_fn=limit, timeout=120, check=False
     )

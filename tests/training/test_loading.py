@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import config
+from helpers.runs import config
 from timm.data import resolve_data_config
 from torch import Tensor
 

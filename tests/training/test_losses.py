@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import config
+from helpers.runs import config
 from timm.data import Mixup
 from torch import Tensor
 

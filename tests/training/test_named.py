@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import config
 from PIL import Image
-from test_engine import config
 from timm.data import create_dataset
 
 import cbn_convert as cbn

@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import randomize_norms
+from helpers.models import randomize_norms
 from torch import nn
 
 from cbn_convert.bench.steps import kept_bytes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_engine import config
+from helpers.runs import config
 from torch import Tensor, nn
 
 import cbn_convert as cbn

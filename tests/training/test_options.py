@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import LoggerType
+from helpers.runs import config
 from safetensors.torch import load_file
-from test_engine import config
 from torch import Tensor, nn
 
 import cbn_convert as cbn

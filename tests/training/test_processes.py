@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import wait_until, write_image
-from test_engine import config
-from test_resume import assert_equal, final_state
+from helpers.images import write_image
+from helpers.runs import assert_equal, config, final_state
+from helpers.waiting import wait_until
 
 import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning

@@ -11,63 +11,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.images import write_image
+from helpers.runs import Killed, assert_equal, config, final_state, kill_after
 from safetensors.torch import load_file
-from test_engine import config
 
 import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning, RunError
 from cbn_convert.training import checkpoint
 from cbn_convert.training.config import FinetuneConfig
 from cbn_convert.training.learner import Learner
-from cbn_convert.training.metrics import read_metrics
-
-TIMES = ("train_seconds", "images_per_second", "loader_wait")
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing is caught, nothing is saved."""
-
-
-def final_state(run: Path) -> dict[str, Any]:
-    """All that the last checkpoint and the log say, without times."""
-    newest = checkpoint.checkpoints(run)[0]
-    shared = torch.load(newest / "training.pt", weights_only=True)
-    for name in ("train_seconds", "wait_seconds"):
-        del shared["progress"][name]
-    records = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)]
-    rank = torch.load(newest / "rank-0.pt", weights_only=True)
-    return {"step": newest.name, "shared": shared, "rank": rank, "records": records}
-
-
-def assert_equal(got: Any, want: Any, path: str = "") -> None:
-    """Tensors bit by bit."""
-    assert type(got) is type(want), path
-    if isinstance(want, torch.Tensor):
-        assert got.dtype == want.dtype, path
-        assert torch.equal(got.nan_to_num(), want.nan_to_num()), path
-    elif isinstance(want, dict):
-        assert list(got) == list(want), path
-        for key in want:
-            assert_equal(got[key], want[key], f"{path}/{key}")
-    elif isinstance(want, (list, tuple)):
-        assert len(got) == len(want), path
-        for i, (g, w) in enumerate(zip(got, want, strict=True)):
-            assert_equal(g, w, f"{path}/{i}")
-    else:
-        assert got == want, path
-
-
-def kill_after(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process ends in the middle of the next update after this one."""
-    original = Learner.step_unless_bad
-
-    def killing(self: Any) -> Any:
-        if self.updates == update:
-            raise Killed
-        return original(self)
-
-    monkeypatch.setattr(Learner, "step_unless_bad", killing)
-
 
 CASES = {
     "cbn": {"norm": "cbn", "history": "ema", "no_aug": False},
@@ -133,8 +85,6 @@ def test_killed_before_the_first_checkpoint(colors: Path, tmp_path: Path, monkey
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Images, and a run of 32 updates with checkpoints at 16 and 32."""
-    from conftest import write_image
-
     folder = tmp_path_factory.mktemp("finished")
     for split, count in (("train", 16), ("val", 4)):
         for label, color in (("blue", (60, 60, 200)), ("red", (200, 60, 60))):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from test_engine import config
+from helpers.runs import config
 
 from cbn_convert.errors import DivergedError
 from cbn_convert.training.environment import make_accelerator

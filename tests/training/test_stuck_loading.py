@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until, write_colors
-from test_engine import config
-from test_faults import COMMAND, SMALL
-from test_loading import DATA_CONFIG
-from test_resume import assert_equal, final_state
+from helpers.images import write_colors
+from helpers.runs import COMMAND, FLAGS, assert_equal, config, final_state
+from helpers.waiting import wait_until
+from timm.data import resolve_data_config
 from torch.utils.data import get_worker_info
 
 import cbn_convert as cbn
@@ -54,7 +53,7 @@ def with_shared_memory(size: str) -> list[str]:
     ids=["docker's", "none"],
 )  # fmt: skip
 def test_too_little_shared_memory(size: str, options: list[str], sentence: str, colors: Path, tmp_path: Path) -> None:
-    command = [*with_shared_memory(size), *COMMAND, str(colors), *SMALL, *options, "-q", "-o", str(tmp_path / "run")]
+    command = [*with_shared_memory(size), *COMMAND, str(colors), *FLAGS, *options, "-q", "-o", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith(sentence)
@@ -124,7 +123,7 @@ def test_a_wait_for_images_has_an_end(colors: Path, monkeypatch: pytest.MonkeyPa
     def stopped(image: Any) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    loader = plain_loader(read_splits(str(colors), None, 0)[0], DATA_CONFIG, 4, 1)
+    loader = plain_loader(read_splits(str(colors), None, 0)[0], resolve_data_config({"img_size": 32}), 4, 1)
     monkeypatch.setattr(loader.dataset, "transform", stopped)
     monkeypatch.setattr(loading, "LONGEST_WAIT", 1.0)
     with pytest.raises(DataError, match=r"^no images have come from the loading processes .* or use --workers 0$"):
@@ -136,7 +135,7 @@ def test_a_wait_for_images_has_an_end(colors: Path, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def command(colors: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A run of two loading processes that has begun."""
-    arguments = [str(colors), *SMALL, "--workers", "2", "--epochs", "500", "-o", str(tmp_path / "run")]
+    arguments = [str(colors), *FLAGS, "--workers", "2", "--epochs", "500", "-o", str(tmp_path / "run")]
     with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: len(checkpoint.checkpoints(tmp_path / "run")) > 1 or process.poll() is not None)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize_norms
-from test_engine import config
+from helpers.models import randomize_norms
+from helpers.runs import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbn_convert.norm import carried, kernels, layer, ring

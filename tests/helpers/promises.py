@@ -21,7 +21,15 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from subject import (
+from timm.models._registry import _model_to_module
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+import cbn_convert as cbn
+from cbn_convert.norm import CrossIterationMixin
+from helpers.subject import (
     F32,
     F64,
     Subject,
@@ -34,14 +42,6 @@ from subject import (
     prepared,
     size_m,
 )
-from timm.models._registry import _model_to_module
-from timm.utils import reparameterize_model
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
-
-import cbn_convert as cbn
-from cbn_convert.norm import CrossIterationMixin
 
 # Millions of parameters; larger ones are built and converted on the meta device only, for want of time and memory.
 LARGEST_M = 150

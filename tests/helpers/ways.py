@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from conftest import randomize_norms
 from torch import Tensor, nn
 
 import cbn_convert as cbn
 from cbn_convert.norm import CrossIterationMixin, history_state
+from helpers.models import randomize_norms
 
 X = torch.randn(1, 3, 12, 12)
 

@@ -1,0 +1,1 @@
+"""What tests of several folders use; pyproject.toml puts this folder on their path."""
