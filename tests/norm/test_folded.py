@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import randomize_norms
+from helpers.reference import ReferenceCBN
 from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -598,7 +599,6 @@ def test_second_derivatives_of_a_ring(window: int, gradient: str) -> None:
             for a, b in zip(penalty(model, x, through), penalty(plain, x, through), strict=True):
                 torch.testing.assert_close(a, b)
         return
-    from reference import ReferenceCBN
 
     conv, norm = model[0], model[1]
     reference = ReferenceCBN(
