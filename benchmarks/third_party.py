@@ -39,7 +39,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL"
 sys.path[:0] = [str(RESULTS.parents[1] / "tests")]
 
 from helpers.promises import describe, reasons  # noqa: E402
-from helpers.subject import LEAST_VAR, assert_identical, difference  # noqa: E402
+from helpers.subject import LEAST_VAR, assert_identical, assert_same_state, difference, same  # noqa: E402
 
 import cbn_convert as cbn  # noqa: E402
 from cbn_convert.conversion import norm_layers  # noqa: E402
@@ -146,18 +146,7 @@ def check_convert(s: Subject) -> None:
 def check_eval(s: Subject) -> None:
     """The same bits, and the same state_dict."""
     assert_identical(outputs(s.model, s.inputs), s.expected, "converted")
-    assert_same_state(s)
-
-
-def assert_same_state(s: Subject) -> None:
-    after = s.model.state_dict()
-    assert list(after) == list(s.before), "the state_dict has other keys"
-    other = [k for k, v in s.before.items() if not same(v, after[k])]
-    assert not other, f"the state_dict has another {other[0]}"
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    assert_same_state(s.model, s.before)
 
 
 def check_copy(s: Subject) -> None:
@@ -254,7 +243,7 @@ def check_revert(s: Subject) -> None:
     """The last: classes, state_dict and outputs are those of before, after all the other checks; no hook is left."""
     cbn.revert(s.model)
     assert {name: type(m) for name, m in s.model.named_modules()} == s.classes, "reverted: classes are others"
-    assert_same_state(s)
+    assert_same_state(s.model, s.before)
     plain = dict(s.plain.named_modules())
     hooked = [n for n, m in s.model.named_modules()
               if len(m._forward_hooks) + len(m._forward_pre_hooks)

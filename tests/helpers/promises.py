@@ -34,6 +34,7 @@ from helpers.subject import (
     F64,
     Subject,
     assert_identical,
+    assert_same_state,
     build,
     difference,
     example_size,
@@ -78,16 +79,7 @@ def check_convert(s: Subject) -> None:
 def check_eval(s: Subject) -> None:
     """A conversion changes neither outputs in eval mode nor the state_dict."""
     assert_identical(outputs(s.model, s.x), s.expected, "converted")
-    assert_same_state(s)
-
-
-def assert_same_state(s: Subject) -> None:
-    after = s.model.state_dict()
-    assert list(after) == list(s.before), "the state_dict has other keys"
-    for name, value in s.before.items():
-        # NaN equals itself here: some architectures keep buffers that nothing has written to
-        same = value.dtype == after[name].dtype and torch.equal(value.nan_to_num(), after[name].nan_to_num())
-        assert same, f"the state_dict has another {name}"
+    assert_same_state(s.model, s.before)
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -198,7 +190,7 @@ def check_revert(s: Subject) -> None:
     """The last check: after all that was done with the model it is, bit by bit, the one of before its conversion."""
     cbn.revert(s.model)
     assert {name: type(m) for name, m in s.model.named_modules()} == s.classes, "reverted: classes are others"
-    assert_same_state(s)
+    assert_same_state(s.model, s.before)
     hooked = [n for n, m in s.model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooked, f"reverted: {hooked[0]} has a hook left"
     assert_identical(outputs(s.model, s.x), s.expected, "reverted")

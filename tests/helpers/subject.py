@@ -173,6 +173,18 @@ def assert_identical(got: list[Tensor], want: list[Tensor], what: str) -> None:
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)), f"{what}: outputs are not the same bits"
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether all bits are; NaN equals itself, since some architectures keep buffers that nothing has written to."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before), "the state_dict has other keys"
+    other = [name for name, value in before.items() if not same(value, after[name])]
+    assert not other, f"the state_dict has another {other[0]}"
+
+
 def difference(got: list[Tensor], want: list[Tensor], limit: float, what: str) -> float:
     """The largest relative error of an output, by norms; an AssertionError above the limit."""
     assert len(got) == len(want), f"{what}: {len(got)} outputs in place of {len(want)}"

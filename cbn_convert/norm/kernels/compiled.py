@@ -69,8 +69,7 @@ class Compiled(Direct):
     @staticmethod
     def suits(x: Tensor, in_any_order: bool = False) -> bool:
         """Whether the library was built and x is laid out as it needs it."""
-        fits = has_memory(x) if in_any_order else is_dense(x)
-        return bool(_functions) and x.is_cpu and fits and x.dim() > 1 and not x.is_neg()
+        return bool(_functions) and x.is_cpu and (has_memory(x) if in_any_order else is_dense(x)) and x.dim() > 1
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""

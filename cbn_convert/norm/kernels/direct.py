@@ -62,8 +62,8 @@ class Direct(Kernels):
 
 
 def has_memory(t: Tensor) -> bool:
-    """Whether there is memory that holds the values; none of a FakeTensor's or a DTensor's own does."""
-    return type(t) in (Tensor, nn.Parameter)
+    """Whether there is memory that holds the values: not a FakeTensor's, nor a DTensor's, nor those of another sign."""
+    return type(t) in (Tensor, nn.Parameter) and not t.is_neg()
 
 
 def is_dense(t: Tensor) -> bool:
