@@ -276,8 +276,8 @@ def summary(report: dict[str, Any]) -> str:
         f"{len(converted)} of timm's {every} architectures with BatchNorm{unseen} convert\n"
         f"({norms} norm layers, {share(total(records, 'compensated'), norms)} % compensated). {len(good)} of the "
         f"{len(checked)} with at most 150 million parameters also train, revert to the bit, fold and export\n"
-        f"to plain timm ([docs/coverage.md](docs/coverage.md)). {len(well)} of {len(third)} models of {libraries} other "
-        "libraries train, resume and revert to the bit, and fold.\n\n"
+        f"to plain timm ([docs/coverage.md](docs/coverage.md)). {len(well)} of {len(third)} models of {libraries} "
+        "other libraries train, resume and revert to the bit, and fold.\n\n"
         f"*`make sweep third-party`, [JSON](benchmarks/results/coverage.json) of versions {versions}, "
         "[JSON](benchmarks/results/third_party.json)*"
     )

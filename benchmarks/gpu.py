@@ -71,10 +71,11 @@ def launches(device: str, arch: str) -> dict[str, Any]:
     found = {}
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
-    x, y = torch.randn(2, 3, 224, 224, device=device), torch.arange(2, device=device)
+    size = 224 if device == "cuda" else 32
+    x, y = torch.randn(2, 3, size, size, device=device), torch.arange(2, device=device)
     for norm in NORMS:
         model = _model(arch).train()
-        COLUMNS[norm](model, torch.randn(2, 3, 224, 224))
+        COLUMNS[norm](model, torch.randn(2, 3, size, size))
         model.to(device)
         for _ in range(FIRST_LOOKS + 8):
             F.cross_entropy(model(x), y).backward()

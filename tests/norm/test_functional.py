@@ -237,7 +237,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("kernels", ["plain", "compiled"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("at_most", "turn"), [(None, 1), *((9, turn) for turn in range(9))])
+@pytest.mark.parametrize(("at_most", "turn"), [(None, 1), *((9, turn) for turn in (0, 1, 4, 8))])
 @pytest.mark.parametrize("layer", PATCHES, ids=str)
 @torch.no_grad()
 def test_mean_and_variance_of_every_entry_of_the_patches(
