@@ -320,6 +320,13 @@ class NoisyWeight(nn.Linear):
         return self._parameters["weight"] + torch.randn(())
 
 
+def noisy_weight() -> NoisyWeight:
+    """Its constructor initialises what it reads, which is never what it keeps."""
+    module = NoisyWeight(3, 4)
+    nn.init.normal_(module._parameters["weight"])
+    return module
+
+
 def of_its_own(module: nn.Module, name: str) -> nn.Module:
     function = getattr(module, name)
     setattr(module, name, lambda *args: 2 * function(*args))
@@ -331,7 +338,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "conv-forward": lambda: DoubledInside(3, 4, 1),
     "call": lambda: DoubledAround(3, 4),
     "base-of-base": lambda: PlainAgain(3, 4, 1),
-    "weight": lambda: NoisyWeight(3, 4),
+    "weight": noisy_weight,
     "instance": lambda: of_its_own(nn.Conv2d(3, 4, 1), "forward"),
     "instance-inside": lambda: of_its_own(nn.Conv2d(3, 4, 1), "_conv_forward"),
     "parametrised": lambda: weight_norm(Doubled(3, 4, 1)),
