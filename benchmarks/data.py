@@ -158,6 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help=f"weights, or names: {', '.join(item.name for item in ITEMS)}")
     parser.add_argument("--from", dest="origin", type=Path, help="a folder as --to makes it, in the place of a network")
     options = parser.parse_args(arguments)
+    if options.origin and not options.to:
+        parser.error("--from goes with --to")
     only = set(options.only.split(",")) if options.only else set()
     items = [item for item in ITEMS if not only or only & {item.name, item.path.split("/")[0]}]
     if unknown := only - {"weights"} - {item.name for item in items}:

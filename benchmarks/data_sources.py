@@ -42,9 +42,12 @@ def members(archive: Path, pattern: str) -> Iterator[tuple[tuple[str, ...], byte
 
 
 def write_image(image: Image.Image, target: Path, size: tuple[int, int], resampling: str, **options: Any) -> None:
-    """The image in another size; the bytes are the same with Pillow 10.0 and 13.0, which bring their own encoder."""
+    """The image in another size, whose bytes are the same with Pillow 10 to 13 as pip has them."""
+    tall = image.height > 2 * image.width  # where Pillow 13 begins with the height, and others with the width
+    between = (image.width, size[1]) if tall else (size[0], image.height)
     target.parent.mkdir(parents=True, exist_ok=True)
-    image.resize(size, Image.Resampling[resampling]).save(target, **options)
+    scaling = Image.Resampling[resampling]
+    image.resize(between, scaling).resize(size, scaling).save(target, **options)
 
 
 def clothing(sources: list[Path], target: Path) -> None:
