@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import timm
 import torch
@@ -212,6 +213,21 @@ def test_wrong_options(options: list[str], data: ModuleType, capsys: pytest.Capt
     with pytest.raises(SystemExit, match="2"):
         data.main(options)
     assert ": error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("size", [(400, 822), (400, 797), (742, 400)])
+def test_the_bytes_are_those_of_one_step_of_pillow_13(size: tuple[int, int], data: ModuleType, tmp_path: Path) -> None:
+    """Which measured images were made with; others begin tall images with the other side."""
+    content = picture(*size, 3)
+    source = write_zip(tmp_path / "s.zip", {"train/hat/a.jpg": content})
+    data.ITEMS[0].prepare([source], tmp_path / "made")
+    if int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow is older")
+    scale = 160 / 400
+    expected = io.BytesIO()
+    image = Image.open(io.BytesIO(content)).resize((round(size[0] * scale), round(size[1] * scale)))
+    image.save(expected, "JPEG", quality=78)
+    assert (tmp_path / "made/train/hat/a.jpg").read_bytes() == expected.getvalue()
 
 
 def test_hands_by_number(data: ModuleType, tmp_path: Path) -> None:
