@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 
 INTEGRATIONS := .venv-integrations
 
-.PHONY: docs package test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
+.PHONY: data docs package test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -86,6 +86,10 @@ GPU_PYTHON ?= python3
 GPU_REPORT ?= benchmarks/results/gpu.json
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py --output $(GPU_REPORT)
+
+# images and weights of the figures from their public sources; what is there already is left alone
+data: $(STAMP)
+	$(PY) benchmarks/data.py --to ../shared/data
 
 # long studies on ../shared/data, whose JSON is committed: about two hours and ten minutes of one core
 stability: $(STAMP)
