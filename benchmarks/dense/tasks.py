@@ -129,7 +129,7 @@ class Detection(Task):
 
     encoder = "body"
     strides = (8, 16, 32)
-    channels = 96
+    channels = 64
 
     def pairs(self, root: Path, split: str) -> data.Pairs:
         return data.boxes(root / self.folder, split, self.size)
@@ -141,15 +141,25 @@ class Detection(Task):
         body = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(2, 3, 4))
         load(body, weights)
         options: dict[str, Any] = {
-            "num_classes": self.classes + 1, "min_size": min(self.size), "max_size": max(self.size),
-            "image_mean": [MEAN] * 3, "image_std": [STD] * 3,
+            "min_size": min(self.size), "max_size": max(self.size), "image_mean": [MEAN] * 3, "image_std": [STD] * 3
         }  # fmt: skip
-        pyramid = Pyramid(body, self.channels)
+        pyramid, classes = Pyramid(body, self.channels), self.classes + 1
         if self.kind == "FCOS":
             anchors = AnchorGenerator(tuple((s,) for s in self.strides), ((1.0,),) * 3)
-            return detection.FCOS(pyramid, anchor_generator=anchors, **options)
+            return detection.FCOS(pyramid, classes, anchor_generator=anchors, **options)
+        # fewer proposals and a narrower head than for COCO, since these are small images on a CPU
         anchors = AnchorGenerator(tuple((3 * s,) for s in self.strides), ((0.5, 1.0, 2.0),) * 3)
-        return detection.FasterRCNN(pyramid, rpn_anchor_generator=anchors, **options)
+        proposals = {"pre": (1000, 300), "post": (500, 150)}
+        options |= {
+            f"rpn_{when}_nms_top_n_{mode}": n
+            for when, both in proposals.items()
+            for mode, n in zip(("train", "test"), both, strict=True)
+        }
+        return detection.FasterRCNN(
+            pyramid, rpn_anchor_generator=anchors, box_batch_size_per_image=128,
+            box_head=detection.faster_rcnn.TwoMLPHead(49 * self.channels, 256),
+            box_predictor=detection.faster_rcnn.FastRCNNPredictor(256, classes), **options,
+        )  # fmt: skip
 
     def root(self, model: Any) -> nn.Module:
         return model.backbone
@@ -178,6 +188,6 @@ def pretrained(root: Path) -> dict[str, Tensor]:
 TASKS: dict[str, Task] = {
     "camvid-unet": Segmentation("Unet", "camvid", (160, 224), 600, 0.03, "miou", 11),
     "camvid-deeplab": Segmentation("DeepLabV3Plus", "camvid", (160, 224), 600, 0.03, "miou", 11),
-    "bccd-fcos": Detection("FCOS", "bccd", (240, 320), 400, 0.01, "map", 3),
-    "bccd-faster-rcnn": Detection("FasterRCNN", "bccd", (240, 320), 400, 0.01, "map", 3),
+    "bccd-fcos": Detection("FCOS", "bccd", (240, 320), 500, 0.03, "map", 3),
+    "bccd-faster-rcnn": Detection("FasterRCNN", "bccd", (240, 320), 500, 0.03, "map", 3),
 }
