@@ -172,7 +172,8 @@ class Study:
     def write(self) -> None:
         """Replaces the file at once, one run per line."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python benchmarks/dense/run.py --data ../shared/data --task {self.name}"
+        sizes = ",".join(str(size) for size in dict.fromkeys(r["batch"] for r in self.records))
+        command = f"python benchmarks/dense/run.py --data ../shared/data --task {self.name} --batch-sizes {sizes}"
         report = {**provenance(command), "task": self.name, "settings": self.settings, "runs": self.records}
         text = json.dumps(report).replace('"runs": [{', '"runs": [\n{').replace('}, {"task"', '},\n{"task"')
         with replaced_file(self.output) as file:
