@@ -33,7 +33,7 @@ from cbn_convert.files import replaced_file
 from dense import norms
 from dense.data import Pairs, batches
 from dense.plan import DenseColumn, results, runs
-from dense.tasks import TASKS, Task, pretrained
+from dense.tasks import TASKS, Task, pretrained, scaled
 
 OUTPUT = RESULTS / "dense"
 TREATMENTS = {
@@ -111,11 +111,11 @@ class Study:
         torch.manual_seed(cell.seed)
         model = self.task.build(self.weights)
         root = self.task.root(model)
-        example = (torch.stack([image for image, _ in self.pairs("train")[:2]]) / 255 - 0.5) * 2
+        example = scaled(image for image, _ in self.pairs("train")[:2])
 
         def prime() -> None:
             images, _ = next(batches(self.pairs("train"), min(16, len(self.pairs("train"))), cell.seed))
-            root((torch.stack(images) / 255 - 0.5) * 2)
+            root(scaled(images))
 
         norms.apply(root, self.task.encoder, cell.norm, example, prime)
         return model

@@ -6,6 +6,7 @@ Encoder and new layers are two parts of a `root` module, which holds every norm 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class Segmentation(Task):
 
     def loss(self, model: nn.Module, images: list[Tensor], targets: list[Any]) -> Tensor:
         wanted = torch.stack(targets).long()
-        return F.cross_entropy(model(self.scaled(images)), wanted, ignore_index=self.classes)
+        return F.cross_entropy(model(scaled(images)), wanted, ignore_index=self.classes)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, pairs: data.Pairs) -> dict[str, float]:
@@ -99,13 +100,8 @@ class Segmentation(Task):
         counts = metrics.Confusion(self.classes)
         for first in range(0, len(pairs), AT_ONCE):
             images, targets = zip(*pairs[first : first + AT_ONCE], strict=True)
-            counts.add(model(self.scaled(images)).argmax(1), torch.stack(targets))
+            counts.add(model(scaled(images)).argmax(1), torch.stack(targets))
         return {"miou": counts.mean_iou(), "pixels": counts.accuracy()}
-
-    @staticmethod
-    def scaled(images: Any) -> Tensor:
-        """As the encoder's weights take them."""
-        return (torch.stack(tuple(images)) / 255 - MEAN) / STD
 
 
 class Pyramid(nn.Module):
@@ -172,6 +168,11 @@ class Detection(Task):
         model.eval()
         found = [one for image, _ in pairs for one in model([image / 255])]
         return metrics.coco(found, [target for _, target in pairs])
+
+
+def scaled(images: Iterable[Tensor]) -> Tensor:
+    """uint8 images as the encoder's weights take them."""
+    return (torch.stack(tuple(images)) / 255 - MEAN) / STD
 
 
 def load(encoder: nn.Module, weights: dict[str, Tensor]) -> None:
