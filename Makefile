@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 
 INTEGRATIONS := .venv-integrations
 
-.PHONY: data docs package test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study sweep chaos training clean
+.PHONY: data docs package test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study dense sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -126,6 +126,12 @@ study: $(STAMP)
 	$(PY) benchmarks/from_scratch.py --data ../shared/data
 	$(PY) benchmarks/carried_forms.py --data ../shared/data
 	$(PY) benchmarks/readme.py
+
+# detection and segmentation, in the environment of the integrations: about two hours of one core for each task
+dense: $(INTEGRATIONS)/.installed
+	for task in camvid-unet camvid-deeplab bccd-fcos bccd-faster-rcnn; do \
+		OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python benchmarks/dense/run.py --data ../shared/data --task $$task || exit; done
+	$(INTEGRATIONS)/bin/python benchmarks/dense/report.py
 
 estimation: $(STAMP)
 	$(PY) benchmarks/estimation.py --data ../shared/data
