@@ -26,8 +26,9 @@ def _seeded() -> None:
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers look in turns from their second step on, instead of in all of their first steps."""
+    """Layers look in turns from their second step on, instead of in all of their first steps; at patches, too."""
     monkeypatch.setattr("cbn_convert.norm.carried.FIRST_LOOKS", 1)
+    monkeypatch.setattr("cbn_convert.norm.carried.PATCH_TURNS", 1)
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,20 @@
 
 A window that starts at running_mean and running_var, forgets slowly and is carried to the weights of every step needs
 no history: the running statistics are the window, valid at the weights of the last step. What must be known besides is
-how they respond to the weights, for which p̄ and d, mean and variance of every entry of the input patches, are enough:
-[G, F] numbers, shared by all channels of a group. From the weights θ_0 of the last step to θ, with q(θ) = Σ_f d_f θ_f²,
+how they respond to the weights, for which mean and covariance of the input patches are enough, shared by all channels
+of a group: the mean patch p̄, a few principal axes u_k, and for every entry the variance d that these leave. From the
+weights θ_0 of the last step to θ, with q(θ) = Σ_f d_f θ_f² + Σ_k (u_k·θ)²,
 
     M = μ + p̄·(θ - θ_0) + (b - b_0) + (|θ| / |θ_0| - 1) (μ - θ_0·p̄ - b_0)            S = σ² q(θ) / q(θ_0)
 
-Both are exact if weights are only rescaled, and M wherever p̄ is the mean patch of what μ was taken of; S also if the
-entries of a patch are uncorrelated. What p̄ does not explain of μ grows with the length of θ alone, since p̄ says all
-that is known of directions. q is positive, so nothing can vanish or turn negative. θ·∂L/∂θ = 0, up to eps.
+Both are exact if weights are only rescaled, and M wherever p̄ is the mean patch of what μ was taken of; S wherever the
+covariance of the patches is what d and the axes say. What p̄ does not explain of μ grows with the length of θ alone,
+since p̄ says all that is known of directions. q is positive, so nothing can vanish or turn negative. θ·∂L/∂θ = 0, up to
+eps.
 
-One step of `every` looks at its batch, the layers of a model taking turns: mean and variance of x, and p̄ and d of some
-positions, join with the share 1 - (1 - 1/size)^n, n being the images since the last look. They do so behind the step:
-what a step normalises by depends on the weights alone.
+One step of `every` looks at its batch, the layers of a model taking turns: mean and variance of x join with the share
+1 - (1 - 1/size)^n, n being the images since the last look; and in every fourth look p̄, d and the axes of some
+positions, with the n of theirs. They do so behind the step: what a step normalises by depends on the weights alone.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, RunningStatistics
-from .distributed import joined_moments
-from .functional import LEAST_VARIANCE, TINY, OptTensor, is_known, pooled
+from .distributed import PatchMoments, joined_moments
+from .functional import AXES, LEAST_VARIANCE, TINY, OptTensor, is_known, pooled, principal_axes
 from .kernels import select
 from .window import Window
 
-# Looks in a row at the start: p̄ and d of one batch follow the weights badly.
+# Looks in a row at the start: the patches of one batch say little of the others.
 FIRST_LOOKS = 32
-_ROWS = ("mean", "var", "anchor", "spread", "square")  # of `Carried.table`, by their names in checkpoints
+PATCH_TURNS = 4  # looks of which one looks at patches, too, later on: these cost more, and change slowly
+# `Carried.table` and the rest of it, by their names in checkpoints
+_ROWS, PATCHES = ("mean", "var", "anchor", "spread", "square"), ("patch_mean", "patch_rest", "patch_axes")
 
 
 class Carried(NamedTuple):
@@ -43,7 +47,8 @@ class Carried(NamedTuple):
 
     table: Tensor  # [5, C]: M, S, θ·p̄ + b, q and θ·θ; of the first two alone where weights are not followed
     patch_mean: Tensor | None = None  # p̄ [G, F]
-    patch_var: Tensor | None = None  # d [G, F]
+    patch_rest: Tensor | None = None  # d [G, F], the variance of every entry that the axes leave
+    patch_axes: Tensor | None = None  # u [G, K, F]
 
     @property
     def mean(self) -> Tensor:
@@ -65,7 +70,7 @@ class Carried(NamedTuple):
         """The statistics at θ [C, F] and b [C]; may be differentiated with respect to both.
 
         The same to the bit where θ and b are those that they are at. Where weights were zero, and are no more, what x
-        was says nothing: p̄ and d say all that is known.
+        was says nothing: the patches say all that is known.
         """
         if theta is None or self.patch_mean is None:
             return self
@@ -79,17 +84,20 @@ class Carried(NamedTuple):
         """Other statistics [C] at θ and b that respond in the same way."""
         return self._replace(table=torch.stack([mean, var, mean, var, var])).moved(theta, bias).of(mean, var)
 
-    def with_patches(
-        self, mean: Tensor, var: Tensor, share: float | Tensor, theta: Tensor, bias: Tensor | None
-    ) -> Carried:
-        """Patches with p̄ and d [G, F] joined with a share; statistics as they are, anchored at θ and b."""
-        if self.patch_mean is None or self.patch_var is None:
-            joined = Carried(self.table, mean, _at_least(var))
+    def with_patches(self, found: PatchMoments, share: float | Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
+        """Patches joined with what a look found of them; statistics as they are, anchored at θ and b."""
+        own, along = found.var, found.along
+        if self.patch_mean is None or self.patch_rest is None or self.patch_axes is None:
+            mean, total = found.mean, _at_least(own)
         else:
-            step = mean - self.patch_mean
-            own = _at_least(var + (1 - share) * step * step)
-            joined = self._replace(patch_mean=self.patch_mean + share * step, patch_var=self.patch_var.lerp(own, share))
-        return joined.placed(self.mean, self.var, theta, bias)
+            step, axes = found.mean - self.patch_mean, self.patch_axes
+            mean, left = self.patch_mean + share * step, 1 - share
+            total = (self.patch_rest + axes.square().sum(1)).lerp(_at_least(own + left * step * step), share)
+            between = (found.probes * step[:, None]).sum(2, keepdim=True) * step[:, None]
+            along = left * (found.probes @ axes.mT) @ axes + share * (along + left * between)
+        axes = principal_axes(found.probes, along)
+        rest = (total - axes.square().sum(1)).clamp_min(_least(total))
+        return Carried(self.table, mean, rest, axes).placed(self.mean, self.var, theta, bias)
 
     def where(self, finite: Tensor, other: Carried) -> Carried:
         """This one where `finite`, else the other; decided on the device, without waiting for it."""
@@ -99,6 +107,14 @@ class Carried(NamedTuple):
 
 def _at_least(var: Tensor) -> Tensor:
     return var + LEAST_VARIANCE * var.mean(1, keepdim=True) + TINY
+
+
+def _least(total: Tensor) -> Tensor:
+    """What `_at_least` has added to a variance [G, F] in the mean; rounding and samples may leave less beside axes."""
+    return LEAST_VARIANCE / (1 + LEAST_VARIANCE) * total.mean(1, keepdim=True)
+
+
+_COUNTS = ("seen", "looks", "waiting", "patches_waiting")
 
 
 class CarriedWindow:
@@ -120,6 +136,7 @@ class CarriedWindow:
         self.seen = 0  # steps
         self.looks = 0
         self.waiting = 0  # images since the last look
+        self.patches_waiting = 0  # and since the last look at patches
         self.state: Carried | None = None
         self.last: Carried | None = None
         self.last_looked = self.last_folded = False
@@ -143,6 +160,7 @@ class CarriedWindow:
         known = self._known(running, theta, bias)
         self.seen += 1
         self.waiting += images
+        self.patches_waiting += images
         return known
 
     def arrive(self, at: Carried, folded: bool) -> None:
@@ -175,24 +193,27 @@ class CarriedWindow:
         self.last_looked = True
         theta, bias = batch.theta, batch.bias
         turn, patches = (batch.iteration + 1) // (self.window.every or 1), None
-        if theta is not None and batch.input is not None:
-            patches = batch.patches(self.window.positions, turn)
-        found = joined_moments(batch, patches, before, self.waiting)
+        due = not self.compensated or self.looks < FIRST_LOOKS or turn % PATCH_TURNS == 0
+        if theta is not None and batch.input is not None and due:
+            patches = batch.patches(self.window.positions, turn // PATCH_TURNS)
+            if before.patch_mean is not None and before.patch_mean.shape != (patches.groups, patches.width):
+                # of other groups, if somebody changed them
+                before = Carried(before.table[:2])
+        found = joined_moments(batch, patches, before, (self.waiting, self.patches_waiting))
         share = 1 - (1 - 1 / self.window.size) ** found.images
         finite: Tensor | bool
-        if found.patch_mean is not None and found.patch_var is not None and theta is not None:
-            of_patches = (found.patch_mean, found.patch_var)
-            if before.patch_mean is None or before.patch_mean.shape != found.patch_mean.shape:
-                # none yet, or those of other groups, if somebody changed them; these serve this step already, so that
-                # here it has to be known whether they can be trusted
+        if found.patches is not None and theta is not None:
+            if before.patch_mean is None:
+                # none yet; these serve this step already, so that here it has to be known whether they can be trusted
                 trusted = found.finite
                 if type(trusted) is Tensor and not trusted:
                     return before
-                before = before._replace(patch_mean=None, patch_var=None).with_patches(*of_patches, 1.0, theta, bias)
+                before = before.with_patches(found.patches, 1.0, theta, bias)
                 self.looks = 0
             first = 1 / (self.looks + 1)  # the mean of the first looks
-            of_look = share.clamp_min(first) if isinstance(share, Tensor) else max(share, first)
-            joined, finite = select(theta).join(before, theta, bias, found, (share, of_look))
+            of_patches = 1 - (1 - 1 / self.window.size) ** found.patches.images
+            of_patches = of_patches.clamp_min(first) if isinstance(of_patches, Tensor) else max(of_patches, first)
+            joined, finite = select(theta).join(before, theta, bias, found, (share, of_patches))
         else:
             joined = before.of(*pooled(before.mean, before.var, found.mean, found.var, share))
             finite = found.finite
@@ -204,6 +225,8 @@ class CarriedWindow:
         else:
             return before
         self.looks, self.waiting = self.looks + 1, 0
+        if patches is not None:
+            self.patches_waiting = 0
         return before
 
     def advance(
@@ -249,22 +272,23 @@ class CarriedWindow:
 
     def bytes(self, channels: int, fan_in: int, groups: int) -> int:
         """What the state takes in float32; fan_in 0 where no weight is followed."""
-        return 4 * (2 * channels + (3 * channels + 2 * groups * fan_in if fan_in else 0))
+        of_patches = groups * fan_in * (2 + min(AXES, fan_in))
+        return 4 * (2 * channels + (3 * channels + of_patches if fan_in else 0))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
         slots = {}
         if self.state is not None:
-            table, patch_mean, patch_var = self.state
+            table, *patches = self.state
             slots = dict(zip(_ROWS, table.clone(), strict=False))
-            if patch_mean is not None and patch_var is not None:
-                slots |= {"patch_mean": patch_mean.clone(), "patch_var": patch_var.clone()}
-        return {"kind": "ema", "seen": self.seen, "looks": self.looks, "waiting": self.waiting, "slots": slots}
+            slots |= {name: t.clone() for name, t in zip(PATCHES, patches, strict=True) if t is not None}
+        return {"kind": "ema", **{name: getattr(self, name) for name in _COUNTS}, "slots": slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.clear()
-        self.seen, self.looks, self.waiting = int(state["seen"]), int(state["looks"]), int(state["waiting"])
+        for name in _COUNTS:
+            setattr(self, name, int(state[name]))
         if slots := {name: value.clone() for name, value in state["slots"].items()}:
             table = torch.stack([slots[name] for name in _ROWS if name in slots])
-            self.state = Carried(table, slots.get("patch_mean"), slots.get("patch_var"))
+            self.state = Carried(table, *[slots.get(name) for name in PATCHES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-from .functional import statistics_dtype
+from .functional import probes_of, statistics_dtype
 from .kernels import select
 
 if TYPE_CHECKING:
@@ -56,8 +57,18 @@ def joined_mean(t: Tensor, count: int, ranks: int) -> Tensor:
     return (sums[:-1] / sums[-1]).view_as(t)
 
 
+class PatchMoments(NamedTuple):
+    """Mean, variance and covariance of the input patches of a batch, the latter along some directions."""
+
+    mean: Tensor  # p̄ [G, F]
+    var: Tensor  # of every entry [G, F]
+    probes: Tensor  # V [G, K, F]
+    along: Tensor  # ΣV [G, K, F]
+    images: float | Tensor  # those that the patches stand for
+
+
 class JoinedMoments(NamedTuple):
-    """Mean and variance of a batch and of its input patches, over all ranks.
+    """Mean and variance of a batch and moments of its input patches, over all ranks.
 
     images: those that the batch stands for.
     """
@@ -65,42 +76,63 @@ class JoinedMoments(NamedTuple):
     mean: Tensor  # [C]
     var: Tensor  # [C]
     images: float | Tensor
-    patch_mean: Tensor | None = None  # [G, F]
-    patch_var: Tensor | None = None  # [G, F]
+    patches: PatchMoments | None = None
 
     @property
     def finite(self) -> Tensor:
         """Whether all values are; those of patches may be too large where their x is not."""
         finite = torch.isfinite(self.mean + self.var).all()
-        if self.patch_mean is None or self.patch_var is None:
+        if self.patches is None:
             return finite
-        return finite & torch.isfinite(self.patch_mean + self.patch_var).all()
+        mean, var, _, along, _ = self.patches
+        return finite & torch.isfinite(mean + var + along.sum(1)).all()
 
 
-def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, images: int) -> JoinedMoments:
+def joined_moments(
+    batch: Batch, patches: InputPatches | None, about: Carried, images: tuple[int, int]
+) -> JoinedMoments:
     """The moments of a batch, joined by one sum over the ranks, of distances to what is known already (`about`).
 
-    images: those of this rank that the batch stands for.
+    images: those of this rank that the batch stands for, and those that its patches do, which are looked at along the
+    axes that are known.
     """
-    if batch.ranks == 1:
-        mean, var = select(batch.x).statistics(batch.x)
-        found = () if patches is None else patches.mean_and_var()
-        return JoinedMoments(mean, var, images, *found)
-    count = batch.x.numel() // batch.x.shape[1]
-    nothing = about.mean.new_zeros(len(about.mean))
-    parts = [(*(select(batch.x).statistics(batch.x) if count else (nothing, nothing)), about.mean, count)]
+    count, nothing = batch.x.numel() // batch.x.shape[1], about.mean.new_zeros(len(about.mean))
+    mean, var = select(batch.x).statistics(batch.x) if count or batch.ranks == 1 else (nothing, nothing)
+    here = None
     if patches is not None:
-        known = about.patch_mean
-        centre = about.mean.new_zeros(()) if known is None else known
-        parts.append((*patches.mean_and_var(), centre, patches.positions))
-    sums = []
-    for mean, var, centre, n in parts:
-        away = (mean - centre).double()
-        sums += [n * away.flatten(), n * (var.double() + away * away).flatten(), away.new_full((1,), n)]
-    sums.append(sums[0].new_full((1,), images))
-    found, moments = total(torch.cat(sums)).split([len(t) for t in sums]), []
-    for i, (mean, _, centre, _) in enumerate(parts):
-        first, second, every = found[3 * i : 3 * i + 3]
-        away = (first / every).view_as(mean)
-        moments += [centre + away.to(mean.dtype), ((second / every).view_as(mean) - away * away).to(mean.dtype)]
-    return JoinedMoments(moments[0], moments[1], found[-1].to(moments[0].dtype), *moments[2:])
+        probes = probes_of(about.patch_axes, patches.groups, patches.width, about.table)
+        here = PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes), images[1])
+    if batch.ranks == 1:
+        return JoinedMoments(mean, var, images[0], here)
+    away = (mean - about.mean).double()
+    sums = [count * away, count * (var.double() + away * away), away.new_tensor([count, *images])]
+    if here is not None and patches is not None:
+        sums += _patch_sums(here, about.patch_mean, patches.positions)
+    found = total(torch.cat([t.flatten() for t in sums])).split([t.numel() for t in sums])
+    every, *of_all = found[2].unbind()
+    away, second = found[0] / every, found[1] / every
+    joined = (about.mean + away.to(mean.dtype), (second - away * away).to(mean.dtype), of_all[0].to(mean.dtype))
+    if here is not None:
+        here = _joined_patches(here, about.patch_mean, found[3:])._replace(images=of_all[1].to(mean.dtype))
+    return JoinedMoments(*joined, here)
+
+
+def _patch_sums(here: PatchMoments, centre: Tensor | None, positions: int) -> list[Tensor]:
+    """Sums over the positions of this rank: of distances to a centre, their squares, and products along the probes."""
+    away = (here.mean if centre is None else here.mean - centre).double()
+    sums = [away, here.var.double() + away * away, here.along.double() + _between(here.probes, away)]
+    return [*[positions * t for t in sums], away.new_tensor([positions])]
+
+
+def _joined_patches(here: PatchMoments, centre: Tensor | None, sums: Sequence[Tensor]) -> PatchMoments:
+    """The moments of all ranks, of the sums of their `_patch_sums`."""
+    dtype, shapes = here.mean.dtype, (here.mean, here.var, here.along)
+    away, second, along = ((t / sums[3]).view_as(like) for t, like in zip(sums, shapes, strict=False))
+    mean = away.to(dtype) if centre is None else centre + away.to(dtype)
+    along = (along - _between(here.probes, away)).to(dtype)
+    return here._replace(mean=mean, var=(second - away * away).to(dtype), along=along)
+
+
+def _between(probes: Tensor, away: Tensor) -> Tensor:
+    """What a distance [G, F] between two means adds to a covariance along probes [G, K, F]."""
+    return (probes * away[:, None]).sum(2, keepdim=True) * away[:, None]

@@ -67,11 +67,11 @@ class FoldedLayer:
         return of_rows(rows, self.module) if self.apply.transposed else rows
 
     def ordered(self, state: Carried) -> Carried:
-        """p̄ and d in the order of the weight in memory; windows keep them with input channels first."""
-        if not self.last or state.patch_mean is None or state.patch_var is None:
+        """The patches in the order of the weight in memory; windows keep them with input channels first."""
+        if not self.last or state.patch_mean is None:
             return state
         channels = self.module.weight.shape[1]
-        patches = [t.unflatten(1, (channels, -1)).mT.flatten(1) for t in (state.patch_mean, state.patch_var)]
+        patches = [None if t is None else t.unflatten(-1, (channels, -1)).mT.flatten(-2) for t in state[1:]]
         return Carried(state.table, *patches)
 
     def affine(self, gamma: Tensor | None, beta: Tensor | None) -> Affine:

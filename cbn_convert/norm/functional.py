@@ -11,7 +11,9 @@ expression subtracts two large numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ NO_SQUARE = 1e-24  # what |θ|² and q are taken to be at least, so that they ca
 # A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
 # patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
 LEAST_VARIANCE, TINY = 0.05, 1e-12
+# Principal axes of patches, or one for each entry, if these are fewer; and the part of the variance along a probe that
+# has to be left for an axis of its own: the rest is rounding.
+AXES, LEAST_AXIS = 8, 1e-4
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -70,6 +75,46 @@ def pooled(
     """Mean and variance of a mixture in which the new population has weight `share` (parallel variance formula)."""
     step = new_mean - mean
     return mean + share * step, torch.lerp(var, new_var, share) + share * (1 - share) * step.square()
+
+
+def probes_of(axes: Tensor | None, groups: int, width: int, like: Tensor) -> Tensor:
+    """Directions [G, K, F] of length 1, to look along: those of the axes, and any where there is none yet."""
+    # what is made for a FakeTensor is one itself, and of no use to others
+    waves = _waves if type(like) is Tensor else _waves.__wrapped__
+    any_ones = waves(width, like.dtype, like.device).expand(groups, -1, -1)
+    if axes is None or axes.shape != any_ones.shape:
+        return any_ones.contiguous()
+    length = axes.norm(dim=2, keepdim=True)
+    directions: Tensor = torch.where(length > 0, axes / length, any_ones)
+    return directions
+
+
+@lru_cache(maxsize=256)
+def _waves(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Orthogonal cosines [K, F] of length 1."""
+    with torch.inference_mode(False):
+        at = torch.arange(width, dtype=torch.float64, device=device) + 0.5
+        waves = torch.arange(min(AXES, width), dtype=torch.float64, device=device)[:, None] * at
+        made = torch.cos(waves * (math.pi / width))
+        directions: Tensor = (made / made.norm(dim=1, keepdim=True)).to(dtype)
+        return directions
+
+
+def principal_axes(probes: Tensor, along: Tensor) -> Tensor:
+    """u [G, K, F] of a covariance Σ, from ΣV [G, K, F] along probes V: that of which Σ_k u_k u_kᵀ V = ΣV.
+
+    Nyström's approximation, never above Σ. An axis is what those before leave of Σv, so that probes which are axes of
+    the time before converge to principal ones, as in the power method; none where they leave nothing.
+    """
+    own = (probes * along).sum(2)
+    axes = []
+    for k in range(probes.shape[1]):
+        size = (probes[:, k] * along[:, k]).sum(1, keepdim=True)
+        there = size > LEAST_AXIS * own[:, k : k + 1] + TINY
+        u = torch.where(there, along[:, k] / size.clamp_min(TINY).sqrt(), torch.zeros_like(size))
+        along = along - (probes * u[:, None]).sum(2, keepdim=True) * u[:, None]
+        axes.append(u)
+    return torch.stack(axes, 1)
 
 
 class Affine(NamedTuple):

@@ -14,10 +14,10 @@ from ..modes import what_lasts_may_be_made
 from ..refusals import qconfig, refuse_proxy, refuse_replica, refuse_script, refuse_transforms
 from .activation import activate
 from .batch import Batch
-from .carried import CarriedWindow
+from .carried import PATCHES, CarriedWindow
 from .distributed import world_size
 from .folded import begin_folding, end_folding
-from .functional import is_known, is_measured, normalize, pooled
+from .functional import AXES, is_known, is_measured, normalize, pooled
 from .producers import (
     OutputChannels,
     Producer,
@@ -270,15 +270,18 @@ class CrossIterationMixin(_BatchNorm):
             raise ValueError(f"history is of a layer fed by {len(saved)} modules, this one by {len(self._sources)}")
         for source, own in zip(self._sources, saved, strict=True):
             channels = len(range(self.num_features)[source.channels or slice(None)])
-            for name, value in ({} if own is None else own["slots"]).items():
+            slots = {} if own is None else own["slots"]
+            if "patch_mean" in slots and "patch_axes" not in slots and own["kind"] == "ema":
+                raise ValueError("history is of another version, which knew less of the patches; train with that one")
+            for name, value in slots.items():
                 if name in ("mean", "var") and value.shape[-1] != channels:
                     raise ValueError(f"history is of a layer with {value.shape[-1]} channels, this one has {channels}")
-                if name in ("patch_mean", "patch_var") and own["kind"] == "ema" and source.tap is not None:
+                if name in PATCHES and own["kind"] == "ema" and source.tap is not None:
                     groups, width = groups_of(source.tap.module), fan_in(source.tap.module)
-                    if value.shape != (groups, width):
+                    shape = (groups, min(AXES, width), width) if name == "patch_axes" else (groups, width)
+                    if value.shape != shape:
                         raise ValueError(
-                            f"history is of a module whose patches have shape {(*value.shape,)}, this one's have "
-                            f"{(groups, width)}"
+                            f"history is of a module whose {name} has shape {(*value.shape,)}, this one's has {shape}"
                         )
                 if not torch.isfinite(value).all():
                     raise ValueError(f"history holds a {name} that is not finite; it is damaged")

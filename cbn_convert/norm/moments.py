@@ -1,8 +1,9 @@
-"""Moments of the input patches of a conv or linear layer, without autograd: p̄, its variance d, C = mean((x - μ) p).
+"""Moments of the input patches of a conv or linear layer, without autograd: mean, variance, some covariances.
 
-p̄ is a strided mean of the input per kernel position, two small matrix products and no convolution. C is a weight
-gradient: that of the layer for the output gradient (x - μ) / m. For a transposed conv the patch of an output position
-holds the inputs that reach it, with zeros where none does.
+p̄ is a strided mean of the input per kernel position, two small matrix products and no convolution. The covariance
+C = mean((x - μ) p) with an output x is a weight gradient: that of the layer for the output gradient (x - μ) / m. With
+weights V in the place of the layer's own it is ΣV, Σ being the covariance of the patches. For a transposed conv the
+patch of an output position holds the inputs that reach it, with zeros where none does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import PatchAxis, batch_statistics, select
-from .producers import Conv, Producer, as_rows, fan_in, groups_of, is_linear, is_transposed, padded_input, per_axis
+from .producers import (
+    Conv,
+    Convolution,
+    Producer,
+    as_rows,
+    fan_in,
+    groups_of,
+    is_linear,
+    is_transposed,
+    padded_input,
+    per_axis,
+)
 
 
 class _Arranged(NamedTuple):
@@ -100,6 +112,11 @@ class InputPatches:
         """G, the groups that share their patches."""
         return groups_of(self.module)
 
+    @property
+    def width(self) -> int:
+        """F, the entries of a patch."""
+        return fan_in(self.module)
+
     def mean(self) -> Tensor:
         """p̄ [G, F]."""
         return self._mean_of(self.arranged.y)
@@ -175,6 +192,32 @@ class InputPatches:
             total = as_rows(self._weight_gradient(xc, y), module)
         return total.div_(self.positions)
 
+    def covariance_along(self, probes: Tensor) -> Tensor:
+        """ΣV [G, K, F] for directions V [G, K, F]: what the patches have in common with their products with these."""
+        module, at = self.module, self.arranged
+        if not self.positions:
+            return torch.zeros_like(probes)
+        if is_linear(module):
+            made = probes[0] @ at.y.T
+        else:
+            kernel = per_axis(module, "kernel_size")
+            weight = probes.reshape(-1, module.in_channels // module.groups, *kernel)
+            if is_transposed(module):
+                weight = weight.unflatten(0, probes.shape[:2]).transpose(1, 2).flatten(0, 1)
+            extra = self._output_padding(self.out_size) if is_transposed(module) else (0,) * len(kernel)
+            apply = Convolution(at.stride, at.padding, at.dilation, is_transposed(module), extra, module.groups)
+            made = apply(at.y, weight, None)
+        axes = [1] if is_linear(module) else [0, *range(2, made.dim())]
+        for _ in range(2):  # what rounding leaves of a large mean would count as often as the mean patch is large
+            made = made - made.mean(axes, keepdim=True)
+        return self.covariance_with(made).view_as(probes)
+
+    def _output_padding(self, out_size: Sequence[int]) -> tuple[int, ...]:
+        """That of a transposed conv whose output is of a size, whatever output_size was asked for."""
+        kernel, at = per_axis(self.module, "kernel_size"), self.arranged
+        steps = zip(out_size, at.y.shape[2:], at.stride, at.padding, at.dilation, kernel, strict=True)
+        return tuple(o - (i - 1) * s + 2 * p - d * (k - 1) - 1 for o, i, s, p, d, k in steps)
+
     def _patch_sum(self, y: Tensor) -> Tensor:
         """Sum of the patches [C_in, K_1, K_2, ...] of y over all output positions."""
         total, kernel, at = y.sum(0), per_axis(self.module, "kernel_size"), self.arranged
@@ -196,13 +239,7 @@ class InputPatches:
         shape = (inputs, channels // conv.groups) if transposed else (channels, inputs // conv.groups)
         # only the shape of this weight is read
         weight = y.new_empty(()).expand(*shape, *kernel)
-        output_padding = [0] * len(kernel)
-        if transposed:  # as the output is, whatever output_size was asked for
-            output_padding = [
-                g.shape[2 + d] - (y.shape[2 + d] - 1) * stride[d] + 2 * padding[d]
-                - dilation[d] * (kernel[d] - 1) - 1
-                for d in range(len(kernel))
-            ]  # fmt: skip
+        output_padding = self._output_padding(g.shape[2:]) if transposed else [0] * len(kernel)
         result: Tensor = torch.ops.aten.convolution_backward(
             g, y, weight, None, stride, padding, dilation, transposed, output_padding, conv.groups,
             [False, True, False],

@@ -23,7 +23,7 @@ def fits(report: ConversionReport) -> str:
 def test_pretrained_layers() -> None:
     report = cbn.convert(randomize_norms(timm.create_model("test_resnet", num_classes=2)))
     assert report.summary().startswith(
-        "15 compensated, 0 window, 0 kept of 15 norm layers; 15 train folded; history 0.0"
+        "15 compensated, 0 window, 0 kept of 15 norm layers; 15 train folded; history 0.22 MB"
     )
     assert "Next: train as usual; then cbn.fold(model)" in fits(report)
 

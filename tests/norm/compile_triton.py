@@ -14,15 +14,20 @@ from triton.compiler import ASTSource
 
 from cbn_convert.norm.kernels import triton_passes
 
-INTEGERS, CONSTANTS = ("C", "F", "per_group"), {"EPS": 1e-5, "LEAST": 1e-24}
-OPTIONAL = ("bias", "gamma", "beta", "patch_mean", "patch_var", "running_mean", "running_var", "rows")
+INTEGERS, CONSTANTS = ("C", "F", "K", "per_group"), {"EPS": 1e-5, "LEAST": 1e-24}
+OPTIONAL = ("bias", "gamma", "beta", "patch_mean", "patch_rest", "patch_axes", "running_mean", "running_var", "rows")
 
-DEPTHWISE = ("bias", "F", "per_group")
+DEPTHWISE = ("bias", "F", "K", "per_group")
 
 
-def source(kernel: triton.JITFunction, dtype: str, without: tuple[str, ...], block: int) -> ASTSource:
+def source(kernel: triton.JITFunction, dtype: str, without: tuple[str, ...], block: int, axes: int) -> ASTSource:
     # an integer that is 1 is a constant
-    constants = {**CONSTANTS, "BLOCK": block, **{name: 1 if name in INTEGERS else None for name in without}}
+    constants = {
+        **CONSTANTS,
+        "BLOCK": block,
+        "AXES": axes,
+        **{name: 1 if name in INTEGERS else None for name in without},
+    }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "i32" if name in INTEGERS else f"*{dtype}" for name in kernel.arg_names}
     return ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
@@ -33,9 +38,9 @@ if __name__ == "__main__":
         target = GPUTarget("cuda", capability, 32)
         for kernel in (triton_passes.fold, triton_passes.folded_gradient):
             for dtype in ("fp32", "fp64"):
-                for without, block in (((), 1024), (OPTIONAL, 16), (DEPTHWISE, 1)):
+                for without, block, axes in (((), 512, 8), (OPTIONAL, 16, 1), (DEPTHWISE, 1, 1)):
                     made = triton.compile(
-                        source(kernel, dtype, without, block), target=GPUTarget("cuda", capability, 32)
+                        source(kernel, dtype, without, block, axes), target=GPUTarget("cuda", capability, 32)
                     )
                     found = {float(number) for number in re.findall(r"arith.constant (\S+) : f64", made.asm["ttir"])}
                     if found & {float(torch.tensor(value)) for value in CONSTANTS.values()}:

@@ -143,7 +143,7 @@ def test_one_map_is_kept_for_an_activation_of_its_own(name: str, look: bool) -> 
     x = torch.randn(2, 3, 40, 40)
     model.train()(x)
     own = x.nbytes + 2 * 16 * 38 * 38 * 4
-    assert own <= kept_bytes(model, x) < own + 20_000
+    assert own <= kept_bytes(model, x) < own + 60_000  # less than one map
 
 
 def test_a_block_of_mobilenet_keeps_one_map_per_activation() -> None:
@@ -155,7 +155,7 @@ def test_a_block_of_mobilenet_keeps_one_map_per_activation() -> None:
     x = torch.randn(2, 16, 20, 20)
     block.train()(x)
     own = x.nbytes + 2 * (2 * 64 * 20 * 20 * 4)
-    assert own <= kept_bytes(block, x) < own + 20_000
+    assert own <= kept_bytes(block, x) < own + 60_000  # less than one map
 
 
 class Spy(nn.Module):

@@ -20,19 +20,36 @@ from cbn_convert.norm import (
     Window,
 )
 from cbn_convert.norm.carried import FIRST_LOOKS, LEAST_VARIANCE, TINY
+from cbn_convert.norm.functional import AXES, principal_axes, probes_of
 from cbn_convert.norm.moments import InputPatches
 
 DOUBLE = torch.float64
+
+
+def at_least(var: Tensor) -> Tensor:
+    return var + LEAST_VARIANCE * var.mean() + TINY
+
+
+def waves(rank: int, width: int) -> Tensor:
+    """The first probes [F, K]."""
+    made = torch.cos(torch.outer(torch.arange(width) + 0.5, torch.arange(rank) * torch.pi / width).double())
+    return made / made.norm(dim=0)
+
+
+def nystrom(covariance: Tensor, probes: Tensor) -> Tensor:
+    """Rows u with Σ_k u_k u_kᵀ = ΣV (VᵀΣV)⁻¹ VᵀΣ, by a Cholesky decomposition."""
+    along = covariance @ probes
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(probes.T @ along), along.T, upper=False)
 
 
 @pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_ten_steps_against_the_definition(bias: bool, folded: bool) -> None:
-    """Statistics, p̄ and d as module docstring and paper define them, from unfolded patches; every third step looks."""
+    """Statistics, p̄, d and axes as module docstring and paper define them, from unfolded patches; one look in three."""
     conv, norm = bound_pair(bias=bias, folded=folded)
     M, S = norm.running_mean.clone(), norm.running_var.clone()
-    p, d, theta0, b0, looks, waiting = None, None, None, None, 0, 0
+    p, total, axes, theta0, b0, looks, waiting = None, None, None, None, None, 0, 0
     for i in range(10):
         x = batch(i, n=2 + i % 2)
         theta = conv.weight.detach().flatten(1).clone()
@@ -43,17 +60,20 @@ def test_ten_steps_against_the_definition(bias: bool, folded: bool) -> None:
         if p is not None:
             growth = theta.norm(dim=1) / theta0.norm(dim=1)
             M = M + (theta - theta0) @ p + b - b0 + (growth - 1) * (M - theta0 @ p - b0)
-            S = S * (theta**2 @ d) / (theta0**2 @ d)
+            covariance = axes.T @ axes + torch.diag(total - axes.square().sum(0))
+            S = S * ((theta @ covariance) * theta).sum(1) / ((theta0 @ covariance) * theta0).sum(1)
         y = norm(conv(x))
         torch.testing.assert_close(y, normalised(norm, raw, M, S))
         if p is None or i % 3 == 0:
-            own_p, own_d = patches.mean(0), patches.var(0, unbiased=False)
+            own_p, own = patches.mean(0), patches.T.cov(correction=0)
+            probes = waves(AXES, len(own)) if axes is None else (axes / axes.norm(dim=1, keepdim=True)).T
             if p is None:
-                p, d = own_p, own_d + LEAST_VARIANCE * own_d.mean() + TINY
+                p, total, axes = own_p, at_least(own.diag()), nystrom(own, probes)
             share = 1 - (1 - 1 / 20) ** waiting
             of_patches = max(share, 1 / (looks + 1))
-            own_d = own_d + (1 - of_patches) * (own_p - p) ** 2
-            d = d + of_patches * (own_d + LEAST_VARIANCE * own_d.mean() + TINY - d)
+            own = own + (1 - of_patches) * torch.outer(own_p - p, own_p - p)
+            total = (1 - of_patches) * total + of_patches * at_least(own.diag())
+            axes = nystrom((1 - of_patches) * axes.T @ axes + of_patches * own, probes)
             p = p + of_patches * (own_p - p)
             mean, var = raw.mean((0, 2, 3)).detach(), raw.var((0, 2, 3), unbiased=False).detach()
             S = (1 - share) * S + share * var + share * (1 - share) * (mean - M) ** 2
@@ -120,8 +140,50 @@ def test_mean_and_variance_of_patches(kind: str, offset: float) -> None:
     torch.testing.assert_close(single[1].double(), var, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("kind", PRODUCERS)
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_covariance_of_patches_along_directions(kind: str, offset: float) -> None:
+    """That of the entries themselves, beside a large mean too; of all positions and of some."""
+    make, shape = PRODUCERS[kind]
+    torch.manual_seed(0)
+    module, y = make().double(), torch.randn(shape, dtype=DOUBLE) + offset
+    entries, out_size = outputs_of_entries(module, y).detach(), module(y).shape[2:]
+    centred = entries - entries.mean(2, keepdim=True)
+    covariance = centred @ centred.mT / entries.shape[2]
+    probes = F.normalize(torch.randn(len(entries), 3, entries.shape[1], dtype=DOUBLE), dim=2)
+    along = InputPatches(module, y, out_size, DOUBLE).covariance_along(probes)
+    torch.testing.assert_close(along, probes @ covariance, rtol=1e-6, atol=1e-8)
+    single = InputPatches(module.float(), y.float(), out_size, torch.float32).covariance_along(probes.float())
+    torch.testing.assert_close(single.double(), along, rtol=2e-2, atol=2e-2 if offset else 1e-5)
+    some = InputPatches(module.double(), y, out_size, DOUBLE, at_most=5, turn=1)
+    if not isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
+        kept = torch.zeros(entries.shape[2] // len(y), dtype=torch.bool).view(out_size)
+        kept[some.grid] = True
+        entries = entries[:, :, kept.flatten().repeat(len(y))]
+        centred = entries - entries.mean(2, keepdim=True)
+        covariance = centred @ centred.mT / entries.shape[2]
+        torch.testing.assert_close(some.covariance_along(probes), probes @ covariance, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_axes_find_the_principal_ones(groups: int) -> None:
+    """Of a covariance of rank 5 all of it, after a few looks; of one that has more, nearly as much as there can be."""
+    torch.manual_seed(0)
+    full = torch.randn(groups, 30, 30, dtype=DOUBLE) * torch.logspace(0, -2, 30, dtype=DOUBLE)
+    low = torch.zeros_like(full)
+    low[:, :, :5] = full[:, :, :5]
+    for root, least in ((low, 1 - 1e-6), (full, 0.98)):
+        covariance, axes = root @ root.mT, None
+        for _ in range(12):
+            probes = probes_of(axes, groups, 30, covariance)
+            axes = principal_axes(probes, probes @ covariance)
+        explained = axes.square().sum((1, 2))
+        assert (explained >= least * torch.linalg.eigvalsh(covariance)[:, -AXES:].sum(1)).all()
+        assert (torch.linalg.eigvalsh(covariance - axes.mT @ axes) > -1e-9).all()
+
+
 def test_rescaled_weights_change_nothing() -> None:
-    """Whatever p̄ and d are: a window of statistics that are far from what the patches would give, too."""
+    """Whatever is known of the patches: a window of statistics that are far from what the patches would give, too."""
     conv, norm = bound_pair(Window(every=1000))
     norm.eps = 0.0
     x = batch(0)
@@ -139,7 +201,7 @@ def test_rescaled_weights_change_nothing() -> None:
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("measured", [(0.0, 0.0), (0.4, 0.7)])
 def test_weights_that_were_zero(measured: tuple[float, float], folded: bool) -> None:
-    """Of x = b nothing is carried: as the weights leave zero, p̄ and d say all that is known."""
+    """Of x = b nothing is carried: as the weights leave zero, the patches say all that is known."""
     conv, norm = bound_pair(Window(every=1000), folded=folded)
     with torch.no_grad():
         conv.weight[0] = 0
@@ -151,7 +213,8 @@ def test_weights_that_were_zero(measured: tuple[float, float], folded: bool) -> 
         conv.weight[0] = 0.01 * torch.randn_like(conv.weight[0])
     theta = conv.weight.detach().flatten(1)
     norm(conv(batch(0)))
-    mean, var = theta @ carried.patch_mean[0] + conv.bias, theta.square() @ carried.patch_var[0]
+    mean, var = theta @ carried.patch_mean[0] + conv.bias, theta.square() @ carried.patch_rest[0]
+    var = var + (theta @ carried.patch_axes[0].T).square().sum(1)
     assert (norm.running_mean[0].item(), norm.running_var[0].item()) == pytest.approx((mean[0].item(), var[0].item()))
 
 

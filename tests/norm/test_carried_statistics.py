@@ -77,8 +77,8 @@ def test_a_state_of_another_window_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="history was saved with window"):
             load_history_state(pretrained(**keywords), state)
-    state["stem.1"]["sources"][0]["slots"]["patch_var"][:] = float("nan")
-    with pytest.raises(ValueError, match="patch_var that is not finite"):
+    state["stem.1"]["sources"][0]["slots"]["patch_axes"][:] = float("nan")
+    with pytest.raises(ValueError, match="patch_axes that is not finite"):
         load_history_state(pretrained(), state)
 
 

@@ -248,7 +248,10 @@ def oracle(model: nn.Sequential, x: Tensor) -> Tensor:
         state, theta = source.state.state, conv.weight.flatten(1)
         groups = len(state.patch_mean)
         mean = torch.einsum("gcf,gf->gc", theta.unflatten(0, (groups, -1)), state.patch_mean).flatten() + conv.bias
-        q = torch.einsum("gcf,gf->gc", theta.unflatten(0, (groups, -1)).square(), state.patch_var).flatten()
+        axes = state.patch_axes
+        covariance = torch.diag_embed(state.patch_rest) + axes.mT @ axes
+        rows = theta.unflatten(0, (groups, -1))
+        q = torch.einsum("gcf,gfe,gce->gc", rows, covariance, rows).flatten()
         M_then, S_then, anchor, spread, square = state.table
         growth = theta.norm(dim=1) / square.sqrt()
         M = M_then + mean - anchor + (growth - 1) * (M_then - anchor)

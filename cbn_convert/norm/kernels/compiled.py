@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..functional import LEAST_VARIANCE, NO_SQUARE, TINY, Affine, OptTensor, statistics_dtype
+from ..functional import LEAST_AXIS, LEAST_VARIANCE, NO_SQUARE, TINY, Affine, OptTensor, statistics_dtype
 from .direct import Direct, fit, has_memory, is_dense
 from .plain import PatchAxis
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 _ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, positions=1)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 8  # of what the functions take, as in passes.cpp
+_VERSION = 9  # of what the functions take, as in passes.cpp
 # addresses, sizes and numbers, as they lie side by side
 _ARGUMENTS = {
     "statistics": struct.Struct("3Q4q").pack,
     "patch_moments": struct.Struct("3Q23q").pack,
-    "join": struct.Struct("12Q3q5dq").pack,
-    "fold": struct.Struct("11Q3q2dq").pack,
-    "folded_gradient": struct.Struct("9Q3q2dq").pack,
+    "join": struct.Struct("17Q4q6dq").pack,
+    "fold": struct.Struct("12Q4q2dq").pack,
+    "folded_gradient": struct.Struct("10Q4q2dq").pack,
 }
 
 
@@ -93,28 +93,32 @@ class Compiled(Direct):
         self, state: Carried, theta: Tensor, bias: OptTensor, found: JoinedMoments, shares: tuple[Share, Share]
     ) -> tuple[Carried, Tensor | bool]:
         """See `Kernels`."""
-        (table, *patches), (mean, var, _, *of_patches), (share, patch_share) = state, found, shares
+        (table, *known), (mean, var, _, looked), (share, patch_share) = state, found, shares
+        assert looked is not None
         if isinstance(share, Tensor) or isinstance(patch_share, Tensor) or not fit(state, theta, bias, mean, var):
             return super().join(state, theta, bias, found, shares)
-        sizes = channels, width, per_group = _sizes(state, theta)
-        for t in (*patches, *of_patches):
-            if t is None or t.shape != (channels // per_group, width) or t.dtype != theta.dtype or not is_dense(t):
+        channels, width, rank, per_group = sizes = _sizes(state, theta)
+        flat, deep = (channels // per_group, width), (channels // per_group, rank, width)
+        looked_at = looked[:4]
+        for t, shape in zip((*known, *looked_at), (flat, flat, deep, flat, flat, deep, deep), strict=True):
+            if t is None or t.shape != shape or t.dtype != theta.dtype or not is_dense(t):
                 return super().join(state, theta, bias, found, shares)
-        out, both = theta.new_empty(5, channels), theta.new_empty(2, channels // per_group, width)
-        patch_mean, patch_var = both.unbind()
-        tensors = (theta, bias, *patches, table, mean, var, *of_patches, out, patch_mean, patch_var)
-        finite = _call("join", theta, tensors, *sizes, share, patch_share, LEAST_VARIANCE, TINY, NO_SQUARE)
-        return state._replace(table=out, patch_mean=patch_mean, patch_var=patch_var), bool(finite)
+        out, (patch_mean, patch_rest) = theta.new_empty(5, channels), theta.new_empty(2, *flat).unbind()
+        axes, scratch = theta.new_empty(2, *deep).unbind()
+        limits = (LEAST_VARIANCE, TINY, LEAST_AXIS, NO_SQUARE)
+        tensors = (theta, bias, *known, table, mean, var, *looked_at, out, patch_mean, patch_rest, axes, scratch)
+        finite = _call("join", theta, tensors, *sizes, share, patch_share, *limits)
+        return type(state)(out, patch_mean, patch_rest, axes), bool(finite)
 
     def write_fold(
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor, running: Both | None
     ) -> Tensor:
         """See `Direct`."""
         out = theta.new_empty(7, theta.shape[0])
-        table, patch_mean, patch_var = state
+        table, *patches = state
         gamma, beta, eps = affine
         running_mean, running_var = running or (None, None)
-        tensors = (theta, bias, patch_mean, patch_var, table, gamma, beta, out, rows, running_mean, running_var)
+        tensors = (theta, bias, *patches, table, gamma, beta, out, rows, running_mean, running_var)
         _call("fold", theta, tensors, *_sizes(state, theta), eps, NO_SQUARE)
         return out
 
@@ -123,8 +127,8 @@ class Compiled(Direct):
     ) -> Tensor:
         """See `Direct`."""
         g_gamma = theta.new_empty(theta.shape[0])
-        table, patch_mean, patch_var = state
-        tensors = (theta, bias, patch_mean, patch_var, table, affine.gamma, g, g_shift, g_gamma)
+        table, *patches = state
+        tensors = (theta, bias, *patches, table, affine.gamma, g, g_shift, g_gamma)
         _call("folded_gradient", theta, tensors, *_sizes(state, theta), affine.eps, NO_SQUARE)
         return g_gamma
 
@@ -136,7 +140,8 @@ def _call(name: str, like: Tensor, tensors: tuple[OptTensor, ...], *numbers: flo
     return result
 
 
-def _sizes(state: Carried, theta: Tensor) -> tuple[int, int, int]:
-    """C, F and how many channels share their patches."""
-    channels, patch_mean = theta.shape[0], state.patch_mean
-    return channels, theta.numel() // channels, channels if patch_mean is None else channels // patch_mean.shape[0]
+def _sizes(state: Carried, theta: Tensor) -> tuple[int, int, int, int]:
+    """C, F, the number of axes and how many channels share their patches."""
+    channels, axes = theta.shape[0], state.patch_axes
+    rank, groups = (0, 1) if axes is None else (axes.shape[1], axes.shape[0])
+    return channels, theta.numel() // channels, rank, channels // groups

@@ -49,7 +49,7 @@ class Direct(Kernels):
         out = self.write_fold(state, theta, bias, affine, rows, written)
         if running is not None and written is None:
             running.write(out[0], out[1])
-        at = state if state.patch_mean is None else type(state)(out[:5], state.patch_mean, state.patch_var)
+        at = state if state.patch_mean is None else state._replace(table=out[:5])
         return Folded(at, out[5], out[6], rows)
 
     def folded_gradient(
@@ -73,7 +73,7 @@ def is_dense(t: Tensor) -> bool:
 
 def fit(state: Carried, theta: Tensor, *vectors: Tensor | None) -> bool:
     """Whether all are of θ [C, ...]'s size, dtype and device, and dense."""
-    channels, (table, patch_mean, _) = theta.shape[0], state
+    channels, table, patch_mean = theta.shape[0], state.table, state.patch_mean
     if patch_mean is not None and patch_mean.shape[1] * channels != theta.numel():
         return False
     dtype, device = theta.dtype, theta.device

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..carried import Carried
     from .direct import Both
 
-LONGEST_BLOCK = 1024
+LONGEST_BLOCK = 512  # of which a program holds one for each axis, too
 
 
 @cache
@@ -60,31 +60,31 @@ class OnGpu(Direct):
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor, running: Both | None
     ) -> Tensor:
         """See `Direct`."""
-        table, patch_mean, patch_var = state
+        table, *patches = state
         out = theta.new_empty(7, len(theta))
-        vectors = (bias, patch_mean, patch_var, table, *affine[:2], out, rows, *(running or (None, None)))
-        _launch(_passes().fold, theta, vectors, patch_mean, affine.eps)
+        others = (bias, *patches, table, *affine[:2], out, rows, *(running or (None, None)))
+        _launch(_passes().fold, theta, others, state.patch_axes, affine.eps)
         return out
 
     def write_gradient(
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, g: Tensor, g_shift: Tensor
     ) -> Tensor:
         """See `Direct`."""
-        table, patch_mean, patch_var = state
+        table, *patches = state
         g_gamma = theta.new_empty(len(theta))
-        vectors = (bias, patch_mean, patch_var, table, affine.gamma, g, g_shift, g_gamma)
-        _launch(_passes().folded_gradient, theta, vectors, patch_mean, affine.eps)
+        others = (bias, *patches, table, affine.gamma, g, g_shift, g_gamma)
+        _launch(_passes().folded_gradient, theta, others, state.patch_axes, affine.eps)
         return g_gamma
 
 
-def _launch(kernel: Any, theta: Tensor, others: tuple[OptTensor, ...], patch_mean: OptTensor, eps: float) -> None:
+def _launch(kernel: Any, theta: Tensor, others: tuple[OptTensor, ...], axes: OptTensor, eps: float) -> None:
     """A program for each row of θ [C, ...]."""
-    channels, groups = theta.shape[0], 1 if patch_mean is None else len(patch_mean)
+    channels, (groups, rank) = theta.shape[0], (1, 1) if axes is None else axes.shape[:2]
     width = theta.numel() // channels
     block = min(LONGEST_BLOCK, 1 << (width - 1).bit_length())
     # Triton launches on the current device, whatever tensors are on
     with torch.cuda.device(theta.device) if theta.is_cuda else nullcontext():
         kernel[(channels,)](
-            theta, *others, channels, width, channels // groups, EPS=eps, LEAST=NO_SQUARE, BLOCK=block,
-            num_warps=4 if block > 128 else 1,
+            theta, *others, channels, width, rank, channels // groups, EPS=eps, LEAST=NO_SQUARE, BLOCK=block,
+            AXES=1 << (rank - 1).bit_length(), num_warps=4 if block > 128 else 1,
         )  # fmt: skip

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t BLOCK = 2048;
 constexpr int64_t SMALL = 65536;  // work that is not worth waking other threads for
+constexpr int64_t MOST_AXES = 64;
 
 // What a function is given: addresses, 0 for what is not there, integers and doubles.
 struct Arguments {
@@ -105,14 +106,79 @@ void patch_moments(const T* y, T* mean, T* var, int64_t N, int64_t C, int64_t pe
   }
 }
 
-// What weights make of the moments of patches: b + w . p, d . w^2 and w . w.
+// a . b, summed as everywhere.
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  double sum = 0;
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const int64_t end = start + BLOCK < n ? start + BLOCK : n;
+    T s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t i = start; i < end; ++i) s += a[i] * b[i];
+    sum += s;
+  }
+  return sum;
+}
+
+// Four at a time, so that w is read once: found[k] = w . rows[k] of K rows [n].
+template <class T>
+void products(const T* w, const T* rows, int64_t K, int64_t n, double* found) {
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4) {
+    const T *u0 = rows + k * n, *u1 = u0 + n, *u2 = u1 + n, *u3 = u2 + n;
+    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+      const int64_t end = start + BLOCK < n ? start + BLOCK : n;
+      T a0 = 0, a1 = 0, a2 = 0, a3 = 0;
+#pragma omp simd reduction(+ : a0, a1, a2, a3)
+      for (int64_t i = start; i < end; ++i) {
+        const T x = w[i];
+        a0 += x * u0[i], a1 += x * u1[i], a2 += x * u2[i], a3 += x * u3[i];
+      }
+      s0 += a0, s1 += a1, s2 += a2, s3 += a3;
+    }
+    found[k] = s0, found[k + 1] = s1, found[k + 2] = s2, found[k + 3] = s3;
+  }
+  for (; k < K; ++k) found[k] = dot(w, rows + k * n, n);
+}
+
+// to += factors[k] * rows[k], summed over K rows [n], likewise
+template <class T>
+void add(T* to, const double* factors, const T* rows, int64_t K, int64_t n) {
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4) {
+    const T *u0 = rows + k * n, *u1 = u0 + n, *u2 = u1 + n, *u3 = u2 + n;
+    const T f0 = T(factors[k]), f1 = T(factors[k + 1]), f2 = T(factors[k + 2]), f3 = T(factors[k + 3]);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] += f0 * u0[i] + f1 * u1[i] + f2 * u2[i] + f3 * u3[i];
+  }
+  for (; k < K; ++k) {
+    const T f = T(factors[k]), *u = rows + k * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] += f * u[i];
+  }
+}
+
+// Mean, variance beside the axes and principal axes of the patches of each group: [G, F], [G, F] and [G, K, F].
+template <class T>
+struct Patches {
+  const T *mean, *rest, *axes;
+  int64_t F, K, per_group;
+
+  const T* mean_of(int64_t c) const { return mean + c / per_group * F; }
+  const T* rest_of(int64_t c) const { return rest + c / per_group * F; }
+  const T* axes_of(int64_t c) const { return axes + c / per_group * K * F; }
+};
+
+// What the weights of a channel make of patches: b + w . p, w . Sigma w and w . w.
 template <class T>
 struct Response {
-  double along = 0, across = 0, length = 0;
+  double along = 0, across = 0, length = 0, by_axis[MOST_AXES];
 
-  Response(const T* row, const T* p, const T* d, int64_t F) {
-    for (int64_t start = 0; start < F; start += BLOCK) {
-      const int64_t end = start + BLOCK < F ? start + BLOCK : F;
+  Response(const T* row, const Patches<T>& patches, int64_t c) {
+    const T *p = patches.mean_of(c), *d = patches.rest_of(c);
+    for (int64_t start = 0; start < patches.F; start += BLOCK) {
+      const int64_t end = start + BLOCK < patches.F ? start + BLOCK : patches.F;
       T a = 0, q = 0, l = 0;
 #pragma omp simd reduction(+ : a, q, l)
       for (int64_t f = start; f < end; ++f) {
@@ -125,45 +191,102 @@ struct Response {
       across += q;
       length += l;
     }
+    products(row, patches.axes_of(c), patches.K, patches.F, by_axis);
+    for (int64_t k = 0; k < patches.K; ++k) across += by_axis[k] * by_axis[k];
   }
 };
 
-// What a carried window at theta, with p and d [G, F], is after a look: `Kernels.join`. Returns whether all is finite.
+struct Limits {
+  double least_var, tiny, least_axis, least;
+};
+
+// Axes [K, F] of a covariance of which `along` is what it makes of the probes: `principal_axes` in functional.py. Returns
+// whether all is finite.
 template <class T>
-int join(const T* theta, const T* bias, const T* patch_mean, const T* patch_var, const T* table, const T* found_mean,
-         const T* found_var, const T* found_patch_mean, const T* found_patch_var, T* out, T* out_patch_mean,
-         T* out_patch_var, int64_t C, int64_t F, int64_t per_group, double share, double of_patches, double least_var,
-         double tiny, double least, int threads) {
-  const T floor = T(least), part = T(of_patches);
-  int finite = 1;
-#pragma omp parallel for reduction(&& : finite) num_threads(threads) if (C / per_group * F > SMALL)
-  for (int64_t g = 0; g < C / per_group; ++g) {
-    const T *p = patch_mean + g * F, *fp = found_patch_mean + g * F, *fd = found_patch_var + g * F;
-    const T* d = patch_var + g * F;
-    T *to_p = out_patch_mean + g * F, *to_d = out_patch_var + g * F;
-    double sum = 0;
-    for (int64_t f = 0; f < F; ++f) {
-      const T step = fp[f] - p[f];
-      to_p[f] = p[f] + part * step;
-      to_d[f] = fd[f] + (1 - part) * step * step;
-      sum += to_d[f];
-    }
-    const T at_least = T(least_var * sum / F + tiny);
-    for (int64_t f = 0; f < F; ++f) {
-      to_d[f] = d[f] + part * (to_d[f] + at_least - d[f]);
-      finite = finite && std::isfinite(to_d[f]);  // as it is only where to_p is
-    }
+bool principal_axes(const T* probes, const T* along, T* axes, int64_t K, int64_t F, const Limits& at) {
+  bool finite = true;
+  for (int64_t k = 0; k < K; ++k) {
+    T* u = axes + k * F;
+    const double own = dot(probes + k * F, along + k * F, F);
+    for (int64_t f = 0; f < F; ++f) u[f] = along[k * F + f];
+    double earlier[MOST_AXES];
+    products(probes + k * F, axes, k, F, earlier);
+    for (int64_t l = 0; l < k; ++l) earlier[l] = -earlier[l];
+    add(u, earlier, axes, k, F);
+    const double size = dot(probes + k * F, u, F);
+    finite = finite && std::isfinite(own);
+    const T factor = size > at.least_axis * own + at.tiny ? T(1 / std::sqrt(size)) : T(0);
+    for (int64_t f = 0; f < F; ++f) u[f] *= factor;
   }
+  return finite;
+}
+
+// What the patches of a group are after a look at which its mean [F], variance [F] and, of each of the probes [K, F],
+// what their covariance makes of it was found: `Carried.with_patches`. scratch: K F numbers. Returns whether all is finite.
+template <class T>
+bool join_patches(const T* p, const T* rest, const T* axes, const T* fp, const T* fd, const T* probes, const T* found,
+                  T* to_p, T* to_rest, T* to_axes, T* scratch, int64_t F, int64_t K, double share, const Limits& at) {
+  const T part = T(share), left = T(1 - share);
+  T* step = to_p;  // until it is the mean
+  double sum = 0;
+  for (int64_t f = 0; f < F; ++f) {
+    step[f] = fp[f] - p[f];
+    to_rest[f] = fd[f] + left * step[f] * step[f];
+    sum += to_rest[f];
+  }
+  const T at_least = T(at.least_var * sum / F + at.tiny);
+  for (int64_t k = 0; k < K; ++k) {
+    T* along = scratch + k * F;
+    const T between = T(dot(probes + k * F, step, F)) * left;
+    for (int64_t f = 0; f < F; ++f) along[f] = part * (found[k * F + f] + between * step[f]);
+    double kept[MOST_AXES];
+    products(probes + k * F, axes, K, F, kept);
+    for (int64_t l = 0; l < K; ++l) kept[l] *= left;
+    add(along, kept, axes, K, F);
+  }
+  bool finite = principal_axes(probes, scratch, to_axes, K, F, at);
+  sum = 0;
+  for (int64_t f = 0; f < F; ++f) {
+    T before = rest[f];
+    for (int64_t k = 0; k < K; ++k) before += axes[k * F + f] * axes[k * F + f];
+    to_rest[f] = before + part * (to_rest[f] + at_least - before);
+    sum += to_rest[f];
+    to_p[f] = p[f] + part * step[f];
+  }
+  const T least = T(at.least_var / (1 + at.least_var) * sum / F);
+  for (int64_t f = 0; f < F; ++f) {
+    for (int64_t k = 0; k < K; ++k) to_rest[f] -= to_axes[k * F + f] * to_axes[k * F + f];
+    finite = finite && std::isfinite(to_rest[f]);  // as it is only where to_p and the axes are
+    if (to_rest[f] < least) to_rest[f] = least;
+  }
+  return finite;
+}
+
+// What a carried window at theta is after a look: `Kernels.join`. Returns whether all is finite.
+template <class T>
+int join(const T* theta, const T* bias, const Patches<T>& patches, const T* table, const T* found_mean,
+         const T* found_var, const Patches<T>& found, const T* probes, T* out, T* out_mean, T* out_rest, T* out_axes,
+         T* scratch, int64_t C, double share, double of_patches, const Limits& at, int threads) {
+  const int64_t F = patches.F, K = patches.K, per_group = patches.per_group;
+  const T floor = T(at.least);
+  int finite = 1;
+#pragma omp parallel for reduction(&& : finite) num_threads(threads) if (C / per_group * F * K > SMALL)
+  for (int64_t g = 0; g < C / per_group; ++g) {
+    const int64_t first = g * F, many = g * K * F;
+    finite = finite && join_patches(patches.mean + first, patches.rest + first, patches.axes + many, found.mean + first,
+                                    found.rest + first, probes + many, found.axes + many, out_mean + first,
+                                    out_rest + first, out_axes + many, scratch + many, F, K, of_patches, at);
+  }
+  const Patches<T> joined{out_mean, out_rest, out_axes, F, K, per_group};
 #pragma omp parallel for reduction(&& : finite) num_threads(threads) if (C * F > SMALL)
   for (int64_t c = 0; c < C; ++c) {
-    const int64_t group = c / per_group * F;
-    const Response<T> at(theta + c * F, out_patch_mean + group, out_patch_var + group, F);
+    const Response<T> to(theta + c * F, joined, c);
     const double mean = table[c], var = table[C + c], step = found_mean[c] - mean;
     out[c] = T(mean + share * step);
     out[C + c] = T(var + share * (found_var[c] - var) + share * (1 - share) * step * step);
-    out[2 * C + c] = T(at.along + (bias ? bias[c] : T(0)));
-    out[3 * C + c] = T(at.across) < floor ? floor : T(at.across);
-    out[4 * C + c] = T(at.length) < floor ? floor : T(at.length);
+    out[2 * C + c] = T(to.along + (bias ? bias[c] : T(0)));
+    out[3 * C + c] = T(to.across) < floor ? floor : T(to.across);
+    out[4 * C + c] = T(to.length) < floor ? floor : T(to.length);
     finite = finite && std::isfinite(out[c]) && std::isfinite(out[C + c]);
   }
   return finite;
@@ -174,19 +297,18 @@ int join(const T* theta, const T* bias, const T* patch_mean, const T* patch_var,
 // out [7, C]: the table at theta, the scale s and the shift beta + s (b - M); rows [C, F]: s theta. The running
 // statistics, where given, are those of the table at theta, too.
 template <class T>
-void fold(const T* theta, const T* bias, const T* patch_mean, const T* patch_var, const T* table, const T* gamma,
-          const T* beta, T* out, T* rows, T* running_mean, T* running_var, int64_t C, int64_t F, int64_t per_group,
-          double eps, double least, int threads) {
+void fold(const T* theta, const T* bias, const Patches<T>& patches, const T* table, const T* gamma, const T* beta,
+          T* out, T* rows, T* running_mean, T* running_var, int64_t C, double eps, double least, int threads) {
   const T floor = T(least);
+  const int64_t F = patches.F;
   const T *mean = table, *var = table + C, *anchor = table + 2 * C, *spread = table + 3 * C, *square = table + 4 * C;
 #pragma omp parallel for num_threads(threads) if (C * F > SMALL)
   for (int64_t c = 0; c < C; ++c) {
     const T* row = theta + c * F;
     const T b = bias ? bias[c] : T(0);
     T m = mean[c], v = var[c];
-    if (patch_mean) {
-      const T *p = patch_mean + (c / per_group) * F, *d = patch_var + (c / per_group) * F;
-      const Response<T> at(row, p, d, F);
+    if (patches.mean) {
+      const Response<T> at(row, patches, c);
       const T a = T(at.along + b), q = T(at.across) < floor ? floor : T(at.across),
               l = T(at.length) < floor ? floor : T(at.length);
       m = m + (a - anchor[c]) + (std::sqrt(l / square[c]) - 1) * (m - anchor[c]), v = v * (q / spread[c]);
@@ -206,38 +328,35 @@ void fold(const T* theta, const T* bias, const T* patch_mean, const T* patch_var
 }
 
 // From g, the gradient of the rows s theta, that of theta in its place, and that of gamma. g_shift is that of beta.
-// Nothing goes through M and S where patch_mean is null.
+// Nothing goes through M and S where there are no patches.
 template <class T>
-void folded_gradient(const T* theta, const T* bias, const T* patch_mean, const T* patch_var, const T* table,
-                     const T* gamma, T* g, const T* g_shift, T* g_gamma, int64_t C, int64_t F, int64_t per_group,
-                     double eps, double least, int threads) {
+void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, const T* table, const T* gamma, T* g,
+                     const T* g_shift, T* g_gamma, int64_t C, double eps, double least, int threads) {
+  const int64_t F = patches.F;
 #pragma omp parallel for num_threads(threads) if (C * F > SMALL)
   for (int64_t c = 0; c < C; ++c) {
     const T* row = theta + c * F;
     T* to = g + c * F;
     const double mean = table[c], var = table[C + c];
-    double t = g_shift[c] * ((bias ? bias[c] : 0.0) - mean);
-    for (int64_t start = 0; start < F; start += BLOCK) {
-      const int64_t end = start + BLOCK < F ? start + BLOCK : F;
-      T part = 0;
-#pragma omp simd reduction(+ : part)
-      for (int64_t f = start; f < end; ++f) part += row[f] * to[f];
-      t += part;
-    }
+    const double t = g_shift[c] * ((bias ? bias[c] : 0.0) - mean) + dot(row, to, F);
     const double inv_std = 1 / std::sqrt(var + eps), s = gamma ? gamma[c] * inv_std : inv_std;
     g_gamma[c] = T(t * inv_std);
-    if (!patch_mean) {
+    if (!patches.mean) {
 #pragma omp simd
       for (int64_t f = 0; f < F; ++f) to[f] *= T(s);
       continue;
     }
-    const T *p = patch_mean + (c / per_group) * F, *d = patch_var + (c / per_group) * F;
+    const T *p = patches.mean_of(c), *d = patches.rest_of(c);
     const double anchor = table[2 * C + c], spread = table[3 * C + c], square = table[4 * C + c];
     const double g_mean = -s * g_shift[c], g_var = -0.5 * s * t * inv_std * inv_std;
     const T a = T(s), b = T(g_mean), k = square > T(least) ? T(g_mean * (mean - anchor) / square) : T(0),
             v = spread > T(least) ? T(g_var * 2 * var / spread) : T(0);
 #pragma omp simd
     for (int64_t f = 0; f < F; ++f) to[f] = a * to[f] + b * p[f] + (k + v * d[f]) * row[f];
+    double by_axis[MOST_AXES];
+    products(row, patches.axes_of(c), patches.K, F, by_axis);
+    for (int64_t i = 0; i < patches.K; ++i) by_axis[i] *= v;
+    add(to, by_axis, patches.axes_of(c), patches.K, F);
   }
 }
 
@@ -253,21 +372,25 @@ void folded_gradient(const T* theta, const T* bias, const T* patch_mean, const T
     patch_moments(a.in<T>(0), a.out<T>(1), a.out<T>(2), a[3], a[4], a[5], a[6], a.axis(7), a.axis(16), a[25]);       \
   }                                                                                                                 \
   int cbn_join_##name(const Arguments& a) {                                                                         \
-    return join(a.in<T>(0), a.in<T>(1), a.in<T>(2), a.in<T>(3), a.in<T>(4), a.in<T>(5), a.in<T>(6), a.in<T>(7),       \
-                a.in<T>(8), a.out<T>(9), a.out<T>(10), a.out<T>(11), a[12], a[13], a[14], a.number(15), a.number(16),  \
-                a.number(17), a.number(18), a.number(19), a[20]);                                                    \
+    const int64_t F = a[18], K = a[19], per_group = a[20];                                                          \
+    return join(a.in<T>(0), a.in<T>(1), Patches<T>{a.in<T>(2), a.in<T>(3), a.in<T>(4), F, K, per_group}, a.in<T>(5), \
+                a.in<T>(6), a.in<T>(7), Patches<T>{a.in<T>(8), a.in<T>(9), a.in<T>(11), F, K, per_group},             \
+                a.in<T>(10), a.out<T>(12), a.out<T>(13), a.out<T>(14), a.out<T>(15), a.out<T>(16), a[17],             \
+                a.number(21), a.number(22), {a.number(23), a.number(24), a.number(25), a.number(26)}, a[27]);        \
   }                                                                                                                 \
   void cbn_fold_##name(const Arguments& a) {                                                                        \
-    fold(a.in<T>(0), a.in<T>(1), a.in<T>(2), a.in<T>(3), a.in<T>(4), a.in<T>(5), a.in<T>(6), a.out<T>(7),             \
-         a.out<T>(8), a.out<T>(9), a.out<T>(10), a[11], a[12], a[13], a.number(14), a.number(15), a[16]);             \
+    fold(a.in<T>(0), a.in<T>(1), Patches<T>{a.in<T>(2), a.in<T>(3), a.in<T>(4), a[13], a[14], a[15]}, a.in<T>(5),     \
+         a.in<T>(6), a.in<T>(7), a.out<T>(8), a.out<T>(9), a.out<T>(10), a.out<T>(11), a[12], a.number(16),           \
+         a.number(17), a[18]);                                                                                       \
   }                                                                                                                 \
   void cbn_folded_gradient_##name(const Arguments& a) {                                                             \
-    folded_gradient(a.in<T>(0), a.in<T>(1), a.in<T>(2), a.in<T>(3), a.in<T>(4), a.in<T>(5), a.out<T>(6), a.in<T>(7), \
-                    a.out<T>(8), a[9], a[10], a[11], a.number(12), a.number(13), a[14]);                             \
+    folded_gradient(a.in<T>(0), a.in<T>(1), Patches<T>{a.in<T>(2), a.in<T>(3), a.in<T>(4), a[11], a[12], a[13]},      \
+                    a.in<T>(5), a.in<T>(6), a.out<T>(7), a.in<T>(8), a.out<T>(9), a[10], a.number(14), a.number(15),  \
+                    a[16]);                                                                                          \
   }
 
 extern "C" {
-int cbn_version() { return 8; }  // to be raised with every change of what a function takes
+int cbn_version() { return 9; }  // to be raised with every change of what a function takes
 EXPORT(float, f32)
 EXPORT(double, f64)
 }

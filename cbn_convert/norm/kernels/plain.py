@@ -48,7 +48,7 @@ class PatchAxis(NamedTuple):
 class Kernels:
     """x [N, C, ...] of any float dtype; θ [C, ...] and what is per channel in float32 (float64 for float64 x).
 
-    The F weights of a channel may have any shape; p̄ and d [G, F] have one axis for all.
+    The F weights of a channel may have any shape; p̄, d [G, F] and axes [G, K, F] have one axis for all.
     """
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,18 +68,18 @@ class Kernels:
         shares: those of what was found of the batch and of its patches; a float, or a tensor on the device.
         """
         share, of_patches = shares
-        assert found.patch_mean is not None
-        assert found.patch_var is not None
-        joined = state.with_patches(found.patch_mean, found.patch_var, of_patches, theta, bias)
+        assert found.patches is not None
+        joined = state.with_patches(found.patches, of_patches, theta, bias)
         return joined.of(*pooled(state.mean, state.var, found.mean, found.var, share)), found.finite
 
     def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
         """The table of `state` at θ [C, ...] and b [C]; see `Carried.moved`."""
         theta = theta.flatten(1)
         mean, var, anchor_then, spread_then, square_then = state.table.unbind()
-        patch_mean, patch_var = cast(tuple[Tensor, Tensor], state[1:])
+        patch_mean, patch_rest, axes = cast(tuple[Tensor, Tensor, Tensor], state[1:])
         squares, anchor = theta.square(), response(patch_mean, theta, bias)
-        spread = response(patch_var, squares, None).clamp_min(NO_SQUARE)
+        along = by_group(theta, len(axes)) @ axes.mT
+        spread = (response(patch_rest, squares, None) + along.square().sum(2).flatten()).clamp_min(NO_SQUARE)
         square = squares.sum(1).clamp_min(NO_SQUARE)
         growth = (square / square_then).sqrt()
         mean = mean + (anchor - anchor_then) + (growth - 1) * (mean - anchor_then)
@@ -105,7 +105,8 @@ class Kernels:
         """∂L/∂θ [C, ...] and ∂L/∂γ [C], from g, the gradient of the rows s θ, which may be overwritten, and that of β.
 
         With t = θ·g + (b - M) g_shift, g_M = -s g_shift and g_S = -½ s t / (S + eps):
-        ∂L/∂θ = s g + g_M (p̄ + (M - θ·p̄ - b) θ / |θ|²) + 2 g_S S d θ / q. Without patches, M and S are fixed.
+        ∂L/∂θ = s g + g_M (p̄ + (M - θ·p̄ - b) θ / |θ|²) + 2 g_S S (d θ + Σ_k (u_k·θ) u_k) / q. Without patches, M and S
+        are fixed.
         """
         inv_std = torch.rsqrt(state.var + affine.eps)
         scale = inv_std if affine.gamma is None else inv_std * affine.gamma
@@ -113,7 +114,7 @@ class Kernels:
         shape, theta, g = theta.shape, theta.flatten(1), g.flatten(1)
         t = torch.linalg.vecdot(theta, g) + g_shift * away
         g_theta = g * scale[:, None]
-        if state.patch_mean is not None and state.patch_var is not None:
+        if state.patch_mean is not None and state.patch_rest is not None and state.patch_axes is not None:
             mean, var, anchor, spread, square = state.table.unbind()
             groups = len(state.patch_mean)
             g_mean, g_var = -scale * g_shift, -0.5 * scale * t * inv_std * inv_std
@@ -121,6 +122,8 @@ class Kernels:
             along_spread = g_var * 2 * var / spread * (spread > NO_SQUARE)
             rows = by_group(g_theta, groups)
             rows += by_group(along_length[:, None] * theta, groups)
-            rows += by_group(along_spread[:, None] * theta, groups) * state.patch_var[:, None]
+            spreading = by_group(along_spread[:, None] * theta, groups)
+            rows += spreading * state.patch_rest[:, None]
+            rows.baddbmm_(spreading @ state.patch_axes.mT, state.patch_axes)
             rows.baddbmm_(by_group(g_mean, groups)[:, :, None], state.patch_mean[:, None])
         return g_theta.view(shape), t * inv_std

@@ -43,8 +43,8 @@ def value(vector, c, default, dtype: tl.constexpr):
 
 @triton.jit
 def fold(
-    theta, bias, patch_mean, patch_var, table, gamma, beta, out, rows, running_mean, running_var, C, F, per_group,
-    EPS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    theta, bias, patch_mean, patch_rest, patch_axes, table, gamma, beta, out, rows, running_mean, running_var,
+    C, F, K, per_group, EPS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
     """out [7, C]: the table at θ, s and β + s (b - M); rows [C, F]: s θ; running statistics [C]."""
     c, f = tl.program_id(0), tl.arange(0, BLOCK)
@@ -53,15 +53,21 @@ def fold(
     row = theta + c.to(tl.int64) * F
     m, v, b = tl.load(table + c), tl.load(table + C + c), value(bias, c, 0.0, dtype)
     if patch_mean is not None:
-        p, d = patch_mean + (c // per_group) * F, patch_var + (c // per_group) * F
+        p, d = patch_mean + (c // per_group) * F, patch_rest + (c // per_group) * F
+        k = tl.arange(0, AXES)[:, None]
+        u = patch_axes + (c // per_group) * K * F + k * F
         along, across, length = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+        products = tl.zeros([AXES, BLOCK], dtype)
         for start in range(0, F, BLOCK):
             at = start + f
             w = tl.load(row + at, mask=at < F, other=0.0)
             along += w * tl.load(p + at, mask=at < F, other=0.0)
             across += w * w * tl.load(d + at, mask=at < F, other=0.0)
             length += w * w
-        anchor, spread, square = tl.sum(along) + b, at_least(tl.sum(across), least), at_least(tl.sum(length), least)
+            products += w[None, :] * tl.load(u + at[None, :], mask=(at < F)[None, :] & (k < K), other=0.0)
+        by_axis = tl.sum(products, 1)
+        anchor, square = tl.sum(along) + b, at_least(tl.sum(length), least)
+        spread = at_least(tl.sum(across) + tl.sum(by_axis * by_axis), least)
         anchor_then, spread_then = tl.load(table + 2 * C + c), tl.load(table + 3 * C + c)
         square_then = tl.load(table + 4 * C + c)
         leave_zero = (square_then <= least) & (square > least)
@@ -88,8 +94,8 @@ def fold(
 
 @triton.jit
 def folded_gradient(
-    theta, bias, patch_mean, patch_var, table, gamma, g, g_shift, g_gamma, C, F, per_group,
-    EPS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    theta, bias, patch_mean, patch_rest, patch_axes, table, gamma, g, g_shift, g_gamma,
+    C, F, K, per_group, EPS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
     """Of g [C, F], the gradient of s θ, that of θ in its place; g_gamma [C]."""
     c, f = tl.program_id(0), tl.arange(0, BLOCK)
@@ -110,7 +116,15 @@ def folded_gradient(
             at = start + f
             tl.store(to + at, s * tl.load(to + at, mask=at < F), mask=at < F)
     else:
-        p, d = patch_mean + (c // per_group) * F, patch_var + (c // per_group) * F
+        p, d = patch_mean + (c // per_group) * F, patch_rest + (c // per_group) * F
+        k = tl.arange(0, AXES)[:, None]
+        u = patch_axes + (c // per_group) * K * F + k * F
+        products = tl.zeros([AXES, BLOCK], dtype)
+        for start in range(0, F, BLOCK):
+            at = start + f
+            w = tl.load(row + at, mask=at < F, other=0.0)
+            products += w[None, :] * tl.load(u + at[None, :], mask=(at < F)[None, :] & (k < K), other=0.0)
+        by_axis = tl.sum(products, 1)[:, None]
         anchor, spread, square = tl.load(table + 2 * C + c), tl.load(table + 3 * C + c), tl.load(table + 4 * C + c)
         g_mean, g_var = -s * of_shift, -0.5 * s * t * inv_std * inv_std
         along = tl.where(square > least, over(g_mean * (m - anchor), square), 0.0)
@@ -118,5 +132,6 @@ def folded_gradient(
         for start in range(0, F, BLOCK):
             at = start + f
             w, own = tl.load(row + at, mask=at < F), tl.load(to + at, mask=at < F)
+            axes = tl.load(u + at[None, :], mask=(at < F)[None, :] & (k < K), other=0.0)
             through = g_mean * tl.load(p + at, mask=at < F) + (along + across * tl.load(d + at, mask=at < F)) * w
-            tl.store(to + at, s * own + through, mask=at < F)
+            tl.store(to + at, s * own + through + across * tl.sum(by_axis * axes, 0), mask=at < F)
