@@ -6,7 +6,7 @@ import json
 import re
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import carried_forms
@@ -178,6 +178,48 @@ def carried() -> str:
     return "\n".join([*lines, "", f"*{budget}, {seeds}; {source}, version {report['commit'][:7]}*"])
 
 
+def covariance() -> str:
+    """How much of the covariance of patches a diagonal and axes know, by network."""
+    report = json.loads((RESULTS / "patch_covariance.json").read_text())
+    labels = {
+        "0": "diagonal alone", **{str(k): f"and {k} principal ax{'i' if k == 1 else 'e'}s" for k in (1, 2, 4, 8, 16)},
+        "found": f"and the {report['axes']} axes that 32 looks have found",
+    }  # fmt: skip
+    networks = report["networks"]
+    lines = [f"| | {' | '.join(f'{n}, {len(rows)} convs' for n, rows in networks.items())} |"]
+    lines.append("|---|" + "---|" * len(networks))
+    for key, label in labels.items():
+        row = [" / ".join(f"{median(r[key][i] for r in rows):.2f}" for i in (0, 1)) for rows in networks.values()]
+        lines.append(f"| {label} | {' | '.join(row)} |")
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/patch_covariance.json)"
+    return "\n".join([*lines, "", f"*cosine / relative error, medians over convs of medians over filters; {source}*"])
+
+
+def axes() -> str:
+    """Top-1 of a network with dense convs, with axes and with a diagonal alone."""
+    if not (RESULTS / "axes_accuracy.json").is_file():
+        return NOT_YET
+    report = json.loads((RESULTS / "axes_accuracy.json").read_text())
+    labels = {"default": "default: eight axes", "axes-2": "two axes", "diagonal": "diagonal alone"}
+    splits = {"top1": "validation", "test_top1": "test"}
+    by_seed = {form: {c["seed"]: c for c in report["cells"] if c["form"] == form} for form in labels}
+    lines = [f"| top-1 [%] | {' | '.join(f'{s} | beside the default' for s in splits.values())} | seeds |"]
+    lines.append("|---|---|---|---|---|---|")
+    for form, label in labels.items():
+        own, row = by_seed[form], []
+        if len(own) < 2:
+            continue
+        for split in splits:
+            values = [cell[split] for cell in own.values()]
+            pairs = [cell[split] - by_seed["default"][seed][split] for seed, cell in own.items()]
+            row.append(f"{mean(values):.1f} ± {stdev(values):.1f}")
+            row.append("" if form == "default" else f"{mean(pairs):+.1f} ± {stdev(pairs) / len(pairs) ** 0.5:.1f}")
+        lines.append(f"| {label} | {' | '.join(row)} | {len(own)} |")
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/axes_accuracy.json)"
+    what = "mean ± standard deviation; mean of the differences by seed ± its standard error"
+    return "\n".join([*lines, "", f"*{what}; {source}, version {report['commit'][:7]}*"])
+
+
 def resume() -> str:
     """What is lost in a resume without history, by the carried window and the one before."""
     report = json.loads((RESULTS / "resume_without_history.json").read_text())
@@ -342,6 +384,13 @@ if __name__ == "__main__":
     fill(ROOT / "docs" / "start.md", {"demo": demo()})
     fill(
         ROOT / "docs" / "experiments.md",
-        {**study, "from-scratch": from_scratch(), "carried": carried(), "resume": resume()},
+        {
+            **study,
+            "from-scratch": from_scratch(),
+            "carried": carried(),
+            "resume": resume(),
+            "covariance": covariance(),
+            "axes": axes(),
+        },
     )
     fill(ROOT / "docs" / "performance.md", performance)

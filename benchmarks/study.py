@@ -21,6 +21,7 @@ from typing import Any
 from report import RESULTS, provenance
 
 from cbn_convert.norm import Window
+from cbn_convert.norm.functional import AXES
 
 HERE = Path(__file__).parent
 STUDY = RESULTS / "study"
@@ -191,7 +192,7 @@ def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     if NETWORKS[network].get("checkpoint") == "FROM-CLOTHING":
         stored["source"] = {"data": "clothing", **SOURCE, "top1": source_top1(network, work)}
     if again != {""} or not (STUDY / f"{name}.json").is_file():
-        stored["window"] = str(Window())  # CBN's, to tell runs of another default from these
+        stored["window"] = f"{Window()}, {AXES} axes"  # CBN's, to tell runs of another default from these
     text = json.dumps({**provenance("python benchmarks/study.py --data ../shared/data"), **stored})
     STUDY.mkdir(exist_ok=True)
     (STUDY / f"{name}.json").write_text(text.replace('}, {"norm"', '},\n{"norm"') + "\n")

@@ -114,7 +114,7 @@ def principal_axes(probes: Tensor, along: Tensor) -> Tensor:
         u = torch.where(there, along[:, k] / size.clamp_min(TINY).sqrt(), torch.zeros_like(size))
         along = along - (probes * u[:, None]).sum(2, keepdim=True) * u[:, None]
         axes.append(u)
-    return torch.stack(axes, 1)
+    return torch.stack(axes, 1) if axes else along
 
 
 class Affine(NamedTuple):

@@ -49,7 +49,7 @@ def test_every_column_runs_and_bn_is_the_measure() -> None:
     assert by_name["bn"].history == by_name["frozen"].history == 0
     weights = sum(p.numel() for p in cbn_convs()) * 4 / 1e6
     # p̄ and d, which all channels of a group share
-    assert 0 < by_name["cbn"].history < 0.1 * weights
+    assert 0 < by_name["cbn"].history < 0.2 * weights
     assert by_name["cbn-paper"].history == pytest.approx(3 * weights, rel=0.3)
     # μ, ν, two derivatives of the weights' size and the weights, for each of 3 steps so far
     assert by_name["published"].history == pytest.approx(3 * 3 * weights, rel=0.3)
