@@ -7,7 +7,8 @@ Operations: a training step of a conv with m positions, C channels and F weights
 and y, backward x and g twice and the gradient of x). The carried window, where the conv trains folded, makes passes
 over tensors of the weights' size in every step: θ is read and sθ written, once more in the backward pass, and ∂L/∂θ is
 made of θ in the place of the conv's gradient. In a look, one step of `every`, x is read for its
-statistics, read and written to be normalised, and the patches of some positions are read twice. Times are wall clock
+statistics, read and written to be normalised; in one look of PATCH_TURNS the patches of some positions are read for
+their moments, arranged, and read twice for the axes. Times are wall clock
 around the functions named, in a step of the default conversion at batch size 2. Writes
 benchmarks/results/bounds.json.
 """
@@ -32,14 +33,14 @@ from torch import nn
 import cbn_convert as cbn
 from cbn_convert.bench.steps import _model
 from cbn_convert.norm import CrossIterationMixin, Window
-from cbn_convert.norm.carried import FIRST_LOOKS, CarriedWindow
+from cbn_convert.norm.carried import FIRST_LOOKS, PATCH_TURNS, CarriedWindow
 from cbn_convert.norm.folded import FoldedMap, FoldedStep
 from cbn_convert.norm.kernels.compiled import Compiled
 from cbn_convert.norm.moments import _grid
 from cbn_convert.norm.producers import Convolution, fan_in, groups_of
 
 ARCHS = ("resnet50", "mobilenetv2_100")
-WEIGHT_PASSES, LOOK_PASSES, PATCH_PASSES = 7, 3, 2
+WEIGHT_PASSES, LOOK_PASSES, PATCH_PASSES = 7, 3, 4
 # what is timed, by the name in the report; all but the first and the last are parts of the first
 TIMED: dict[str, list[tuple[Any, str]]] = {
     "folded": [(FoldedMap, "forward"), (FoldedMap, "backward")],
@@ -71,7 +72,7 @@ def bounds(arch: str, batch: int) -> dict[str, Any]:
         activations += positions * conv.out_channels
         weights += conv.weight.numel()
         patches += some * groups_of(conv) * fan_in(conv)
-    looks = (LOOK_PASSES * activations + PATCH_PASSES * patches) / window.every
+    looks = (LOOK_PASSES * activations + PATCH_PASSES * patches / PATCH_TURNS) / window.every
     return {
         "arch": arch, "batch_size": batch, "step_gmacs": macs / 1e9, "bn_mb": 8 * 4 * activations / 1e6,
         "weight_passes_mb": 4 * WEIGHT_PASSES * weights / 1e6, "looks_mb": 4 * looks / 1e6,

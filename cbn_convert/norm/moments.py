@@ -18,18 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import PatchAxis, batch_statistics, select
-from .producers import (
-    Conv,
-    Convolution,
-    Producer,
-    as_rows,
-    fan_in,
-    groups_of,
-    is_linear,
-    is_transposed,
-    padded_input,
-    per_axis,
-)
+from .producers import Conv, Producer, as_rows, fan_in, groups_of, is_linear, is_transposed, padded_input, per_axis
 
 
 class _Arranged(NamedTuple):
@@ -205,8 +194,10 @@ class InputPatches:
             if is_transposed(module):
                 weight = weight.unflatten(0, probes.shape[:2]).transpose(1, 2).flatten(0, 1)
             extra = self._output_padding(self.out_size) if is_transposed(module) else (0,) * len(kernel)
-            apply = Convolution(at.stride, at.padding, at.dilation, is_transposed(module), extra, module.groups)
-            made = apply(at.y, weight, None)
+            transposed = is_transposed(module)
+            made = torch.convolution(
+                at.y, weight, None, at.stride, at.padding, at.dilation, transposed, extra, module.groups
+            )
         axes = [1] if is_linear(module) else [0, *range(2, made.dim())]
         for _ in range(2):  # what rounding leaves of a large mean would count as often as the mean patch is large
             made = made - made.mean(axes, keepdim=True)
