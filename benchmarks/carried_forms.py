@@ -24,7 +24,8 @@ from study import DATA, FOLDERS, NETWORKS
 from cbn_convert import FinetuneConfig
 from cbn_convert.comparison.config import ComparisonConfig
 from cbn_convert.files import read_json
-from cbn_convert.norm import Window, carried
+from cbn_convert.norm import Window, carried, functional
+from cbn_convert.norm.kernels import forced
 from cbn_convert.training.data import read_splits
 
 OUTPUT = RESULTS / "carried_forms.json"
@@ -37,6 +38,7 @@ FORMS: dict[str, list[Any] | None] = {
     "every-2": ["carried_forms", "set_window", {"every": 2}],
     "every-32": ["carried_forms", "set_window", {"every": 32}],
     "current": ["carried_forms", "set_window", {"gradient": "current"}],
+    "diagonal": ["carried_forms", "diagonal"],
     "even": ["carried_forms", "even"],
     **{f"window-{size}": ["carried_forms", "set_window", {"size": size}] for size in (1024, 65536, 4096, 16384)},
     "positions-128": ["carried_forms", "set_window", {"positions": 128}],
@@ -59,9 +61,16 @@ def late() -> None:
     mock.patch.object(carried, "FIRST_LOOKS", 1).start()
 
 
+def diagonal() -> None:
+    """Makes all windows of this process do without axes."""
+    mock.patch.object(functional, "AXES", 0).start()
+
+
 def even() -> None:
     """Makes all windows of this process take every entry of a patch to vary alike: d = 1, and S grows with θ·θ."""
+    diagonal()
     mock.patch.object(carried, "_at_least", torch.ones_like).start()
+    forced("plain").__enter__()  # compiled kernels have the formula of their own
 
 
 def comparison(images: str, data: Path) -> ComparisonConfig:

@@ -4,7 +4,8 @@
 
 The network trains with CBN as `convert` makes it. At some steps every layer's estimates of μ and σ² are compared with
 the truth: those of the same layer over 96 training images, with all layers before it normalising as they did in this
-step. Estimates: the batch of 2 alone; the carried window; the same with d = 1, and following the images only; the
+step. Estimates: the batch of 2 alone; the carried window; the same without axes, with d = 1, and following the images
+only; the
 paper's ring of 8, with Taylor's step and with the projection. They differ in the layer that is looked at and not in the
 layers before it. Writes benchmarks/results/estimation.json and docs/estimation.png.
 """
@@ -26,10 +27,10 @@ from report import provenance
 from torch import Tensor, nn
 
 import cbn_convert as cbn
-from cbn_convert.norm import CrossIterationMixin, Window, carried
+from cbn_convert.norm import CrossIterationMixin, Window, carried, functional
 from cbn_convert.norm.batch import Batch, RunningStatistics
 from cbn_convert.norm.carried import Carried, CarriedWindow
-from cbn_convert.norm.kernels import batch_statistics
+from cbn_convert.norm.kernels import batch_statistics, forced
 from cbn_convert.norm.ring import Ring
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,19 +40,29 @@ RATES = (1e-3, 1e-2)  # with the gradient's norm clipped at 5
 ESTIMATES = {
     "batch": "this batch of 2",
     "carried": "carried window",
+    "diagonal": "carried window, diagonal alone",
     "even": "carried window, d = 1",
     "images": "following images only",
     "taylor": "ring of 8, Taylor",
     "projection": "ring of 8, projection",
 }
-STYLES = (":", "-", (0, (1, 1)), (0, (5, 3)), "--", "-.")
+STYLES = (":", "-", (0, (3, 1)), (0, (1, 1)), (0, (5, 3)), "--", "-.")
 
 
-class EvenWindow(CarriedWindow):
+class DiagonalWindow(CarriedWindow):
+    """A carried window without axes."""
+
+    def look(self, batch: Batch) -> Carried:
+        with mock.patch.object(functional, "AXES", 0):
+            return super().look(batch)
+
+
+class EvenWindow(DiagonalWindow):
     """A carried window for which every entry of a patch varies alike: S grows with θ·θ."""
 
     def look(self, batch: Batch) -> Carried:
-        with mock.patch.object(carried, "_at_least", torch.ones_like):
+        # compiled kernels have the formula of their own
+        with mock.patch.object(carried, "_at_least", torch.ones_like), forced("plain"):
             return super().look(batch)
 
 
@@ -64,6 +75,7 @@ class Probe:
         window, phase = layer.window, layer.phase
         self.windows: dict[str, CarriedWindow | Ring] = {
             "carried": CarriedWindow(window, phase),
+            "diagonal": DiagonalWindow(window, phase),
             "even": EvenWindow(window, phase),
             "images": CarriedWindow(replace(window, compensation="none"), phase),
             "taylor": Ring(Window.PAPER),

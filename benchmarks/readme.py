@@ -160,7 +160,7 @@ def carried() -> str:
         **{f"window-{size}": f"{size:,} images" for size in (1024, 4096, 16384, 65536)},
         "current": "no gradient through M and S", "every-2": "a look every 2 steps",
         "every-32": "a look every 32 steps", "positions-128": "about 128 positions", "positions-all": "all positions",
-        "even": "d = 1: S grows with the square of the filter's length",
+        "diagonal": "no axes", "even": "no axes, d = 1: S grows with the square of the filter's length",
     }  # fmt: skip
     lines = [f"| top-1 [%] | {' | '.join(carried_forms.DATA)} |", "|---|" + "---|" * len(carried_forms.DATA)]
     for form, label in labels.items():

@@ -81,7 +81,7 @@ def probes_of(axes: Tensor | None, groups: int, width: int, like: Tensor) -> Ten
     """Directions [G, K, F] of length 1, to look along: those of the axes, and any where there is none yet."""
     # what is made for a FakeTensor is one itself, and of no use to others
     waves = _waves if type(like) is Tensor else _waves.__wrapped__
-    any_ones = waves(width, like.dtype, like.device).expand(groups, -1, -1)
+    any_ones = waves(min(AXES, width), width, like.dtype, like.device).expand(groups, -1, -1)
     if axes is None or axes.shape != any_ones.shape:
         return any_ones.contiguous()
     length = axes.norm(dim=2, keepdim=True)
@@ -90,11 +90,11 @@ def probes_of(axes: Tensor | None, groups: int, width: int, like: Tensor) -> Ten
 
 
 @lru_cache(maxsize=256)
-def _waves(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _waves(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthogonal cosines [K, F] of length 1."""
     with torch.inference_mode(False):
         at = torch.arange(width, dtype=torch.float64, device=device) + 0.5
-        waves = torch.arange(min(AXES, width), dtype=torch.float64, device=device)[:, None] * at
+        waves = torch.arange(count, dtype=torch.float64, device=device)[:, None] * at
         made = torch.cos(waves * (math.pi / width))
         directions: Tensor = (made / made.norm(dim=1, keepdim=True)).to(dtype)
         return directions
