@@ -100,8 +100,7 @@ class Probe:
         self.estimates = {"batch": batch_statistics(x)}
         for name, window in self.windows.items():
             seen = (None, None, None, None) if name == "images" else followed
-            made = window.statistics(Batch(x, *seen, iteration, False, 1, self.running[name]))
-            self.estimates[name] = (made.mean, made.var)
+            self.estimates[name] = window.statistics(Batch(x, *seen, iteration, False, 1, self.running[name]))
 
 
 def measure(model: nn.Module, probes: dict[str, Probe], images: Tensor) -> dict[str, dict[str, float]]:

@@ -184,7 +184,7 @@ class InputPatches:
     def covariance_along(self, probes: Tensor) -> Tensor:
         """ΣV [G, K, F] for directions V [G, K, F]: what the patches have in common with their products with these."""
         module, at = self.module, self.arranged
-        if not self.positions:
+        if not (self.positions and probes.numel()):
             return torch.zeros_like(probes)
         if is_linear(module):
             made = probes[0] @ at.y.T
