@@ -10,6 +10,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import carried_forms
+from estimation import ESTIMATES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -176,6 +177,23 @@ def carried() -> str:
     )
     seeds = f"mean ± standard deviation of {carried_forms.SEEDS} seeds"
     return "\n".join([*lines, "", f"*{budget}, {seeds}; {source}, version {report['commit'][:7]}*"])
+
+
+def estimates() -> str:
+    """Mean error of each estimate of a layer's statistics, by rate."""
+    report = json.loads((RESULTS / "estimation.json").read_text())
+    rates = sorted({row["rate"] for row in report["rows"]})
+    lines = [f"| mean over the run, μ [σ] / log σ² | {' | '.join(f'rate {rate:g}' for rate in rates)} |"]
+    lines.append("|---|" + "---|" * len(rates))
+    for estimate, label in ESTIMATES.items():
+        row = []
+        for rate in rates:
+            errors = [row["errors"][estimate] for row in report["rows"] if row["rate"] == rate]
+            row.append(" / ".join(f"{mean(e[of] for e in errors):.3f}" for of in ("mean", "var")))
+        lines.append(f"| {label} | {' | '.join(row)} |")
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/estimation.json), version {report['commit'][:7]}"
+    what = "mean absolute error over all channels and layers; gradient norm clipped at 5"
+    return "\n".join([*lines, "", f"*{what}; {source}*"])
 
 
 def covariance() -> str:
@@ -390,6 +408,7 @@ if __name__ == "__main__":
             "carried": carried(),
             "resume": resume(),
             "covariance": covariance(),
+            "estimates": estimates(),
             "axes": axes(),
         },
     )

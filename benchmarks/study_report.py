@@ -205,8 +205,9 @@ def title(name: str, study: Study) -> str:
     more += f", {settings['img-size']} px" if "img-size" in settings else ""
     if name in FORMER:
         more += ", former"
-    elif "window" not in study.report and "cbn" in study.comparison.config.norms:
-        more += ", CBN: former default"
+    elif "cbn" in study.comparison.config.norms:
+        window = study.report.get("window", "former default")
+        more += "" if "axes" in window else ", CBN: former default" if "former" in window else ", CBN: without axes"
     return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 

@@ -77,7 +77,11 @@ def fit(state: Carried, theta: Tensor, *vectors: Tensor | None) -> bool:
     if patch_mean is not None and patch_mean.shape[1] * channels != theta.numel():
         return False
     dtype, device = theta.dtype, theta.device
-    for t in (table, *vectors):
-        if t is not None and (t.shape[-1] != channels or t.dtype is not dtype or t.device != device or not is_dense(t)):
+    for t in (table, *vectors):  # `is_dense`, in place: this is asked several times for each layer and step
+        if t is None:
+            continue
+        if (type(t) is not Tensor and type(t) is not nn.Parameter) or not t.is_contiguous() or t.is_neg():
+            return False
+        if t.shape[-1] != channels or t.dtype is not dtype or t.device != device:
             return False
     return True
