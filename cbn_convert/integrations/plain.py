@@ -25,7 +25,7 @@ from ..errors import CbnError
 from ..norm import CrossIterationMixin
 from .shared import converted_layers
 
-_FORMAT = 1  # of the state; another one is refused by its number
+_FORMAT = 2  # of the state; another one is refused by its number
 
 
 def training_state(model: nn.Module, *, gather: bool = False) -> dict[str, Any]:

@@ -94,9 +94,12 @@ class Carried(NamedTuple):
             mean, left = self.patch_mean + share * step, 1 - share
             total = (self.patch_rest + axes.square().sum(1)).lerp(_at_least(own + left * step * step), share)
             between = (found.probes * step[:, None]).sum(2, keepdim=True) * step[:, None]
-            along = left * (found.probes @ axes.mT) @ axes + share * (along + left * between)
-        axes = principal_axes(found.probes, along)
-        rest = (total - axes.square().sum(1)).clamp_min(_least(total))
+            # no matrix products, whose precision is up to the user's settings
+            kept = (found.probes[:, :, None] * axes[:, None]).sum(3, keepdim=True)
+            along = left * (kept * axes[:, None]).sum(2) + share * (along + left * between)
+        least = LEAST_VARIANCE / (1 + LEAST_VARIANCE) * total.mean(1, keepdim=True)
+        axes = principal_axes(found.probes, along, total, least)
+        rest = (total - axes.square().sum(1)).clamp_min(0)
         return Carried(self.table, mean, rest, axes).placed(self.mean, self.var, theta, bias)
 
     def where(self, finite: Tensor, other: Carried) -> Carried:
@@ -109,12 +112,7 @@ def _at_least(var: Tensor) -> Tensor:
     return var + LEAST_VARIANCE * var.mean(1, keepdim=True) + TINY
 
 
-def _least(total: Tensor) -> Tensor:
-    """What `_at_least` has added to a variance [G, F] in the mean; rounding and samples may leave less beside axes."""
-    return LEAST_VARIANCE / (1 + LEAST_VARIANCE) * total.mean(1, keepdim=True)
-
-
-_COUNTS = ("seen", "looks", "waiting", "patches_waiting")
+_COUNTS = ("seen", "looks", "waiting", "patch_looks", "patches_waiting")
 
 
 class CarriedWindow:
@@ -136,7 +134,8 @@ class CarriedWindow:
         self.seen = 0  # steps
         self.looks = 0
         self.waiting = 0  # images since the last look
-        self.patches_waiting = 0  # and since the last look at patches
+        self.patch_looks = 0
+        self.patches_waiting = 0  # images since the last look at patches
         self.state: Carried | None = None
         self.last: Carried | None = None
         self.last_looked = self.last_folded = False
@@ -195,7 +194,7 @@ class CarriedWindow:
         turn, patches = (batch.iteration + 1) // (self.window.every or 1), None
         due = not self.compensated or self.looks < FIRST_LOOKS or turn % PATCH_TURNS == 0
         if theta is not None and batch.input is not None and due:
-            patches = batch.patches(self.window.positions, turn // PATCH_TURNS)
+            patches = batch.patches(self.window.positions, self.patch_looks)
             if before.patch_mean is not None and before.patch_mean.shape != (patches.groups, patches.width):
                 # of other groups, if somebody changed them
                 before = Carried(before.table[:2])
@@ -209,8 +208,8 @@ class CarriedWindow:
                 if type(trusted) is Tensor and not trusted:
                     return before
                 before = before.with_patches(found.patches, 1.0, theta, bias)
-                self.looks = 0
-            first = 1 / (self.looks + 1)  # the mean of the first looks
+                self.looks = self.patch_looks = 0
+            first = 1 / (self.patch_looks + 1)  # the mean of the first looks
             of_patches = 1 - (1 - 1 / self.window.size) ** found.patches.images
             of_patches = of_patches.clamp_min(first) if isinstance(of_patches, Tensor) else max(of_patches, first)
             joined, finite = select(theta).join(before, theta, bias, found, (share, of_patches))
@@ -226,7 +225,7 @@ class CarriedWindow:
             return before
         self.looks, self.waiting = self.looks + 1, 0
         if patches is not None:
-            self.patches_waiting = 0
+            self.patch_looks, self.patches_waiting = self.patch_looks + 1, 0
         return before
 
     def advance(

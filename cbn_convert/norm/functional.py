@@ -25,9 +25,11 @@ NO_SQUARE = 1e-24  # what |θ|² and q are taken to be at least, so that they ca
 # A part of the mean variance that every entry of a patch is taken to have at least: one that hardly varied in the few
 # patches seen so far may do so tomorrow. And what keeps q positive where nothing varies.
 LEAST_VARIANCE, TINY = 0.05, 1e-12
-# Principal axes of patches, or one for each entry, if these are fewer; and the part of the variance along a probe that
-# has to be left for an axis of its own: the rest is rounding.
-AXES, LEAST_AXIS = 8, 1e-4
+# Principal axes of patches, or one for each entry, if these are fewer.
+AXES = 8
+# What has to be left along a probe for an axis of its own, of the variance along it and of that of all entries: less is
+# rounding, of which an axis could be as large as the others.
+LEAST_AXIS, LEAST_PART = 1e-4, 1e-6
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -93,28 +95,34 @@ def probes_of(axes: Tensor | None, groups: int, width: int, like: Tensor) -> Ten
 def _waves(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthogonal cosines [K, F] of length 1."""
     with torch.inference_mode(False):
-        at = torch.arange(width, dtype=torch.float64, device=device) + 0.5
-        waves = torch.arange(count, dtype=torch.float64, device=device)[:, None] * at
+        at = torch.arange(width, dtype=torch.float64, device="cpu") + 0.5  # some devices have no float64
+        waves = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * at
         made = torch.cos(waves * (math.pi / width))
-        directions: Tensor = (made / made.norm(dim=1, keepdim=True)).to(dtype)
+        directions: Tensor = (made / made.norm(dim=1, keepdim=True)).to(device, dtype)
         return directions
 
 
-def principal_axes(probes: Tensor, along: Tensor) -> Tensor:
+def principal_axes(probes: Tensor, along: Tensor, total: Tensor, least: Tensor) -> Tensor:
     """u [G, K, F] of a covariance Σ, from ΣV [G, K, F] along probes V: that of which Σ_k u_k u_kᵀ V = ΣV.
 
     Nyström's approximation, never above Σ. An axis is what those before leave of Σv, so that probes which are axes of
-    the time before converge to principal ones, as in the power method; none where they leave nothing.
+    the time before converge to principal ones, as in the power method; none where they leave nothing but rounding. Of
+    the variance of an entry, `total` [G, F], the axes leave the least there is to be, [G, 1], whatever rounding does.
     """
-    own = (probes * along).sum(2)
+    own, trace = (probes * along).sum(2), total.sum(1, keepdim=True)
     axes = []
     for k in range(probes.shape[1]):
         size = (probes[:, k] * along[:, k]).sum(1, keepdim=True)
-        there = size > LEAST_AXIS * own[:, k : k + 1] + TINY
+        there = size > LEAST_AXIS * own[:, k : k + 1] + LEAST_PART * trace + TINY
         u = torch.where(there, along[:, k] / size.clamp_min(TINY).sqrt(), torch.zeros_like(size))
         along = along - (probes * u[:, None]).sum(2, keepdim=True) * u[:, None]
         axes.append(u)
-    return torch.stack(axes, 1) if axes else along
+    if not axes:
+        return along
+    found = torch.stack(axes, 1)
+    explained = found.square().sum(1)
+    most = (total - least).clamp_min(0)
+    return found * torch.where(explained > most, (most / explained.clamp_min(TINY)).sqrt(), 1.0)[:, None]
 
 
 class Affine(NamedTuple):

@@ -271,7 +271,7 @@ class CrossIterationMixin(_BatchNorm):
         for source, own in zip(self._sources, saved, strict=True):
             channels = len(range(self.num_features)[source.channels or slice(None)])
             slots = {} if own is None else own["slots"]
-            if "patch_mean" in slots and "patch_axes" not in slots and own["kind"] == "ema":
+            if own is not None and own["kind"] == "ema" and "patch_looks" not in own:
                 raise ValueError("history is of another version, which knew less of the patches; train with that one")
             for name, value in slots.items():
                 if name in ("mean", "var") and value.shape[-1] != channels:

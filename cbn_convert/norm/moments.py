@@ -170,7 +170,10 @@ class InputPatches:
 
     def covariance_with(self, xc: Tensor) -> Tensor:
         """mean(xc p) [C, F] for centred `outputs`, or for some channels of them where there is one group."""
-        module, y = self.module, self.arranged.y
+        return self._covariance(xc, self.arranged.y)
+
+    def _covariance(self, xc: Tensor, y: Tensor) -> Tensor:
+        module = self.module
         if not self.positions:
             return y.new_zeros(xc.shape[0 if is_linear(module) else 1], fan_in(module))
         if is_linear(module):
@@ -184,10 +187,13 @@ class InputPatches:
     def covariance_along(self, probes: Tensor) -> Tensor:
         """ΣV [G, K, F] for directions V [G, K, F]: what the patches have in common with their products with these."""
         module, at = self.module, self.arranged
+        shape = probes.shape
         if not (self.positions and probes.numel()):
             return torch.zeros_like(probes)
+        # on CUDA float32 may be rounded to TF32, from which axes of nothing would come
+        y, probes = (t.double() if t.is_cuda else t for t in (at.y, probes))
         if is_linear(module):
-            made = probes[0] @ at.y.T
+            made = probes[0] @ y.T
         else:
             kernel = per_axis(module, "kernel_size")
             weight = probes.reshape(-1, module.in_channels // module.groups, *kernel)
@@ -196,12 +202,12 @@ class InputPatches:
             extra = self._output_padding(self.out_size) if is_transposed(module) else (0,) * len(kernel)
             transposed = is_transposed(module)
             made = torch.convolution(
-                at.y, weight, None, at.stride, at.padding, at.dilation, transposed, extra, module.groups
+                y, weight, None, at.stride, at.padding, at.dilation, transposed, extra, module.groups
             )
         axes = [1] if is_linear(module) else [0, *range(2, made.dim())]
         for _ in range(2):  # what rounding leaves of a large mean would count as often as the mean patch is large
             made = made - made.mean(axes, keepdim=True)
-        return self.covariance_with(made).view_as(probes)
+        return self._covariance(made, y).to(self.dtype).contiguous().view(shape)
 
     def _output_padding(self, out_size: Sequence[int]) -> tuple[int, ...]:
         """That of a transposed conv whose output is of a size, whatever output_size was asked for."""
@@ -239,13 +245,18 @@ class InputPatches:
 
 
 def _grid(sizes: Sequence[int], n: int, at_most: int | None, turn: int) -> tuple[slice, ...]:
-    """Which positions of an output [n, C, *sizes] to look at, so that about at_most are looked at in all."""
+    """Which positions of an output [n, C, *sizes] to look at, so that about at_most are looked at in all.
+
+    Turns shift all axes at once, each by another irrational part of a step (the R sequence of Martin Roberts), so that
+    a few of them see borders and middle as often as all would.
+    """
     ratio = 1.0 if at_most is None else n * math.prod(sizes) / at_most
     step = max(1, round(ratio ** (1 / max(len(sizes), 1))))
     grid = []
-    for size in sizes:
+    base = {1: 1.618033988749895, 2: 1.324717957244746}.get(len(sizes), 1.2207440846057596)
+    for axis, size in enumerate(sizes, start=1):
         own = max(1, min(step, size))
-        turn, first = divmod(turn, own)
+        first = int(turn * base**-axis % 1 * own)
         grid.append(slice(first, None, own))
     return tuple(grid)
 

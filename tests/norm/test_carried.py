@@ -176,7 +176,7 @@ def test_axes_find_the_principal_ones(groups: int) -> None:
         covariance, axes = root @ root.mT, None
         for _ in range(12):
             probes = probes_of(axes, groups, 30, covariance)
-            axes = principal_axes(probes, probes @ covariance)
+            axes = principal_axes(probes, probes @ covariance, covariance.diagonal(dim1=1, dim2=2), torch.zeros(1, 1))
         explained = axes.square().sum((1, 2))
         assert (explained >= least * torch.linalg.eigvalsh(covariance)[:, -AXES:].sum(1)).all()
         assert (torch.linalg.eigvalsh(covariance - axes.mT @ axes) > -1e-9).all()

@@ -77,6 +77,10 @@ def test_a_state_of_another_window_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="history was saved with window"):
             load_history_state(pretrained(**keywords), state)
+    of_before = copy.deepcopy(state)
+    del of_before["stem.1"]["sources"][0]["patch_looks"]
+    with pytest.raises(ValueError, match="another version"):
+        load_history_state(pretrained(), of_before)
     state["stem.1"]["sources"][0]["slots"]["patch_axes"][:] = float("nan")
     with pytest.raises(ValueError, match="patch_axes that is not finite"):
         load_history_state(pretrained(), state)

@@ -309,7 +309,9 @@ def test_what_a_look_adds(name, dtype, groups, width, bias) -> None:
     between = (1 - of_patches) * step[:, :, None] * step[:, None]
     along = V @ ((1 - of_patches) * u.mT @ u + of_patches * (covariance + between))
     U = torch.linalg.solve_triangular(torch.linalg.cholesky(along @ V.mT), along, upper=False)
-    D = (total - U.square().sum(1)).clamp_min(0.05 / 1.05 * total.mean(1, keepdim=True))
+    most = (total - 0.05 / 1.05 * total.mean(1, keepdim=True)).clamp_min(0)
+    U = U * (most / U.square().sum(1)).clamp_max(1).sqrt()[:, None]  # the least that entries keep to themselves
+    D = total - U.square().sum(1)
     M = (1 - share) * mean + share * new_mean
     S = (1 - share) * (var + mean.square()) + share * (new_var + new_mean.square()) - M.square()
     rows_p, rows_d, rows_u = (t.repeat_interleave(8 // groups, 0) for t in (P, D, U))
@@ -318,6 +320,35 @@ def test_what_a_look_adds(name, dtype, groups, width, bias) -> None:
     tolerance = 1e-3 if dtype == torch.float32 else 1e-11  # of an inverse
     for got, want in zip([*after.table, *after[1:]], [M, S, anchor, spread, square, P, D, U], strict=True):
         close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("name", ["plain", "compiled"])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("groups", "width"), [(1, 54), (4, 9)])
+def test_no_axes_come_of_rounding(name, scale, rank, groups, width) -> None:
+    """Patches that vary along fewer directions than there are axes, as of gray images: their variance stays."""
+    directions = torch.randn(groups, rank, width)
+    directions[:, 0] = (torch.arange(width) + 9).div(9, rounding_mode="floor")  # all alike, with groups
+    theta, state = torch.randn(8, width), Carried(torch.ones(2, 8))
+    for look in range(120):
+        patches = scale * torch.randn(groups, 64, rank) @ directions + scale
+        mean = patches.mean(1, keepdim=True)
+        probes = probes_of(state.patch_axes, groups, width, theta)
+        along = ((patches - mean) @ probes.mT).mT @ (patches - mean) / 64
+        found = PatchMoments(mean[:, 0], (patches - mean).square().mean(1), probes, along, 2)
+        if state.patch_mean is None:
+            state = state.with_patches(found, 1.0, theta, None)
+        joined = JoinedMoments(torch.zeros(8), torch.ones(8), 2, found)
+        state, finite = KERNELS[name].join(state, theta, None, joined, (0.01, max(0.01, 1 / (look + 1))))
+        assert finite
+    truth = scale**2 * directions.square().sum(1)
+    total = state.patch_rest + state.patch_axes.square().sum(1)
+    assert (total < 1.5 * truth + 0.1 * truth.mean(1, keepdim=True)).all()
+    assert (total > 0.7 * truth).all()
+    axes, covariance = state.patch_axes.double(), scale**2 * (directions.mT @ directions).double()
+    explained = axes.square().sum((1, 2)) / covariance.diagonal(dim1=1, dim2=2).sum(1)
+    assert ((explained > 0.8) & (explained < 1.2)).all()
 
 
 def test_patches_of_what_lies_in_memory_with_the_other_sign() -> None:

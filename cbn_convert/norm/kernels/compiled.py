@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..functional import LEAST_AXIS, LEAST_VARIANCE, NO_SQUARE, TINY, Affine, OptTensor, statistics_dtype
+from ..functional import LEAST_AXIS, LEAST_PART, LEAST_VARIANCE, NO_SQUARE, TINY, Affine, OptTensor, statistics_dtype
 from .direct import Direct, fit, has_memory, is_dense
 from .plain import PatchAxis
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 _ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, positions=1)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 9  # of what the functions take, as in passes.cpp
+_VERSION = 10  # of what the functions take, as in passes.cpp
 # addresses, sizes and numbers, as they lie side by side
 _ARGUMENTS = {
     "statistics": struct.Struct("3Q4q").pack,
     "patch_moments": struct.Struct("3Q23q").pack,
-    "join": struct.Struct("17Q4q6dq").pack,
+    "join": struct.Struct("17Q4q7dq").pack,
     "fold": struct.Struct("12Q4q2dq").pack,
     "folded_gradient": struct.Struct("10Q4q2dq").pack,
 }
@@ -105,7 +105,7 @@ class Compiled(Direct):
                 return super().join(state, theta, bias, found, shares)
         out, (patch_mean, patch_rest) = theta.new_empty(5, channels), theta.new_empty(2, *flat).unbind()
         axes, scratch = theta.new_empty(2, *deep).unbind()
-        limits = (LEAST_VARIANCE, TINY, LEAST_AXIS, NO_SQUARE)
+        limits = (LEAST_VARIANCE, TINY, LEAST_AXIS, LEAST_PART, NO_SQUARE)
         tensors = (theta, bias, *known, table, mean, var, *looked_at, out, patch_mean, patch_rest, axes, scratch)
         finite = _call("join", theta, tensors, *sizes, share, patch_share, *limits)
         return type(state)(out, patch_mean, patch_rest, axes), bool(finite)

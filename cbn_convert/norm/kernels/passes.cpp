@@ -197,13 +197,15 @@ struct Response {
 };
 
 struct Limits {
-  double least_var, tiny, least_axis, least;
+  double least_var, tiny, least_axis, least_part, least;
 };
 
-// Axes [K, F] of a covariance of which `along` is what it makes of the probes: `principal_axes` in functional.py. Returns
-// whether all is finite.
+// Axes [K, F] of a covariance of which `along` is what it makes of the probes, and the variance `rest` [F] that they leave
+// of `rest`: `principal_axes` in functional.py. Returns whether all is finite.
 template <class T>
-bool principal_axes(const T* probes, const T* along, T* axes, int64_t K, int64_t F, const Limits& at) {
+bool principal_axes(const T* probes, const T* along, T* axes, T* rest, int64_t K, int64_t F, const Limits& at) {
+  double trace = 0;
+  for (int64_t f = 0; f < F; ++f) trace += rest[f];
   bool finite = true;
   for (int64_t k = 0; k < K; ++k) {
     T* u = axes + k * F;
@@ -215,8 +217,21 @@ bool principal_axes(const T* probes, const T* along, T* axes, int64_t K, int64_t
     add(u, earlier, axes, k, F);
     const double size = dot(probes + k * F, u, F);
     finite = finite && std::isfinite(own);
-    const T factor = size > at.least_axis * own + at.tiny ? T(1 / std::sqrt(size)) : T(0);
+    const T factor = size > at.least_axis * own + at.least_part * trace + at.tiny ? T(1 / std::sqrt(size)) : T(0);
     for (int64_t f = 0; f < F; ++f) u[f] *= factor;
+  }
+  const T least = T(at.least_var / (1 + at.least_var) * trace / F);
+  for (int64_t f = 0; f < F; ++f) {
+    const T most = rest[f] > least ? rest[f] - least : T(0);
+    T explained = 0;
+    for (int64_t k = 0; k < K; ++k) explained += axes[k * F + f] * axes[k * F + f];
+    if (explained > most) {
+      const T factor = std::sqrt(most / explained);
+      for (int64_t k = 0; k < K; ++k) axes[k * F + f] *= factor;
+      explained = most;
+    }
+    rest[f] -= explained;
+    finite = finite && std::isfinite(rest[f]);
   }
   return finite;
 }
@@ -235,6 +250,11 @@ bool join_patches(const T* p, const T* rest, const T* axes, const T* fp, const T
     sum += to_rest[f];
   }
   const T at_least = T(at.least_var * sum / F + at.tiny);
+  for (int64_t f = 0; f < F; ++f) {
+    T before = rest[f];
+    for (int64_t k = 0; k < K; ++k) before += axes[k * F + f] * axes[k * F + f];
+    to_rest[f] = before + part * (to_rest[f] + at_least - before);
+  }
   for (int64_t k = 0; k < K; ++k) {
     T* along = scratch + k * F;
     const T between = T(dot(probes + k * F, step, F)) * left;
@@ -244,22 +264,8 @@ bool join_patches(const T* p, const T* rest, const T* axes, const T* fp, const T
     for (int64_t l = 0; l < K; ++l) kept[l] *= left;
     add(along, kept, axes, K, F);
   }
-  bool finite = principal_axes(probes, scratch, to_axes, K, F, at);
-  sum = 0;
-  for (int64_t f = 0; f < F; ++f) {
-    T before = rest[f];
-    for (int64_t k = 0; k < K; ++k) before += axes[k * F + f] * axes[k * F + f];
-    to_rest[f] = before + part * (to_rest[f] + at_least - before);
-    sum += to_rest[f];
-    to_p[f] = p[f] + part * step[f];
-  }
-  const T least = T(at.least_var / (1 + at.least_var) * sum / F);
-  for (int64_t f = 0; f < F; ++f) {
-    for (int64_t k = 0; k < K; ++k) to_rest[f] -= to_axes[k * F + f] * to_axes[k * F + f];
-    finite = finite && std::isfinite(to_rest[f]);  // as it is only where to_p and the axes are
-    if (to_rest[f] < least) to_rest[f] = least;
-  }
-  return finite;
+  for (int64_t f = 0; f < F; ++f) to_p[f] = p[f] + part * step[f];
+  return principal_axes(probes, scratch, to_axes, to_rest, K, F, at);
 }
 
 // What a carried window at theta is after a look: `Kernels.join`. Returns whether all is finite.
@@ -376,7 +382,8 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
     return join(a.in<T>(0), a.in<T>(1), Patches<T>{a.in<T>(2), a.in<T>(3), a.in<T>(4), F, K, per_group}, a.in<T>(5), \
                 a.in<T>(6), a.in<T>(7), Patches<T>{a.in<T>(8), a.in<T>(9), a.in<T>(11), F, K, per_group},             \
                 a.in<T>(10), a.out<T>(12), a.out<T>(13), a.out<T>(14), a.out<T>(15), a.out<T>(16), a[17],             \
-                a.number(21), a.number(22), {a.number(23), a.number(24), a.number(25), a.number(26)}, a[27]);        \
+                a.number(21), a.number(22), {a.number(23), a.number(24), a.number(25), a.number(26), a.number(27)},     \
+                a[28]);        \
   }                                                                                                                 \
   void cbn_fold_##name(const Arguments& a) {                                                                        \
     fold(a.in<T>(0), a.in<T>(1), Patches<T>{a.in<T>(2), a.in<T>(3), a.in<T>(4), a[13], a[14], a[15]}, a.in<T>(5),     \
@@ -390,7 +397,7 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
   }
 
 extern "C" {
-int cbn_version() { return 9; }  // to be raised with every change of what a function takes
+int cbn_version() { return 10; }  // to be raised with every change of what a function takes
 EXPORT(float, f32)
 EXPORT(double, f64)
 }

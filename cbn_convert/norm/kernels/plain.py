@@ -70,7 +70,9 @@ class Kernels:
         share, of_patches = shares
         assert found.patches is not None
         joined = state.with_patches(found.patches, of_patches, theta, bias)
-        return joined.of(*pooled(state.mean, state.var, found.mean, found.var, share)), found.finite
+        joined = joined.of(*pooled(state.mean, state.var, found.mean, found.var, share))
+        assert joined.patch_rest is not None
+        return joined, found.finite & torch.isfinite(joined.table.sum() + joined.patch_rest.sum())
 
     def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
         """The table of `state` at θ [C, ...] and b [C]; see `Carried.moved`."""
@@ -78,8 +80,10 @@ class Kernels:
         mean, var, anchor_then, spread_then, square_then = state.table.unbind()
         patch_mean, patch_rest, axes = cast(tuple[Tensor, Tensor, Tensor], state[1:])
         squares, anchor = theta.square(), response(patch_mean, theta, bias)
-        along = by_group(theta, len(axes)) @ axes.mT
-        spread = (response(patch_rest, squares, None) + along.square().sum(2).flatten()).clamp_min(NO_SQUARE)
+        spread = response(patch_rest, squares, None)
+        for axis in axes.unbind(1):
+            spread = spread + response(axis, theta, None).square()
+        spread = spread.clamp_min(NO_SQUARE)
         square = squares.sum(1).clamp_min(NO_SQUARE)
         growth = (square / square_then).sqrt()
         mean = mean + (anchor - anchor_then) + (growth - 1) * (mean - anchor_then)
@@ -124,6 +128,7 @@ class Kernels:
             rows += by_group(along_length[:, None] * theta, groups)
             spreading = by_group(along_spread[:, None] * theta, groups)
             rows += spreading * state.patch_rest[:, None]
-            rows.baddbmm_(spreading @ state.patch_axes.mT, state.patch_axes)
-            rows.baddbmm_(by_group(g_mean, groups)[:, :, None], state.patch_mean[:, None])
+            for axis in state.patch_axes.unbind(1):
+                rows += torch.linalg.vecdot(spreading, axis[:, None])[:, :, None] * axis[:, None]
+            rows += by_group(g_mean, groups)[:, :, None] * state.patch_mean[:, None]
         return g_theta.view(shape), t * inv_std
