@@ -19,7 +19,7 @@ from report import RESULTS
 from study import DATA, FOLDERS, NETWORKS, weights
 
 from cbn_convert import FinetuneConfig
-from cbn_convert.norm import functional
+from cbn_convert.norm import carried, functional
 from cbn_convert.training.data import read_splits
 
 OUTPUT = RESULTS / "axes_accuracy.json"
@@ -29,6 +29,7 @@ IMAGES, BATCH_SIZE, LR, SEEDS = 1000, 2, 0.00949, 9
 FORMS: dict[str, list[Any] | None] = {
     "default": None,
     "diagonal": ["axes_accuracy", "use", 0],
+    "turns-1": ["axes_accuracy", "turns", 1],
     "axes-2": ["axes_accuracy", "use", 2],
 }
 
@@ -36,6 +37,11 @@ FORMS: dict[str, list[Any] | None] = {
 def use(count: int) -> None:
     """Makes all windows of this process look for so many axes."""
     mock.patch.object(functional, "AXES", count).start()
+
+
+def turns(count: int) -> None:
+    """Makes all windows of this process look at patches in one look of so many."""
+    mock.patch.object(carried, "PATCH_TURNS", count).start()
 
 
 def run(cell: dict[str, Any], data: Path, work: Path) -> dict[str, Any]:
