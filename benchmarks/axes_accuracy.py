@@ -30,6 +30,7 @@ FORMS: dict[str, list[Any] | None] = {
     "default": None,
     "diagonal": ["axes_accuracy", "use", 0],
     "turns-1": ["axes_accuracy", "turns", 1],
+    "last-128": ["axes_accuracy", "last", 128],
     "axes-2": ["axes_accuracy", "use", 2],
 }
 
@@ -37,6 +38,11 @@ FORMS: dict[str, list[Any] | None] = {
 def use(count: int) -> None:
     """Makes all windows of this process look for so many axes."""
     mock.patch.object(functional, "AXES", count).start()
+
+
+def last(count: int) -> None:
+    """Makes all windows of this process remember patches of so many looks."""
+    mock.patch.object(carried, "PATCH_LOOKS", count).start()
 
 
 def turns(count: int) -> None:

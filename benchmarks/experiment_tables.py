@@ -212,7 +212,10 @@ def axes() -> str:
     if not (RESULTS / "axes_accuracy.json").is_file():
         return NOT_YET
     report = json.loads((RESULTS / "axes_accuracy.json").read_text())
-    labels = {"default": "default: eight axes", "axes-2": "two axes", "diagonal": "diagonal alone"}
+    labels = {
+        "default": "default: eight axes, patches of eight looks, in one look of four", "axes-2": "two axes",
+        "diagonal": "diagonal alone", "last-128": "patches of 128 looks", "turns-1": "patches in every look",
+    }  # fmt: skip
     splits = {"top1": "validation", "test_top1": "test"}
     by_seed = {form: {c["seed"]: c for c in report["cells"] if c["form"] == form} for form in labels}
     lines = [f"| top-1 [%] | {' | '.join(f'{s} | beside the default' for s in splits.values())} | seeds |"]

@@ -28,7 +28,7 @@ from study import FOLDERS, source
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from cbn_convert.norm.carried import Carried
+from cbn_convert.norm.carried import PATCH_LOOKS, Carried
 from cbn_convert.norm.distributed import PatchMoments
 from cbn_convert.norm.functional import AXES, probes_of
 from cbn_convert.norm.moments import InputPatches
@@ -66,8 +66,8 @@ def found_axes(conv: nn.Conv2d, inputs: Tensor) -> Carried:
         out_size = torch.nn.functional.conv2d(y, conv.weight, None, conv.stride, conv.padding, conv.dilation).shape[2:]
         patches = InputPatches(conv, y, out_size, y.dtype, 512, look)
         probes = probes_of(state.patch_axes, 1, theta.shape[1], theta)
-        found = PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes), 2)
-        state = state.with_patches(found, 1 / (look + 1), theta, None)
+        found = PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes))
+        state = state.with_patches(found, 1 / min(look + 1, PATCH_LOOKS), theta, None)
     return state
 
 

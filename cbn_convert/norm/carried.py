@@ -14,8 +14,10 @@ since p̄ says all that is known of directions. q is positive, so nothing can va
 eps.
 
 One step of `every` looks at its batch, the layers of a model taking turns: mean and variance of x join with the share
-1 - (1 - 1/size)^n, n being the images since the last look; and in every fourth look p̄, d and the axes of some
-positions, with the n of theirs. They do so behind the step: what a step normalises by depends on the weights alone.
+1 - (1 - 1/size)^n, n being the images since the last look. In one look of four, p̄, d and the axes of some positions
+join as the mean of the last eight such looks: they say how statistics respond to weights, for which few images are
+enough, and change as earlier layers do. All that happens behind the step: what it normalises by depends on the weights
+alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from .window import Window
 
 # Looks in a row at the start: the patches of one batch say little of the others.
 FIRST_LOOKS = 32
-PATCH_TURNS = 4  # looks of which one looks at patches, too, later on: these cost more, and change slowly
+PATCH_TURNS = 4  # looks of which one looks at patches, too, later on: these cost more
+PATCH_LOOKS = 8  # such looks that the moments of patches remember
 # `Carried.table` and the rest of it, by their names in checkpoints
 _ROWS, PATCHES = ("mean", "var", "anchor", "spread", "square"), ("patch_mean", "patch_rest", "patch_axes")
 
@@ -112,7 +115,7 @@ def _at_least(var: Tensor) -> Tensor:
     return var + LEAST_VARIANCE * var.mean(1, keepdim=True) + TINY
 
 
-_COUNTS = ("seen", "looks", "waiting", "patch_looks", "patches_waiting")
+_COUNTS = ("seen", "looks", "waiting", "patch_looks")
 
 
 class CarriedWindow:
@@ -135,7 +138,6 @@ class CarriedWindow:
         self.looks = 0
         self.waiting = 0  # images since the last look
         self.patch_looks = 0
-        self.patches_waiting = 0  # images since the last look at patches
         self.state: Carried | None = None
         self.last: Carried | None = None
         self.last_looked = self.last_folded = False
@@ -159,7 +161,6 @@ class CarriedWindow:
         known = self._known(running, theta, bias)
         self.seen += 1
         self.waiting += images
-        self.patches_waiting += images
         return known
 
     def arrive(self, at: Carried, folded: bool) -> None:
@@ -198,7 +199,7 @@ class CarriedWindow:
             if before.patch_mean is not None and before.patch_mean.shape != (patches.groups, patches.width):
                 # of other groups, if somebody changed them
                 before = Carried(before.table[:2])
-        found = joined_moments(batch, patches, before, (self.waiting, self.patches_waiting))
+        found = joined_moments(batch, patches, before, self.waiting)
         share = 1 - (1 - 1 / self.window.size) ** found.images
         finite: Tensor | bool
         if found.patches is not None and theta is not None:
@@ -209,9 +210,7 @@ class CarriedWindow:
                     return before
                 before = before.with_patches(found.patches, 1.0, theta, bias)
                 self.looks = self.patch_looks = 0
-            first = 1 / (self.patch_looks + 1)  # the mean of the first looks
-            of_patches = 1 - (1 - 1 / self.window.size) ** found.patches.images
-            of_patches = of_patches.clamp_min(first) if isinstance(of_patches, Tensor) else max(of_patches, first)
+            of_patches = 1 / min(self.patch_looks + 1, PATCH_LOOKS)
             joined, finite = select(theta).join(before, theta, bias, found, (share, of_patches))
         else:
             joined = before.of(*pooled(before.mean, before.var, found.mean, found.var, share))
@@ -225,7 +224,7 @@ class CarriedWindow:
             return before
         self.looks, self.waiting = self.looks + 1, 0
         if patches is not None:
-            self.patch_looks, self.patches_waiting = self.patch_looks + 1, 0
+            self.patch_looks += 1
         return before
 
     def advance(

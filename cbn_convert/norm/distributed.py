@@ -64,7 +64,6 @@ class PatchMoments(NamedTuple):
     var: Tensor  # of every entry [G, F]
     probes: Tensor  # V [G, K, F]
     along: Tensor  # ΣV [G, K, F]
-    images: float | Tensor  # those that the patches stand for
 
 
 class JoinedMoments(NamedTuple):
@@ -84,37 +83,32 @@ class JoinedMoments(NamedTuple):
         finite = torch.isfinite(self.mean + self.var).all()
         if self.patches is None:
             return finite
-        mean, var, _, along, _ = self.patches
+        mean, var, _, along = self.patches
         return finite & torch.isfinite(mean + var + along.sum(1)).all()
 
 
-def joined_moments(
-    batch: Batch, patches: InputPatches | None, about: Carried, images: tuple[int, int]
-) -> JoinedMoments:
+def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, images: int) -> JoinedMoments:
     """The moments of a batch, joined by one sum over the ranks, of distances to what is known already (`about`).
 
-    images: those of this rank that the batch stands for, and those that its patches do, which are looked at along the
-    axes that are known.
+    images: those of this rank that the batch stands for. Patches are looked at along the axes that are known.
     """
     count, nothing = batch.x.numel() // batch.x.shape[1], about.mean.new_zeros(len(about.mean))
     mean, var = select(batch.x).statistics(batch.x) if count or batch.ranks == 1 else (nothing, nothing)
     here = None
     if patches is not None:
         probes = probes_of(about.patch_axes, patches.groups, patches.width, about.table)
-        here = PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes), images[1])
+        here = PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes))
     if batch.ranks == 1:
-        return JoinedMoments(mean, var, images[0], here)
+        return JoinedMoments(mean, var, images, here)
     away = (mean - about.mean).double()
-    sums = [count * away, count * (var.double() + away * away), away.new_tensor([count, *images])]
+    sums = [count * away, count * (var.double() + away * away), away.new_tensor([count, images])]
     if here is not None and patches is not None:
         sums += _patch_sums(here, about.patch_mean, patches.positions)
     found = total(torch.cat([t.flatten() for t in sums])).split([t.numel() for t in sums])
-    every, *of_all = found[2].unbind()
+    every, images_of_all = found[2].unbind()
     away, second = found[0] / every, found[1] / every
-    joined = (about.mean + away.to(mean.dtype), (second - away * away).to(mean.dtype), of_all[0].to(mean.dtype))
-    if here is not None:
-        here = _joined_patches(here, about.patch_mean, found[3:])._replace(images=of_all[1].to(mean.dtype))
-    return JoinedMoments(*joined, here)
+    joined = (about.mean + away.to(mean.dtype), (second - away * away).to(mean.dtype), images_of_all.to(mean.dtype))
+    return JoinedMoments(*joined, None if here is None else _joined_patches(here, about.patch_mean, found[3:]))
 
 
 def _patch_sums(here: PatchMoments, centre: Tensor | None, positions: int) -> list[Tensor]:

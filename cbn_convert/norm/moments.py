@@ -247,16 +247,19 @@ class InputPatches:
 def _grid(sizes: Sequence[int], n: int, at_most: int | None, turn: int) -> tuple[slice, ...]:
     """Which positions of an output [n, C, *sizes] to look at, so that about at_most are looked at in all.
 
-    Turns shift all axes at once, each by another irrational part of a step (the R sequence of Martin Roberts), so that
-    a few of them see borders and middle as often as all would.
+    Turns take all shifts of the grid once, in an order of which a few see borders and middle as often as all would:
+    steps of about the golden section of their number, and prime to it.
     """
     ratio = 1.0 if at_most is None else n * math.prod(sizes) / at_most
     step = max(1, round(ratio ** (1 / max(len(sizes), 1))))
-    grid = []
-    base = {1: 1.618033988749895, 2: 1.324717957244746}.get(len(sizes), 1.2207440846057596)
-    for axis, size in enumerate(sizes, start=1):
-        own = max(1, min(step, size))
-        first = int(turn * base**-axis % 1 * own)
+    steps = [max(1, min(step, size)) for size in sizes]
+    shifts = math.prod(steps)
+    jump = max(1, round(0.618 * shifts))
+    while math.gcd(jump, shifts) > 1:
+        jump += 1
+    shift, grid = turn * jump % shifts, []
+    for own in steps:
+        shift, first = divmod(shift, own)
         grid.append(slice(first, None, own))
     return tuple(grid)
 

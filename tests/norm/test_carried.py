@@ -19,7 +19,7 @@ from cbn_convert.norm import (
     CrossIterationBatchNorm1d,
     Window,
 )
-from cbn_convert.norm.carried import FIRST_LOOKS, LEAST_VARIANCE, TINY
+from cbn_convert.norm.carried import FIRST_LOOKS, LEAST_VARIANCE, PATCH_LOOKS, TINY
 from cbn_convert.norm.functional import AXES, principal_axes, probes_of
 from cbn_convert.norm.moments import InputPatches
 
@@ -70,7 +70,7 @@ def test_ten_steps_against_the_definition(bias: bool, folded: bool) -> None:
             if p is None:
                 p, total, axes = own_p, at_least(own.diag()), nystrom(own, probes)
             share = 1 - (1 - 1 / 20) ** waiting
-            of_patches = max(share, 1 / (looks + 1))
+            of_patches = 1 / min(looks + 1, PATCH_LOOKS)
             own = own + (1 - of_patches) * torch.outer(own_p - p, own_p - p)
             total = (1 - of_patches) * total + of_patches * at_least(own.diag())
             axes = nystrom((1 - of_patches) * axes.T @ axes + of_patches * own, probes)
@@ -320,14 +320,16 @@ def test_the_first_steps_look_all_and_so_do_those_of_a_layer_that_has_lost_its_p
         looked.append(norm._sources[0].state.last_looked)
     assert all(looked[:FIRST_LOOKS])
     assert sum(looked[FIRST_LOOKS:]) == 2
-    patches = nn.functional.unfold(torch.cat(xs[:FIRST_LOOKS]), conv.kernel_size, padding=conv.padding)
 
     norm.load_state_dict(norm.state_dict())
     for x in xs[:FIRST_LOOKS]:
         norm(conv(x))
         assert norm._sources[0].state.last_looked
-    carried = norm._sources[0].state.state
-    torch.testing.assert_close(carried.patch_mean[0], patches.mean((0, 2)), rtol=1e-2, atol=1e-2)
+    carried, expected = norm._sources[0].state.state, torch.zeros(())
+    for look, x in enumerate(xs[:FIRST_LOOKS], start=1):
+        own = nn.functional.unfold(x, conv.kernel_size, padding=conv.padding).mean((0, 2))
+        expected = expected + (own - expected) / min(look, PATCH_LOOKS)
+    torch.testing.assert_close(carried.patch_mean[0], expected)
 
 
 @pytest.mark.parametrize(

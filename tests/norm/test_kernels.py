@@ -293,7 +293,7 @@ def test_what_a_look_adds(name, dtype, groups, width, bias) -> None:
     given, share, of_patches = b if bias else None, 0.01, 0.25
     before = Carried(torch.stack([mean, var]), p, d, u).placed(mean, var, theta, given)
     kept = [t.clone() for t in before]
-    found = JoinedMoments(new_mean, new_var, 2, PatchMoments(new_p, new_d, probes, probes @ covariance, 2))
+    found = JoinedMoments(new_mean, new_var, 2, PatchMoments(new_p, new_d, probes, probes @ covariance))
     after, finite = KERNELS[name].join(before, theta, given, found, (share, of_patches))
     assert finite
     assert all(torch.equal(t, u) for t, u in zip(before, kept, strict=True))  # others keep it
@@ -336,7 +336,7 @@ def test_no_axes_come_of_rounding(name, scale, rank, groups, width) -> None:
         mean = patches.mean(1, keepdim=True)
         probes = probes_of(state.patch_axes, groups, width, theta)
         along = ((patches - mean) @ probes.mT).mT @ (patches - mean) / 64
-        found = PatchMoments(mean[:, 0], (patches - mean).square().mean(1), probes, along, 2)
+        found = PatchMoments(mean[:, 0], (patches - mean).square().mean(1), probes, along)
         if state.patch_mean is None:
             state = state.with_patches(found, 1.0, theta, None)
         joined = JoinedMoments(torch.zeros(8), torch.ones(8), 2, found)
@@ -398,9 +398,7 @@ def test_a_conv_that_gets_other_groups_starts_with_other_patches() -> None:
 def test_a_look_at_what_is_not_finite_is_told(name: str, of: str, value: float) -> None:
     theta, mean, var = torch.randn(4, 9), torch.randn(4), torch.rand(4)
     state = Carried(torch.stack([mean, var]), *some_patches(1, 9)).placed(mean, var, theta, None)
-    patches = PatchMoments(
-        torch.randn(1, 9), torch.rand(1, 9), F.normalize(torch.rand(1, 8, 9)), torch.rand(1, 8, 9), 2
-    )
+    patches = PatchMoments(torch.randn(1, 9), torch.rand(1, 9), F.normalize(torch.rand(1, 8, 9)), torch.rand(1, 8, 9))
     found = JoinedMoments(torch.randn(4), torch.rand(4), 2, patches)
     attrgetter(of)(found).view(-1)[-1] = value
     _, finite = KERNELS[name].join(state, theta, None, found, (0.01, 0.25))

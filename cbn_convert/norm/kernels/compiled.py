@@ -93,21 +93,20 @@ class Compiled(Direct):
         self, state: Carried, theta: Tensor, bias: OptTensor, found: JoinedMoments, shares: tuple[Share, Share]
     ) -> tuple[Carried, Tensor | bool]:
         """See `Kernels`."""
-        (table, *known), (mean, var, _, looked), (share, patch_share) = state, found, shares
+        (table, *known), (mean, var, _, looked), (share, of_patches) = state, found, shares
         assert looked is not None
-        if isinstance(share, Tensor) or isinstance(patch_share, Tensor) or not fit(state, theta, bias, mean, var):
+        if isinstance(share, Tensor) or isinstance(of_patches, Tensor) or not fit(state, theta, bias, mean, var):
             return super().join(state, theta, bias, found, shares)
         channels, width, rank, per_group = sizes = _sizes(state, theta)
         flat, deep = (channels // per_group, width), (channels // per_group, rank, width)
-        looked_at = looked[:4]
-        for t, shape in zip((*known, *looked_at), (flat, flat, deep, flat, flat, deep, deep), strict=True):
+        for t, shape in zip((*known, *looked), (flat, flat, deep, flat, flat, deep, deep), strict=True):
             if t is None or t.shape != shape or t.dtype != theta.dtype or not is_dense(t):
                 return super().join(state, theta, bias, found, shares)
         out, (patch_mean, patch_rest) = theta.new_empty(5, channels), theta.new_empty(2, *flat).unbind()
         axes, scratch = theta.new_empty(2, *deep).unbind()
         limits = (LEAST_VARIANCE, TINY, LEAST_AXIS, LEAST_PART, NO_SQUARE)
-        tensors = (theta, bias, *known, table, mean, var, *looked_at, out, patch_mean, patch_rest, axes, scratch)
-        finite = _call("join", theta, tensors, *sizes, share, patch_share, *limits)
+        tensors = (theta, bias, *known, table, mean, var, *looked, out, patch_mean, patch_rest, axes, scratch)
+        finite = _call("join", theta, tensors, *sizes, share, of_patches, *limits)
         return type(state)(out, patch_mean, patch_rest, axes), bool(finite)
 
     def write_fold(
