@@ -32,6 +32,7 @@ from .batch import Batch, RunningStatistics
 from .distributed import PatchMoments, joined_moments
 from .functional import AXES, LEAST_VARIANCE, TINY, OptTensor, is_known, pooled, principal_axes
 from .kernels import select
+from .producers import groups_of
 from .window import Window
 
 # Looks in a row at the start: the patches of one batch say little of the others.
@@ -193,12 +194,12 @@ class CarriedWindow:
         self.last_looked = True
         theta, bias = batch.theta, batch.bias
         turn, patches = (batch.iteration + 1) // (self.window.every or 1), None
-        due = not self.compensated or self.looks < FIRST_LOOKS or turn % PATCH_TURNS == 0
+        known = before.patch_mean
+        if known is not None and batch.module is not None and len(known) != groups_of(batch.module):
+            before = Carried(before.table[:2])  # somebody changed them
+        due = before.patch_mean is None or self.looks < FIRST_LOOKS or turn % PATCH_TURNS == 0
         if theta is not None and batch.input is not None and due:
             patches = batch.patches(self.window.positions, self.patch_looks)
-            if before.patch_mean is not None and before.patch_mean.shape != (patches.groups, patches.width):
-                # of other groups, if somebody changed them
-                before = Carried(before.table[:2])
         found = joined_moments(batch, patches, before, self.waiting)
         share = 1 - (1 - 1 / self.window.size) ** found.images
         finite: Tensor | bool
