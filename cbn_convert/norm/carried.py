@@ -22,6 +22,7 @@ alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,16 @@ from torch import Tensor
 
 from .batch import Batch, RunningStatistics
 from .distributed import PatchMoments, joined_moments
-from .functional import AXES, LEAST_VARIANCE, TINY, OptTensor, is_known, pooled, principal_axes
+from .functional import (
+    LEAST_VARIANCE,
+    TINY,
+    OptTensor,
+    between_means,
+    is_known,
+    patch_shapes,
+    pooled,
+    principal_axes,
+)
 from .kernels import select
 from .producers import groups_of
 from .window import Window
@@ -97,10 +107,9 @@ class Carried(NamedTuple):
             step, axes = found.mean - self.patch_mean, self.patch_axes
             mean, left = self.patch_mean + share * step, 1 - share
             total = (self.patch_rest + axes.square().sum(1)).lerp(_at_least(own + left * step * step), share)
-            between = (found.probes * step[:, None]).sum(2, keepdim=True) * step[:, None]
             # no matrix products, whose precision is up to the user's settings
             kept = (found.probes[:, :, None] * axes[:, None]).sum(3, keepdim=True)
-            along = left * (kept * axes[:, None]).sum(2) + share * (along + left * between)
+            along = left * (kept * axes[:, None]).sum(2) + share * (along + left * between_means(found.probes, step))
         least = LEAST_VARIANCE / (1 + LEAST_VARIANCE) * total.mean(1, keepdim=True)
         axes = principal_axes(found.probes, along, total, least)
         rest = (total - axes.square().sum(1)).clamp_min(0)
@@ -271,7 +280,7 @@ class CarriedWindow:
 
     def bytes(self, channels: int, fan_in: int, groups: int) -> int:
         """What the state takes in float32; fan_in 0 where no weight is followed."""
-        of_patches = groups * fan_in * (2 + min(AXES, fan_in))
+        of_patches = sum(math.prod(shape) for shape in patch_shapes(groups, fan_in))
         return 4 * (2 * channels + (3 * channels + of_patches if fan_in else 0))
 
     def state_dict(self) -> dict[str, Any]:

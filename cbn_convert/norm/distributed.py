@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-from .functional import probes_of, statistics_dtype
+from .functional import between_means, probes_of, statistics_dtype
 from .kernels import select
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
 def _patch_sums(here: PatchMoments, centre: Tensor | None, positions: int) -> list[Tensor]:
     """Sums over the positions of this rank: of distances to a centre, their squares, and products along the probes."""
     away = (here.mean if centre is None else here.mean - centre).double()
-    sums = [away, here.var.double() + away * away, here.along.double() + _between(here.probes, away)]
+    sums = [away, here.var.double() + away * away, here.along.double() + between_means(here.probes, away)]
     return [*[positions * t for t in sums], away.new_tensor([positions])]
 
 
@@ -123,10 +123,5 @@ def _joined_patches(here: PatchMoments, centre: Tensor | None, sums: Sequence[Te
     dtype, shapes = here.mean.dtype, (here.mean, here.var, here.along)
     away, second, along = ((t / sums[3]).view_as(like) for t, like in zip(sums, shapes, strict=False))
     mean = away.to(dtype) if centre is None else centre + away.to(dtype)
-    along = (along - _between(here.probes, away)).to(dtype)
+    along = (along - between_means(here.probes, away)).to(dtype)
     return here._replace(mean=mean, var=(second - away * away).to(dtype), along=along)
-
-
-def _between(probes: Tensor, away: Tensor) -> Tensor:
-    """What a distance [G, F] between two means adds to a covariance along probes [G, K, F]."""
-    return (probes * away[:, None]).sum(2, keepdim=True) * away[:, None]

@@ -79,6 +79,16 @@ def pooled(
     return mean + share * step, torch.lerp(var, new_var, share) + share * (1 - share) * step.square()
 
 
+def patch_shapes(groups: int, width: int) -> tuple[tuple[int, ...], ...]:
+    """Those of mean, variance beside the axes, and axes of patches with so many entries."""
+    return (groups, width), (groups, width), (groups, min(AXES, width), width)
+
+
+def between_means(probes: Tensor, step: Tensor) -> Tensor:
+    """What a distance [G, F] between two means adds to a covariance along probes [G, K, F]."""
+    return (probes * step[:, None]).sum(2, keepdim=True) * step[:, None]
+
+
 def probes_of(axes: Tensor | None, groups: int, width: int, like: Tensor) -> Tensor:
     """Directions [G, K, F] of length 1, to look along: those of the axes, and any where there is none yet."""
     # what is made for a FakeTensor is one itself, and of no use to others

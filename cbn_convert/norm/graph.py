@@ -19,8 +19,8 @@ from ..refusals import refuse_capture, refuse_export
 from .batch import Batch
 from .carried import Carried, CarriedWindow
 from .distributed import world_size
-from .functional import AXES, OptTensor, statistics_dtype
-from .producers import Producer, as_function, as_rows, groups_of, is_linear
+from .functional import OptTensor, patch_shapes, statistics_dtype
+from .producers import as_function, as_rows, groups_of, is_linear
 
 if TYPE_CHECKING:
     from .source import Source
@@ -75,17 +75,12 @@ def step(
         batches.add_(1)
     if source.tap.followed and state.patch_mean is None:  # no batch yet whose patches are finite
         rows = as_rows(weight, source.tap.module).to(state.table.dtype)
-        unknown = [rows.new_zeros(shape) for shape in _patch_shapes(source.tap.module, rows)]
+        unknown = [rows.new_zeros(shape) for shape in patch_shapes(groups_of(source.tap.module), rows.shape[1])]
         b = None if bias is None else bias.to(rows.dtype)
         state = Carried(state.table, *unknown).placed(state.mean, state.var, rows, b)
     # copies, since a graph may use what it gets as memory
     table, mean, rest, axes = [state.table.new_zeros(1) if t is None else t.clone() for t in state]
     return table, mean, rest, axes
-
-
-def _patch_shapes(module: Producer, rows: Tensor) -> list[tuple[int, ...]]:
-    groups, width = groups_of(module), rows.shape[1]
-    return [(groups, width), (groups, width), (groups, min(AXES, width), width)]
 
 
 def _advanced(source: Any, input: Tensor, weight: Tensor, bias: OptTensor, output_size: list[int] | None) -> Carried:
@@ -116,7 +111,7 @@ def _(
     tap = _sources[number].tap
     assert tap is not None
     theta, dtype = as_rows(weight, tap.module), statistics_dtype(weight)
-    patches = _patch_shapes(tap.module, theta) if tap.followed else [(1,)] * 3
+    patches = patch_shapes(groups_of(tap.module), theta.shape[1]) if tap.followed else ((1,),) * 3
     shapes = ((5 if tap.followed else 2, len(theta)), *patches)
     table, mean, rest, axes = [weight.new_empty(shape, dtype=dtype) for shape in shapes]
     return table, mean, rest, axes

@@ -17,7 +17,7 @@ from .batch import Batch
 from .carried import PATCHES, CarriedWindow
 from .distributed import world_size
 from .folded import begin_folding, end_folding
-from .functional import AXES, is_known, is_measured, normalize, pooled
+from .functional import is_known, is_measured, normalize, patch_shapes, pooled
 from .producers import (
     OutputChannels,
     Producer,
@@ -270,15 +270,14 @@ class CrossIterationMixin(_BatchNorm):
             raise ValueError(f"history is of a layer fed by {len(saved)} modules, this one by {len(self._sources)}")
         for source, own in zip(self._sources, saved, strict=True):
             channels = len(range(self.num_features)[source.channels or slice(None)])
-            slots = {} if own is None else own["slots"]
             if own is not None and own["kind"] == "ema" and "patch_looks" not in own:
                 raise ValueError("history is of another version, which knew less of the patches; train with that one")
-            for name, value in slots.items():
+            for name, value in ({} if own is None else own["slots"]).items():
                 if name in ("mean", "var") and value.shape[-1] != channels:
                     raise ValueError(f"history is of a layer with {value.shape[-1]} channels, this one has {channels}")
                 if name in PATCHES and own["kind"] == "ema" and source.tap is not None:
-                    groups, width = groups_of(source.tap.module), fan_in(source.tap.module)
-                    shape = (groups, min(AXES, width), width) if name == "patch_axes" else (groups, width)
+                    shapes = patch_shapes(groups_of(source.tap.module), fan_in(source.tap.module))
+                    shape = shapes[PATCHES.index(name)]
                     if value.shape != shape:
                         raise ValueError(
                             f"history is of a module whose {name} has shape {(*value.shape,)}, this one's has {shape}"

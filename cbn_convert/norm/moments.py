@@ -195,12 +195,11 @@ class InputPatches:
         if is_linear(module):
             made = probes[0] @ y.T
         else:
-            kernel = per_axis(module, "kernel_size")
-            weight = probes.reshape(-1, module.in_channels // module.groups, *kernel)
-            if is_transposed(module):
+            kernel, transposed = per_axis(module, "kernel_size"), is_transposed(module)
+            weight, extra = probes.reshape(-1, module.in_channels // module.groups, *kernel), (0,) * len(kernel)
+            if transposed:
                 weight = weight.unflatten(0, probes.shape[:2]).transpose(1, 2).flatten(0, 1)
-            extra = self._output_padding(self.out_size) if is_transposed(module) else (0,) * len(kernel)
-            transposed = is_transposed(module)
+                extra = self._output_padding(self.out_size)
             made = torch.convolution(
                 y, weight, None, at.stride, at.padding, at.dilation, transposed, extra, module.groups
             )

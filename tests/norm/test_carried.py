@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import cbn_convert as cbn
 from cbn_convert.norm import (
     CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
     Window,
 )
-from cbn_convert.norm.carried import FIRST_LOOKS, LEAST_VARIANCE, PATCH_LOOKS, TINY
+from cbn_convert.norm.carried import FIRST_LOOKS, LEAST_VARIANCE, PATCH_LOOKS, PATCH_TURNS, TINY
 from cbn_convert.norm.functional import AXES, principal_axes, probes_of
 from cbn_convert.norm.moments import InputPatches
 
@@ -123,14 +124,24 @@ def outputs_of_entries(module: nn.Module, y: Tensor) -> Tensor:
     return torch.stack(rows).view(groups, -1, rows[0].numel())
 
 
+def entries_of(kind: str, offset: float) -> tuple[nn.Module, Tensor, Tensor]:
+    """A producer, an input of that mean, and every entry of its patches, in float64."""
+    make, shape = PRODUCERS[kind]
+    torch.manual_seed(0)
+    module, y = make().double(), torch.randn(shape, dtype=DOUBLE) + offset
+    return module, y, outputs_of_entries(module, y).detach()
+
+
+def covariance_of(entries: Tensor) -> Tensor:
+    centred = entries - entries.mean(2, keepdim=True)
+    return centred @ centred.mT / entries.shape[2]
+
+
 @pytest.mark.parametrize("kind", PRODUCERS)
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_mean_and_variance_of_patches(kind: str, offset: float) -> None:
     """Those of the entries themselves, beside a large mean too, where float32 must not lose the variance."""
-    make, shape = PRODUCERS[kind]
-    torch.manual_seed(0)
-    module, y = make().double(), torch.randn(shape, dtype=DOUBLE) + offset
-    entries = outputs_of_entries(module, y).detach()
+    module, y, entries = entries_of(kind, offset)
     out_size = module(y).shape[2:]
     mean, var = InputPatches(module, y, out_size, DOUBLE).mean_and_var()
     torch.testing.assert_close(mean, entries.mean(2))
@@ -144,12 +155,8 @@ def test_mean_and_variance_of_patches(kind: str, offset: float) -> None:
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_covariance_of_patches_along_directions(kind: str, offset: float) -> None:
     """That of the entries themselves, beside a large mean too; of all positions and of some."""
-    make, shape = PRODUCERS[kind]
-    torch.manual_seed(0)
-    module, y = make().double(), torch.randn(shape, dtype=DOUBLE) + offset
-    entries, out_size = outputs_of_entries(module, y).detach(), module(y).shape[2:]
-    centred = entries - entries.mean(2, keepdim=True)
-    covariance = centred @ centred.mT / entries.shape[2]
+    module, y, entries = entries_of(kind, offset)
+    out_size, covariance = module(y).shape[2:], covariance_of(entries)
     probes = F.normalize(torch.randn(len(entries), 3, entries.shape[1], dtype=DOUBLE), dim=2)
     along = InputPatches(module, y, out_size, DOUBLE).covariance_along(probes)
     torch.testing.assert_close(along, probes @ covariance, rtol=1e-6, atol=1e-8)
@@ -159,10 +166,35 @@ def test_covariance_of_patches_along_directions(kind: str, offset: float) -> Non
     if not isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
         kept = torch.zeros(entries.shape[2] // len(y), dtype=torch.bool).view(out_size)
         kept[some.grid] = True
-        entries = entries[:, :, kept.flatten().repeat(len(y))]
-        centred = entries - entries.mean(2, keepdim=True)
-        covariance = centred @ centred.mT / entries.shape[2]
+        covariance = covariance_of(entries[:, :, kept.flatten().repeat(len(y))])
         torch.testing.assert_close(some.covariance_along(probes), probes @ covariance, rtol=1e-6, atol=1e-8)
+
+
+def test_patches_are_looked_at_in_one_look_of_four() -> None:
+    """After the first looks; mean and variance of the batch join in every look."""
+    conv, norm = bound_pair(Window(every=2))
+    seen: list[tuple[bool, bool]] = []
+    for i in range(FIRST_LOOKS + 4 * 2 * PATCH_TURNS):
+        state = norm._sources[0].state
+        before = (state.looks, state.patch_looks) if state is not None else (0, 0)
+        norm(conv(batch(i)))
+        state = norm._sources[0].state
+        seen.append((state.looks > before[0], state.patch_looks > before[1]))
+    assert seen[:FIRST_LOOKS] == [(True, True)] * FIRST_LOOKS
+    later = seen[FIRST_LOOKS:]
+    assert [sum(looks) for looks in zip(*later, strict=True)] == [4 * PATCH_TURNS, 4]
+    assert all(looked for looked, of_patches in later if of_patches)
+
+
+def test_the_first_looks_see_borders_as_often_as_the_middle() -> None:
+    """The mean patch, relative to that of all positions; zero padding makes it smaller at the edges."""
+    conv, norm = nn.Conv2d(1, 2, 3, padding=1), CrossIterationBatchNorm2d(2, window=Window())
+    norm.bind(conv)
+    norm.running_var.fill_(2)
+    for _ in range(FIRST_LOOKS):
+        norm(conv(torch.ones(8, 1, 48, 48)))
+    everywhere = nn.functional.unfold(torch.ones(1, 1, 48, 48), 3, padding=1).mean((0, 2))
+    torch.testing.assert_close(norm._sources[0].state.state.patch_mean[0], everywhere, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
