@@ -33,7 +33,7 @@ from cbn_convert.files import replaced_file
 from dense import norms
 from dense.data import Pairs, batches
 from dense.plan import DenseColumn, results, runs
-from dense.tasks import TASKS, Task, pretrained, scaled
+from dense.tasks import TASKS, WEIGHTS, Task, pretrained, scaled
 
 OUTPUT = RESULTS / "dense"
 TREATMENTS = {
@@ -210,6 +210,8 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Task] = TAS
         wanted = columns(task, chosen, [int(size) for size in given.batch_sizes.split(",")], given.seeds)
     except ValueError as error:
         parser.error(str(error))
+    if missing := [name for name in (task.folder, WEIGHTS) if not (given.data / name).exists()]:
+        parser.error(f"--data {given.data} has no {missing[0]}; benchmarks/data.py gets it")
     output = given.output or OUTPUT / f"{given.task}.json"
     study = Study(given.task, task, given.data, output, pretrained(given.data))
     complete = study.go_on(wanted, 60 * given.budget_minutes)
