@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import product
 from statistics import mean, median, stdev
+from typing import Any
 
 import carried_forms
 from estimation import ESTIMATES
@@ -48,6 +49,7 @@ FORMER = {
     "unbound-straight-16": "window 16, whole gradient",
     "unbound-current": "window 16, gradient's share 1/16",
 }
+FORMER_AXES = "former/axes_accuracy.json"
 FORMER_SOURCE = "stability.py of commit b23ef7d, [JSON](BASE/benchmarks/results/former/stability.json)"
 
 
@@ -208,31 +210,66 @@ def covariance() -> str:
 
 
 def axes() -> str:
-    """Top-1 of a network with dense convs, with axes and with a diagonal alone."""
-    if not (RESULTS / "axes_accuracy.json").is_file():
-        return NOT_YET
-    report = json.loads((RESULTS / "axes_accuracy.json").read_text())
-    labels = {
-        "default": "default: eight axes, patches of eight looks, in one look of four", "axes-2": "two axes",
-        "diagonal": "diagonal alone", "last-128": "patches of 128 looks", "turns-1": "patches in every look",
-    }  # fmt: skip
-    splits = {"top1": "validation", "test_top1": "test"}
-    by_seed = {form: {c["seed"]: c for c in report["cells"] if c["form"] == form} for form in labels}
-    lines = [f"| top-1 [%] | {' | '.join(f'{s} | beside the default' for s in splits.values())} | seeds |"]
-    lines.append("|---|---|---|---|---|---|")
-    for form, label in labels.items():
-        own, row = by_seed[form], []
-        if len(own) < 2:
+    """Top-1 of a network with dense convs, with axes, with a diagonal alone and with the exponential window."""
+    report, former = (json.loads((RESULTS / name).read_text()) for name in ("axes_accuracy.json", FORMER_AXES))
+    labels = {"default": "eight axes (default)", "axes-2": "two axes", "diagonal": "diagonal alone"}
+    own = [{**cell, "lr": 0.00949, "form": former["form"]} for cell in former["cells"]]
+    labels[former["form"]] = f"{former['form']}, gone, version {former['commit']}"
+    by_cell = {(c["form"], c["lr"], c["seed"]): c for c in [*report["cells"], *own]}
+    lines = ["| top-1 [%] | rate | seeds | validation | beside the default, median | test | beside the default |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for lr, form in product(sorted({lr for _, lr, _ in by_cell}), labels):
+        seeds = [seed for f, rate, seed in by_cell if (f, rate) == (form, lr)]
+        if len(seeds) < 2:
             continue
-        for split in splits:
-            values = [cell[split] for cell in own.values()]
-            pairs = [cell[split] - by_seed["default"][seed][split] for seed, cell in own.items()]
-            row.append(f"{mean(values):.1f} ± {stdev(values):.1f}")
-            row.append("" if form == "default" else f"{mean(pairs):+.1f} ± {stdev(pairs) / len(pairs) ** 0.5:.1f}")
-        lines.append(f"| {label} | {' | '.join(row)} | {len(own)} |")
-    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/axes_accuracy.json)"
+        row = [labels[form], f"{lr:.2g}", str(len(seeds))]
+        for split in ("top1", "test_top1"):
+            pairs = [[by_cell[f, lr, seed].get(split) for f in (form, "default")] for seed in seeds]
+            if None in (value for pair in pairs for value in pair):
+                row += ["", ""]
+                continue
+            apart = [a - b for a, b in pairs]
+            row.append(f"{mean(a for a, _ in pairs):.1f} ± {stdev(a for a, _ in pairs):.1f}")
+            error = f"{mean(apart):+.1f} ± {stdev(apart) / len(apart) ** 0.5:.1f}"
+            middle = f", {median(apart):+.1f}" if split == "top1" else ""
+            row.append("" if form == "default" else error + middle)
+        lines.append(f"| {' | '.join(row)} |")
+    source = (
+        f"`{report['command']}`, [JSON](BASE/benchmarks/results/axes_accuracy.json), version {report['commit'][:7]}"
+    )
     what = "mean ± standard deviation; mean of the differences by seed ± its standard error"
-    return "\n".join([*lines, "", f"*{what}; {source}, version {report['commit'][:7]}*"])
+    return "\n".join([*lines, "", f"*{what}; {source}; [JSON](BASE/benchmarks/results/{FORMER_AXES}) of the former*"])
+
+
+def without_axes() -> str:
+    """CBN at the best rate of each cell of MobileNetV2-0.35, as it is and by a diagonal alone."""
+    former = json.loads((RESULTS / "former" / "without_axes.json").read_text())
+    lines = [
+        "| top-1 [%] | batch | with axes, validation | diagonal | with axes, test | diagonal |",
+        "|---|---|---|---|---|---|",
+    ]
+    apart: dict[str, list[float]] = {"top1": [], "test_top1": []}
+    for name in ("hands-v2-short", "clothing-v2-short"):
+        now = json.loads((RESULTS / "study" / f"{name}.json").read_text())["cells"]
+        sides = [[c for c in now if c["norm"] == "cbn"], [c for c in former["cells"] if c["comparison"] == name]]
+        for size in (1, 2, 4):
+            row = [name.split("-")[0], str(size)]
+            best = [_chosen([c for c in cells if c["batch_size"] == size]) for cells in sides]
+            for split, found in apart.items():
+                values = [[c[split] for c in cells] for cells in best]
+                row += [f"{mean(v):.1f} ± {stdev(v):.1f}" for v in values]
+                found.append(mean(values[0]) - mean(values[1]))
+            lines.append(f"| {' | '.join(row)} |")
+    errors = {split: f"{mean(v):+.1f} ± {stdev(v) / len(v) ** 0.5:.1f}" for split, v in apart.items()}
+    what = f"with axes ahead by {errors['top1']} in validation, {errors['test_top1']} on test, means over cells"
+    source = f"[JSON](BASE/benchmarks/results/former/without_axes.json) of version {former['commit'][:7]}"
+    return "\n".join([*lines, "", f"*{what}; diagonal: {source}*"])
+
+
+def _chosen(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells at the rate that ran with several seeds."""
+    rates = [c["lr"] for c in cells]
+    return [c for c in cells if rates.count(c["lr"]) > 1]
 
 
 def resume() -> str:
@@ -262,5 +299,5 @@ def tables() -> dict[str, str]:
     """All of them, by name."""
     return {
         **studies(), "from-scratch": from_scratch(), "carried": carried(), "resume": resume(),
-        "covariance": covariance(), "estimates": estimates(), "axes": axes(),
+        "covariance": covariance(), "estimates": estimates(), "axes": axes(), "without-axes": without_axes(),
     }  # fmt: skip
