@@ -29,6 +29,8 @@ from .producers import Convolution, LinearMap, Producer, as_function, as_rows, o
 if TYPE_CHECKING:
     from .source import Source
 
+FEW_WEIGHTS = 2**16  # a pass over which costs less than one more call
+
 
 @dataclass
 class FoldedLayer:
@@ -106,21 +108,26 @@ class FoldedStep(FoldedLayer):
     made_of: tuple[Tensor, str] | None = None
     patches_of: Tensor | None = None
     looks: bool = field(default=False, init=False)  # whether it looks at its batch
+    scales_output: bool = field(default=False, init=False)  # whether that is the smaller one, and not the weight
 
-    def begin(self, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, images: int) -> Folded:
-        """The norm layer as a part of this one, at the weights."""
+    def begin(self, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor) -> Folded:
+        """The norm layer as a part of this one, at the weights; with sθ where that is what is applied."""
         (theta, b), affine = self.rows(weight, bias), self.affine(gamma, beta)
-        window, kernels = self.window, select(theta)
+        window, kernels, size = self.window, select(theta), theta.numel()
+        self.scales_output = size > FEW_WEIGHTS and 2 * self.apply.positions(input) <= size // len(theta)
         if self.recomputing and window.last is not None:
             self.looks = window.last_looked
-            return kernels.fold(self.ordered(window.last), theta, b, affine)._replace(state=window.last)
+            with_weight = not (self.looks or self.scales_output)
+            folded = kernels.fold(self.ordered(window.last), theta, b, affine, with_weight=with_weight)
+            return folded._replace(state=window.last)
         followed: tuple[OptTensor, OptTensor] = (theta, b) if self.follows else (None, None)
         if self.last and self.running.changed:  # else it matters only whether there is one
             followed = self.followed(weight, bias)
-        known = window.begin(self.running, *followed, images)
+        known = window.begin(self.running, *followed, len(input))
         self.looks = window.is_due(self.iteration, self.follows)
         written = None if self.looks or window.window.is_fixed else self.running
-        folded = kernels.fold(self.ordered(known), theta, b, affine, written)
+        with_weight = not (self.looks or self.scales_output)
+        folded = kernels.fold(self.ordered(known), theta, b, affine, written, with_weight)
         if self.last:
             folded = folded._replace(state=known._replace(table=folded.state.table))
         window.arrive(folded.state, folded=True)
@@ -157,17 +164,18 @@ class FoldedMap(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, step: FoldedStep
     ) -> Tensor:
         """See the class."""
-        folded, dtype = step.begin(weight, bias, gamma, beta, len(input)), input.dtype
-        if step.looks:
-            # what the conv gives under θ itself is looked at, then scaled where it stands
-            x = step.apply(input, cast(weight, dtype), None if bias is None else cast(bias, dtype))
-            folded = folded._replace(state=step.look(x, weight, bias))  # known only now how statistics respond
-            shift = folded.shift if bias is None else folded.shift - folded.scale * bias.to(step.dtype)
-            y = step.apply.scaled(x, folded.scale, shift)
-            if not step.recomputing:
-                step.window.write(step.running)
-        else:
+        folded, dtype = step.begin(input, weight, bias, gamma, beta), input.dtype
+        if folded.weight is not None:
             y = step.apply(input, cast(step.of_rows(folded.weight), dtype), cast(folded.shift, dtype))
+        else:
+            # what the conv gives under θ itself is looked at, if need be, then scaled where it stands
+            y = step.apply(input, cast(weight, dtype), None if bias is None else cast(bias, dtype))
+            if step.looks:
+                folded = folded._replace(state=step.look(y, weight, bias))  # known only now how statistics respond
+                if not step.recomputing:
+                    step.window.write(step.running)
+            shift = folded.shift if bias is None else folded.shift - folded.scale * bias.to(step.dtype)
+            select(y, in_any_order=True).scale(step.apply.by_channel(y), folded.scale, shift)
         kept, ctx.activation = (input, "") if step.made_of is None else step.made_of
         ctx.save_for_backward(kept, weight, bias, gamma, beta, folded.scale, *folded.state)
         step.made_of = step.patches_of = None
@@ -188,8 +196,15 @@ class FoldedMap(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)
-        rows = cast(step.of_rows(theta * per_channel(scale, theta)), input.dtype)
-        g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, ctx.needs_input_grad[0], scale.dtype)
+        g_input, of_input = None, ctx.needs_input_grad[0]
+        if step.scales_output:
+            applied = cast(weight, input.dtype)
+            if of_input:
+                g_input = step.apply.input_gradient(g, input, applied, cast(scale, g.dtype))
+            _, g_folded, g_shift = step.apply.gradients(g, input, applied, False, scale.dtype)
+        else:
+            rows = cast(step.of_rows(theta * per_channel(scale, theta)), input.dtype)
+            g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, of_input, scale.dtype)
         (g_rows, _), affine = step.rows(g_folded, None), step.affine(gamma, None)
         g_theta, g_gamma = select(theta).folded_gradient(step.ordered(state), theta, b, affine, g_rows, g_shift)
         g_bias = None
@@ -216,6 +231,7 @@ def plainly_folded(
 ) -> Tensor:
     """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes."""
     folded = KERNELS["plain"].fold(layer.ordered(state), *layer.rows(weight, bias), layer.affine(gamma, beta))
+    assert folded.weight is not None
     return layer.apply(input, layer.of_rows(folded.weight).to(input.dtype), folded.shift.to(input.dtype))
 
 

@@ -211,9 +211,17 @@ class LinearMap:
         rows = g.flatten(0, -2)
         return g @ weight if of_input else None, rows.T @ y.flatten(0, -2), rows.sum(0, dtype=dtype)
 
-    def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """x·scale + shift per channel, in place where x has their dtype."""
-        return _scaled(x, scale, shift)
+    def input_gradient(self, g: Tensor, y: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """∂L/∂y alone, of an output that was multiplied by scale [C]."""
+        return (g * scale) @ weight
+
+    def positions(self, y: Tensor) -> int:
+        """Values per channel that it makes of y."""
+        return y.numel() // y.shape[-1]
+
+    def by_channel(self, x: Tensor) -> Tensor:
+        """A view of what it made, with channels second."""
+        return x.movedim(-1, 1)
 
 
 class Convolution(NamedTuple):
@@ -238,16 +246,21 @@ class Convolution(NamedTuple):
         found = _convolution_backward(g, y, weight, sizes, *self, [of_input, True, own])
         return found[0], found[1], found[2] if own else g.sum([0, *range(2, g.dim())], dtype=dtype)
 
-    def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """x·scale + shift per channel, in place where x has their dtype."""
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        return _scaled(x, scale.view(shape), shift.view(shape))
+    def input_gradient(self, g: Tensor, y: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """∂L/∂y alone, of an output that was multiplied by scale [C]."""
+        g = g * scale.view(-1, *[1] * (g.dim() - 2))
+        found: Tensor = _convolution_backward(g, y, weight, None, *self, [True, False, False])[0]
+        return found
 
+    def positions(self, y: Tensor) -> int:
+        """Values per channel that it makes of y, nearly: borders may make it some more or fewer."""
+        apart = math.prod(self.stride)
+        inputs = y.numel() // y.shape[1]
+        return inputs * apart if self.transposed else inputs // apart
 
-def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    if x.dtype == scale.dtype:
-        return x.mul_(scale).add_(shift)
-    return (x.to(scale.dtype) * scale + shift).to(x.dtype)  # half precision would round in between
+    def by_channel(self, x: Tensor) -> Tensor:
+        """A view of what it made, with channels second."""
+        return x
 
 
 def as_function(module: Producer, y: Tensor, output_size: Any = None) -> tuple[LinearMap | Convolution, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 import cbn_convert as cbn
 from cbn_convert.bench.steps import kept_bytes
-from cbn_convert.norm import Window
+from cbn_convert.norm import Window, carried
+from cbn_convert.norm import folded as folding
 from cbn_convert.norm.folded import FoldingMixin
-from cbn_convert.norm.kernels import Kernels
+from cbn_convert.norm.kernels import Kernels, forced
+from cbn_convert.norm.producers import Convolution, LinearMap, as_function
 
 # a producer of 6 channels, its input, and the norm behind it
 CONFIGURATIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[], nn.Module]]] = {
@@ -76,6 +79,64 @@ def test_folded_and_unfolded_are_one_function(kind: str, gradient: str) -> None:
         for a, b in zip(folded[1].buffers(), unfolded[1].buffers(), strict=True):
             torch.testing.assert_close(a, b)
         shake(folded, unfolded)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernels", ["plain", "chosen"])
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_scaling_the_output_is_the_same_function(
+    kind: str, kernels: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the output is smaller than the weight, it is scaled: without a look, with one, and with nothing to learn
+    before it.
+    """
+    monkeypatch.setattr(folding, "FEW_WEIGHTS", 0)
+    monkeypatch.setattr(carried, "FIRST_LOOKS", 1)
+    calls: list[int] = []
+    for cls in (LinearMap, Convolution):
+        monkeypatch.setattr(cls, "positions", lambda self, y: 0)
+        own = cls.input_gradient
+        monkeypatch.setattr(cls, "input_gradient", lambda *a, own=own, **k: (calls.append(1), own(*a, **k))[1])
+    folded, unfolded, shape = pair(kind)
+    if layout is torch.channels_last and len(shape) != 4:
+        pytest.skip("a layout of images")
+    folded.to(memory_format=layout)
+    with forced(kernels) if kernels == "plain" else nullcontext():
+        for step in range(7):
+            x = inputs(shape, step)
+            for a, b in zip(gradients(folded, x), gradients(unfolded, x), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+            shake(folded, unfolded)
+        folded(x).sum().backward()  # nothing to learn before it
+    assert len(calls) == 7
+
+
+def test_scaling_the_output_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to float64 as where the weight is scaled."""
+    found = {}
+    for few in (0, 2**60):
+        monkeypatch.setattr(folding, "FEW_WEIGHTS", few)
+        torch.manual_seed(0)
+        model = randomize_norms(nn.Sequential(nn.Conv2d(64, 32, 3, bias=False), nn.BatchNorm2d(32))).double().train()
+        cbn.convert(model, window=Window(every=2), example_input=inputs((2, 64, 6, 6), 0))
+        exact = gradients(copy.deepcopy(model), inputs((2, 64, 6, 6), 1))
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            made = gradients(model, inputs((2, 64, 6, 6), 1).float())
+        assert made[0].dtype == torch.bfloat16
+        found[few] = [float((a.double() - b).norm() / b.norm()) for a, b in zip(made, exact, strict=True)]
+    for scaled, usual in zip(found[0], found[2**60], strict=True):
+        assert scaled < 1.5 * usual
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_positions_are_nearly_those_of_the_output(kind: str) -> None:
+    make, shape, _ = CONFIGURATIONS[kind]
+    module = make()
+    apply, padded = as_function(module, torch.zeros(shape))
+    y = module(torch.zeros(shape))
+    assert apply.positions(padded) == pytest.approx(y.numel() / 6, rel=0.8)
+    assert apply.by_channel(y).shape[1] == 6
 
 
 @pytest.mark.usefixtures("turns")

@@ -441,3 +441,26 @@ def test_layer_follows_float64(name, groups, options, kind) -> None:
                 change = 0.05 * torch.randn(p.shape)
                 p += change
                 p64 += change.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "strided", "tokens", "vectors", "empty"])
+@pytest.mark.parametrize("name", NAMES)
+def test_scaling_happens_in_place_in_every_layout(name: str, layout: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = {
+        "contiguous": lambda: torch.randn(3, 5, 40, 90),
+        "channels last": lambda: torch.randn(3, 5, 7, 9).to(memory_format=torch.channels_last),
+        "strided": lambda: torch.randn(3, 5, 14, 9)[:, :, ::2],
+        "tokens": lambda: torch.randn(3, 11, 5).movedim(-1, 1),
+        "vectors": lambda: torch.randn(13, 5),
+        "empty": lambda: torch.randn(0, 5, 7, 9),
+    }[layout]().to(dtype)
+    scale, shift = torch.randn(2, 5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    want = (x.double() * scale.double().view(shape) + shift.double().view(shape)).to(dtype)
+    memory, writes = x.data_ptr(), x._version
+    KERNELS[name].scale(x, scale, shift)
+    torch.testing.assert_close(x, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    assert x.data_ptr() == memory
+    assert x._version > writes  # or autograd would not know

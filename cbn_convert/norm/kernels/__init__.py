@@ -22,7 +22,7 @@ _forced: Kernels | None = None
 
 
 def select(x: Tensor, in_any_order: bool = False) -> Kernels:
-    """The kernels for a tensor, of activations or of weights [C, F]; only `patch_moments` takes them in any order."""
+    """The kernels for a tensor, of activations or of weights [C, F]; `patch_moments` and `scale` take any order."""
     return _forced or KERNELS["compiled" if Compiled.suits(x, in_any_order) else "gpu" if OnGpu.suits(x) else "plain"]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..functional import LEAST_AXIS, LEAST_PART, LEAST_VARIANCE, NO_SQUARE, TINY, Affine, OptTensor, statistics_dtype
 from .direct import Direct, fit, has_memory, is_dense
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 _ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, positions=1)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 10  # of what the functions take, as in passes.cpp
+_VERSION = 11  # of what the functions take, as in passes.cpp
 # addresses, sizes and numbers, as they lie side by side
 _ARGUMENTS = {
     "statistics": struct.Struct("3Q4q").pack,
+    "scale": struct.Struct("3Q4q").pack,
     "patch_moments": struct.Struct("3Q23q").pack,
     "join": struct.Struct("17Q4q7dq").pack,
     "fold": struct.Struct("12Q4q2dq").pack,
@@ -79,6 +81,19 @@ class Compiled(Direct):
         positions = xs.numel() // (n * c) if n else 0
         _call("statistics", xs, (xs, mean, var), n, c, positions)
         return mean, var
+
+    def scale(self, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+        """See `Kernels`."""
+        last = x.movedim(1, -1)  # as the channels of channels_last lie
+        first = x.is_contiguous()
+        if x.dtype != scale.dtype or not (first or last.is_contiguous()) or not (is_dense(scale) and is_dense(shift)):
+            super().scale(x, scale, shift)
+            return
+        channels = x.shape[1]
+        outer = x.shape[0] if first else x.numel() // channels
+        inner = x.numel() // (outer * channels) if outer else 0
+        _call("scale", x, (x, scale, shift), outer, channels, inner)
+        increment_version(x)
 
     def patch_moments(self, y: Tensor, axes: Sequence[PatchAxis]) -> tuple[Tensor, Tensor] | None:
         """See `Kernels`; of convs with one axis or two."""

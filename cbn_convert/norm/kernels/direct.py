@@ -39,11 +39,14 @@ class Direct(Kernels):
             return super().move(state, theta, bias)
         return self.write_fold(state, theta, bias, Affine(None, None, 1.0), None, None)[:5]
 
-    def fold(self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None) -> Folded:
+    def fold(
+        self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None,
+        with_weight: bool = True,
+    ) -> Folded:  # fmt: skip
         """See `Kernels`."""
         if not fit(state, theta, bias, *affine[:2]):
-            return super().fold(state, theta, bias, affine, running)
-        rows, written = torch.empty_like(theta), None
+            return super().fold(state, theta, bias, affine, running, with_weight)
+        rows, written = torch.empty_like(theta) if with_weight else None, None
         if running is not None and fit(state, theta, running.mean, running.var):
             written = running.begin_write()
         out = self.write_fold(state, theta, bias, affine, rows, written)

@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <type_traits>
 
 namespace {
 
@@ -52,6 +54,25 @@ void statistics(const T* x, T* mean, T* var, int64_t N, int64_t C, int64_t P, in
     mean[c] = T(guess + rest);
     const double v = square / count - rest * rest;
     var[c] = T(v < 0 ? 0 : v);
+  }
+}
+
+// x scale + shift in place, x [N, C, P].
+template <class T>
+void scale(T* x, const T* by, const T* shift, int64_t N, int64_t C, int64_t P, int threads) {
+#pragma omp parallel for num_threads(threads) if (N * C * P > SMALL)
+  for (int64_t n = 0; n < N; ++n) {
+    T* image = x + n * C * P;
+    if (P == 1) {
+#pragma omp simd
+      for (int64_t c = 0; c < C; ++c) image[c] = image[c] * by[c] + shift[c];
+      continue;
+    }
+    for (int64_t c = 0; c < C; ++c) {
+      const T s = by[c], t = shift[c];
+#pragma omp simd
+      for (int64_t i = c * P; i < (c + 1) * P; ++i) image[i] = image[i] * s + t;
+    }
   }
 }
 
@@ -106,56 +127,117 @@ void patch_moments(const T* y, T* mean, T* var, int64_t N, int64_t C, int64_t pe
   }
 }
 
-// a . b, summed as everywhere.
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
+  static constexpr int64_t WIDTH = 32 / sizeof(T);
+
+  static type load(const T* at) { return *reinterpret_cast<const type*>(at); }
+  static T sum(type v) {
+    for (int half = WIDTH / 2; half; half /= 2)
+      for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    return v[0];
+  }
+};
+
+// a . b, summed as everywhere: in four vectors, as one would wait for itself.
 template <class T>
 double dot(const T* a, const T* b, int64_t n) {
+  using V = Vector<T>;
   double sum = 0;
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t end = start + BLOCK < n ? start + BLOCK : n;
-    T s = 0;
-#pragma omp simd reduction(+ : s)
-    for (int64_t i = start; i < end; ++i) s += a[i] * b[i];
+    typename V::type sums[4] = {};
+    int64_t i = start;
+    for (; i + 4 * V::WIDTH <= end; i += 4 * V::WIDTH)
+      for (int k = 0; k < 4; ++k) sums[k] += V::load(a + i + k * V::WIDTH) * V::load(b + i + k * V::WIDTH);
+    T s = V::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < end; ++i) s += a[i] * b[i];
     sum += s;
   }
   return sum;
 }
 
-// Four at a time, so that w is read once: found[k] = w . rows[k] of K rows [n].
-template <class T>
-void products(const T* w, const T* rows, int64_t K, int64_t n, double* found) {
-  int64_t k = 0;
-  for (; k + 4 <= K; k += 4) {
-    const T *u0 = rows + k * n, *u1 = u0 + n, *u2 = u1 + n, *u3 = u2 + n;
-    double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    for (int64_t start = 0; start < n; start += BLOCK) {
-      const int64_t end = start + BLOCK < n ? start + BLOCK : n;
-      T a0 = 0, a1 = 0, a2 = 0, a3 = 0;
-#pragma omp simd reduction(+ : a0, a1, a2, a3)
-      for (int64_t i = start; i < end; ++i) {
-        const T x = w[i];
-        a0 += x * u0[i], a1 += x * u1[i], a2 += x * u2[i], a3 += x * u3[i];
+// found[r][k] = w[r] . u[k] of R rows w and A rows u, all [n]. A value that is loaded serves all products it is in.
+template <class T, int R, int A>
+void products_of(const T* w, const T* u, int64_t n, double (*found)[MOST_AXES]) {
+  using V = Vector<T>;
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < A; ++k) found[r][k] = 0;
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const int64_t end = start + BLOCK < n ? start + BLOCK : n;
+    typename V::type sums[R][A] = {};
+    int64_t i = start;
+    for (; i + V::WIDTH <= end; i += V::WIDTH) {
+      typename V::type x[R];
+      for (int r = 0; r < R; ++r) x[r] = V::load(w + r * n + i);
+      for (int k = 0; k < A; ++k) {
+        const typename V::type y = V::load(u + k * n + i);
+        for (int r = 0; r < R; ++r) sums[r][k] += x[r] * y;
       }
-      s0 += a0, s1 += a1, s2 += a2, s3 += a3;
     }
-    found[k] = s0, found[k + 1] = s1, found[k + 2] = s2, found[k + 3] = s3;
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < A; ++k) {
+        T sum = V::sum(sums[r][k]);
+        for (int64_t f = i; f < end; ++f) sum += w[r * n + f] * u[k * n + f];
+        found[r][k] += sum;
+      }
   }
-  for (; k < K; ++k) found[k] = dot(w, rows + k * n, n);
 }
 
-// to += factors[k] * rows[k], summed over K rows [n], likewise
-template <class T>
-void add(T* to, const double* factors, const T* rows, int64_t K, int64_t n) {
+// The same of K rows u.
+template <class T, int R>
+void products(const T* w, const T* u, int64_t K, int64_t n, double (*found)[MOST_AXES]) {
   int64_t k = 0;
-  for (; k + 4 <= K; k += 4) {
-    const T *u0 = rows + k * n, *u1 = u0 + n, *u2 = u1 + n, *u3 = u2 + n;
-    const T f0 = T(factors[k]), f1 = T(factors[k + 1]), f2 = T(factors[k + 2]), f3 = T(factors[k + 3]);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] += f0 * u0[i] + f1 * u1[i] + f2 * u2[i] + f3 * u3[i];
+  for (; k + 4 <= K; k += 4) products_of<T, R, 4>(w, u + k * n, n, reinterpret_cast<double(*)[MOST_AXES]>(*found + k));
+  for (; k < K; ++k) products_of<T, R, 1>(w, u + k * n, n, reinterpret_cast<double(*)[MOST_AXES]>(*found + k));
+}
+
+// to[r] += sum over k of factors[r][k] u[k], of R rows `to` and A rows u, all [n].
+template <class T, int R, int A>
+void add_of(T* to, const double (*factors)[MOST_AXES], const T* u, int64_t n) {
+  using V = Vector<T>;
+  T by[R][A];
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < A; ++k) by[r][k] = T(factors[r][k]);
+  int64_t i = 0;
+  for (; i + V::WIDTH <= n; i += V::WIDTH) {
+    typename V::type y[A];
+    for (int k = 0; k < A; ++k) y[k] = V::load(u + k * n + i);
+    for (int r = 0; r < R; ++r) {
+      auto* at = reinterpret_cast<typename V::type*>(to + r * n + i);
+      typename V::type sum = *at;
+      for (int k = 0; k < A; ++k) sum += by[r][k] * y[k];
+      *at = sum;
+    }
   }
-  for (; k < K; ++k) {
-    const T f = T(factors[k]), *u = rows + k * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] += f * u[i];
+  for (; i < n; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < A; ++k) to[r * n + i] += by[r][k] * u[k * n + i];
+}
+
+// The same of K rows u.
+template <class T, int R>
+void add(T* to, const double (*factors)[MOST_AXES], const T* u, int64_t K, int64_t n) {
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4)
+    add_of<T, R, 4>(to, reinterpret_cast<const double(*)[MOST_AXES]>(*factors + k), u + k * n, n);
+  for (; k < K; ++k) add_of<T, R, 1>(to, reinterpret_cast<const double(*)[MOST_AXES]>(*factors + k), u + k * n, n);
+}
+
+// Calls `pass` with the first of every ROWS channels that share their patches, and how many there are.
+constexpr int ROWS = 3;
+template <class Pass>
+void over_rows(int64_t C, int64_t per_group, int64_t work, int threads, const Pass& pass) {
+  const int64_t blocks = (per_group + ROWS - 1) / ROWS;
+#pragma omp parallel for num_threads(threads) if (work > SMALL)
+  for (int64_t b = 0; b < C / per_group * blocks; ++b) {
+    const int64_t first = b % blocks * ROWS, c = b / blocks * per_group + first;
+    if (first + ROWS <= per_group) {
+      pass(c, std::integral_constant<int, ROWS>());
+    } else {
+      for (int64_t i = 0; i < per_group - first; ++i) pass(c + i, std::integral_constant<int, 1>());
+    }
   }
 }
 
@@ -170,29 +252,38 @@ struct Patches {
   const T* axes_of(int64_t c) const { return axes + c / per_group * K * F; }
 };
 
-// What the weights of a channel make of patches: b + w . p, w . Sigma w and w . w.
-template <class T>
+// What the weights of R channels make of patches: w . p, w . Sigma w and w . w.
+template <class T, int R>
 struct Response {
-  double along = 0, across = 0, length = 0, by_axis[MOST_AXES];
+  double along[R] = {}, across[R] = {}, length[R] = {}, by_axis[R][MOST_AXES];
 
-  Response(const T* row, const Patches<T>& patches, int64_t c) {
+  Response(const T* rows, const Patches<T>& patches, int64_t c) {
+    using V = Vector<T>;
     const T *p = patches.mean_of(c), *d = patches.rest_of(c);
-    for (int64_t start = 0; start < patches.F; start += BLOCK) {
-      const int64_t end = start + BLOCK < patches.F ? start + BLOCK : patches.F;
-      T a = 0, q = 0, l = 0;
-#pragma omp simd reduction(+ : a, q, l)
-      for (int64_t f = start; f < end; ++f) {
-        const T w = row[f] * row[f];
-        a += row[f] * p[f];
-        q += w * d[f];
-        l += w;
+    const int64_t F = patches.F;
+    for (int64_t start = 0; start < F; start += BLOCK) {
+      const int64_t end = start + BLOCK < F ? start + BLOCK : F;
+      typename V::type a[R] = {}, q[R] = {}, l[R] = {};
+      int64_t f = start;
+      for (; f + V::WIDTH <= end; f += V::WIDTH) {
+        const typename V::type mean = V::load(p + f), rest = V::load(d + f);
+        for (int r = 0; r < R; ++r) {
+          const typename V::type w = V::load(rows + r * F + f), square = w * w;
+          a[r] += w * mean, q[r] += square * rest, l[r] += square;
+        }
       }
-      along += a;
-      across += q;
-      length += l;
+      for (int r = 0; r < R; ++r) {
+        T sums[] = {V::sum(a[r]), V::sum(q[r]), V::sum(l[r])};
+        for (int64_t i = f; i < end; ++i) {
+          const T w = rows[r * F + i];
+          sums[0] += w * p[i], sums[1] += w * w * d[i], sums[2] += w * w;
+        }
+        along[r] += sums[0], across[r] += sums[1], length[r] += sums[2];
+      }
     }
-    products(row, patches.axes_of(c), patches.K, patches.F, by_axis);
-    for (int64_t k = 0; k < patches.K; ++k) across += by_axis[k] * by_axis[k];
+    products<T, R>(rows, patches.axes_of(c), patches.K, F, by_axis);
+    for (int r = 0; r < R; ++r)
+      for (int64_t k = 0; k < patches.K; ++k) across[r] += by_axis[r][k] * by_axis[r][k];
   }
 };
 
@@ -211,10 +302,10 @@ bool principal_axes(const T* probes, const T* along, T* axes, T* rest, int64_t K
     T* u = axes + k * F;
     const double own = dot(probes + k * F, along + k * F, F);
     for (int64_t f = 0; f < F; ++f) u[f] = along[k * F + f];
-    double earlier[MOST_AXES];
-    products(probes + k * F, axes, k, F, earlier);
-    for (int64_t l = 0; l < k; ++l) earlier[l] = -earlier[l];
-    add(u, earlier, axes, k, F);
+    double earlier[1][MOST_AXES];
+    products<T, 1>(probes + k * F, axes, k, F, earlier);
+    for (int64_t l = 0; l < k; ++l) earlier[0][l] = -earlier[0][l];
+    add<T, 1>(u, earlier, axes, k, F);
     const double size = dot(probes + k * F, u, F);
     finite = finite && std::isfinite(own);
     const T factor = size > at.least_axis * own + at.least_part * trace + at.tiny ? T(1 / std::sqrt(size)) : T(0);
@@ -259,10 +350,10 @@ bool join_patches(const T* p, const T* rest, const T* axes, const T* fp, const T
     T* along = scratch + k * F;
     const T between = T(dot(probes + k * F, step, F)) * left;
     for (int64_t f = 0; f < F; ++f) along[f] = part * (found[k * F + f] + between * step[f]);
-    double kept[MOST_AXES];
-    products(probes + k * F, axes, K, F, kept);
-    for (int64_t l = 0; l < K; ++l) kept[l] *= left;
-    add(along, kept, axes, K, F);
+    double kept[1][MOST_AXES];
+    products<T, 1>(probes + k * F, axes, K, F, kept);
+    for (int64_t l = 0; l < K; ++l) kept[0][l] *= left;
+    add<T, 1>(along, kept, axes, K, F);
   }
   for (int64_t f = 0; f < F; ++f) to_p[f] = p[f] + part * step[f];
   return principal_axes(probes, scratch, to_axes, to_rest, K, F, at);
@@ -284,17 +375,19 @@ int join(const T* theta, const T* bias, const Patches<T>& patches, const T* tabl
                                     out_rest + first, out_axes + many, scratch + many, F, K, of_patches, at);
   }
   const Patches<T> joined{out_mean, out_rest, out_axes, F, K, per_group};
-#pragma omp parallel for reduction(&& : finite) num_threads(threads) if (C * F > SMALL)
-  for (int64_t c = 0; c < C; ++c) {
-    const Response<T> to(theta + c * F, joined, c);
-    const double mean = table[c], var = table[C + c], step = found_mean[c] - mean;
-    out[c] = T(mean + share * step);
-    out[C + c] = T(var + share * (found_var[c] - var) + share * (1 - share) * step * step);
-    out[2 * C + c] = T(to.along + (bias ? bias[c] : T(0)));
-    out[3 * C + c] = T(to.across) < floor ? floor : T(to.across);
-    out[4 * C + c] = T(to.length) < floor ? floor : T(to.length);
-    finite = finite && std::isfinite(out[c]) && std::isfinite(out[C + c]);
-  }
+  over_rows(C, per_group, C * F, threads, [&](int64_t first, auto many) {
+    const Response<T, many> to(theta + first * F, joined, first);
+    for (int r = 0; r < many; ++r) {
+      const int64_t c = first + r;
+      const double mean = table[c], var = table[C + c], step = found_mean[c] - mean;
+      out[c] = T(mean + share * step);
+      out[C + c] = T(var + share * (found_var[c] - var) + share * (1 - share) * step * step);
+      out[2 * C + c] = T(to.along[r] + (bias ? bias[c] : T(0)));
+      out[3 * C + c] = T(to.across[r]) < floor ? floor : T(to.across[r]);
+      out[4 * C + c] = T(to.length[r]) < floor ? floor : T(to.length[r]);
+    }
+  });
+  for (int64_t c = 0; c < 2 * C; ++c) finite = finite && std::isfinite(out[c]);
   return finite;
 }
 
@@ -308,29 +401,32 @@ void fold(const T* theta, const T* bias, const Patches<T>& patches, const T* tab
   const T floor = T(least);
   const int64_t F = patches.F;
   const T *mean = table, *var = table + C, *anchor = table + 2 * C, *spread = table + 3 * C, *square = table + 4 * C;
-#pragma omp parallel for num_threads(threads) if (C * F > SMALL)
-  for (int64_t c = 0; c < C; ++c) {
-    const T* row = theta + c * F;
-    const T b = bias ? bias[c] : T(0);
-    T m = mean[c], v = var[c];
-    if (patches.mean) {
-      const Response<T> at(row, patches, c);
-      const T a = T(at.along + b), q = T(at.across) < floor ? floor : T(at.across),
-              l = T(at.length) < floor ? floor : T(at.length);
-      m = m + (a - anchor[c]) + (std::sqrt(l / square[c]) - 1) * (m - anchor[c]), v = v * (q / spread[c]);
-      if (square[c] <= floor && l > floor) m = a, v = q;
-      out[2 * C + c] = a, out[3 * C + c] = q, out[4 * C + c] = l;
-    }
-    const double inv_std = 1 / std::sqrt(double(v) + eps);
-    const T s = T(gamma ? gamma[c] * inv_std : inv_std);
-    out[c] = m, out[C + c] = v, out[5 * C + c] = s, out[6 * C + c] = s * (b - m) + (beta ? beta[c] : T(0));
-    if (running_mean) running_mean[c] = m, running_var[c] = v;
-    if (rows) {
-      T* to = rows + c * F;
+  over_rows(C, patches.per_group, C * F, threads, [&](int64_t first, auto many) {
+    const T* row = theta + first * F;
+    std::optional<Response<T, many>> at;
+    if (patches.mean) at.emplace(row, patches, first);
+    for (int r = 0; r < many; ++r, row += F) {
+      const int64_t c = first + r;
+      const T b = bias ? bias[c] : T(0);
+      T m = mean[c], v = var[c];
+      if (at) {
+        const T a = T(at->along[r] + b), q = T(at->across[r]) < floor ? floor : T(at->across[r]),
+                l = T(at->length[r]) < floor ? floor : T(at->length[r]);
+        m = m + (a - anchor[c]) + (std::sqrt(l / square[c]) - 1) * (m - anchor[c]), v = v * (q / spread[c]);
+        if (square[c] <= floor && l > floor) m = a, v = q;
+        out[2 * C + c] = a, out[3 * C + c] = q, out[4 * C + c] = l;
+      }
+      const double inv_std = 1 / std::sqrt(double(v) + eps);
+      const T s = T(gamma ? gamma[c] * inv_std : inv_std);
+      out[c] = m, out[C + c] = v, out[5 * C + c] = s, out[6 * C + c] = s * (b - m) + (beta ? beta[c] : T(0));
+      if (running_mean) running_mean[c] = m, running_var[c] = v;
+      if (rows) {
+        T* to = rows + c * F;
 #pragma omp simd
-      for (int64_t f = 0; f < F; ++f) to[f] = s * row[f];
+        for (int64_t f = 0; f < F; ++f) to[f] = s * row[f];
+      }
     }
-  }
+  });
 }
 
 // From g, the gradient of the rows s theta, that of theta in its place, and that of gamma. g_shift is that of beta.
@@ -339,31 +435,36 @@ template <class T>
 void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, const T* table, const T* gamma, T* g,
                      const T* g_shift, T* g_gamma, int64_t C, double eps, double least, int threads) {
   const int64_t F = patches.F;
-#pragma omp parallel for num_threads(threads) if (C * F > SMALL)
-  for (int64_t c = 0; c < C; ++c) {
-    const T* row = theta + c * F;
-    T* to = g + c * F;
-    const double mean = table[c], var = table[C + c];
-    const double t = g_shift[c] * ((bias ? bias[c] : 0.0) - mean) + dot(row, to, F);
-    const double inv_std = 1 / std::sqrt(var + eps), s = gamma ? gamma[c] * inv_std : inv_std;
-    g_gamma[c] = T(t * inv_std);
-    if (!patches.mean) {
+  over_rows(C, patches.per_group, C * F, threads, [&](int64_t first, auto many) {
+    const T *rows = theta + first * F, *p = patches.mean_of(first), *d = patches.rest_of(first);
+    double through_var[many], by_axis[many][MOST_AXES];
+    for (int r = 0; r < many; ++r) {
+      const int64_t c = first + r;
+      const T* row = rows + r * F;
+      T* to = g + c * F;
+      const double mean = table[c], var = table[C + c];
+      const double t = g_shift[c] * ((bias ? bias[c] : 0.0) - mean) + dot(row, to, F);
+      const double inv_std = 1 / std::sqrt(var + eps), s = gamma ? gamma[c] * inv_std : inv_std;
+      g_gamma[c] = T(t * inv_std);
+      if (!patches.mean) {
 #pragma omp simd
-      for (int64_t f = 0; f < F; ++f) to[f] *= T(s);
-      continue;
+        for (int64_t f = 0; f < F; ++f) to[f] *= T(s);
+        continue;
+      }
+      const double anchor = table[2 * C + c], spread = table[3 * C + c], square = table[4 * C + c];
+      const double g_mean = -s * g_shift[c], g_var = -0.5 * s * t * inv_std * inv_std;
+      const T a = T(s), b = T(g_mean), k = square > T(least) ? T(g_mean * (mean - anchor) / square) : T(0),
+              v = spread > T(least) ? T(g_var * 2 * var / spread) : T(0);
+#pragma omp simd
+      for (int64_t f = 0; f < F; ++f) to[f] = a * to[f] + b * p[f] + (k + v * d[f]) * row[f];
+      through_var[r] = v;
     }
-    const T *p = patches.mean_of(c), *d = patches.rest_of(c);
-    const double anchor = table[2 * C + c], spread = table[3 * C + c], square = table[4 * C + c];
-    const double g_mean = -s * g_shift[c], g_var = -0.5 * s * t * inv_std * inv_std;
-    const T a = T(s), b = T(g_mean), k = square > T(least) ? T(g_mean * (mean - anchor) / square) : T(0),
-            v = spread > T(least) ? T(g_var * 2 * var / spread) : T(0);
-#pragma omp simd
-    for (int64_t f = 0; f < F; ++f) to[f] = a * to[f] + b * p[f] + (k + v * d[f]) * row[f];
-    double by_axis[MOST_AXES];
-    products(row, patches.axes_of(c), patches.K, F, by_axis);
-    for (int64_t i = 0; i < patches.K; ++i) by_axis[i] *= v;
-    add(to, by_axis, patches.axes_of(c), patches.K, F);
-  }
+    if (!patches.mean) return;
+    products<T, many>(rows, patches.axes_of(first), patches.K, F, by_axis);
+    for (int r = 0; r < many; ++r)
+      for (int64_t k = 0; k < patches.K; ++k) by_axis[r][k] *= through_var[r];
+    add<T, many>(g + first * F, by_axis, patches.axes_of(first), patches.K, F);
+  });
 }
 
 }  // namespace
@@ -374,6 +475,7 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
   void cbn_statistics_##name(const Arguments& a) {                                                                  \
     statistics(a.in<T>(0), a.out<T>(1), a.out<T>(2), a[3], a[4], a[5], a[6]);                                        \
   }                                                                                                                 \
+  void cbn_scale_##name(const Arguments& a) { scale(a.out<T>(0), a.in<T>(1), a.in<T>(2), a[3], a[4], a[5], a[6]); }  \
   void cbn_patch_moments_##name(const Arguments& a) {                                                               \
     patch_moments(a.in<T>(0), a.out<T>(1), a.out<T>(2), a[3], a[4], a[5], a[6], a.axis(7), a.axis(16), a[25]);       \
   }                                                                                                                 \
@@ -397,7 +499,7 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
   }
 
 extern "C" {
-int cbn_version() { return 10; }  // to be raised with every change of what a function takes
+int cbn_version() { return 11; }  // to be raised with every change of what a function takes
 EXPORT(float, f32)
 EXPORT(double, f64)
 }

@@ -25,7 +25,7 @@ class Folded(NamedTuple):
     state: Carried  # at the weights that this was made of
     scale: Tensor  # s [C]
     shift: Tensor  # β + s (b - M) [C], the bias
-    weight: Tensor  # s θ [C, ...]
+    weight: Tensor | None  # s θ [C, ...], where it was asked for
 
 
 class PatchAxis(NamedTuple):
@@ -91,7 +91,19 @@ class Kernels:
         mean, var = torch.where(leave_zero, anchor, mean), torch.where(leave_zero, spread, var * (spread / spread_then))
         return torch.stack([mean, var, anchor, spread, square])
 
-    def fold(self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None) -> Folded:
+    def scale(self, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+        """Makes x·scale + shift of x, per channel and in place."""
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        scale, shift = scale.view(shape), shift.view(shape)
+        if x.dtype == scale.dtype:
+            x.mul_(scale).add_(shift)
+        else:  # half precision would round in between
+            x.copy_(x.to(scale.dtype).mul_(scale).add_(shift))
+
+    def fold(
+        self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None,
+        with_weight: bool = True,
+    ) -> Folded:  # fmt: skip
         """`state` at θ [C, ...] and b [C], and what normalises by it. M and S are written to `running`."""
         if state.patch_mean is not None:
             state = state._replace(table=self.move(state, theta, bias))
@@ -101,7 +113,8 @@ class Kernels:
         scale = torch.rsqrt(state.var + eps)
         scale = scale if gamma is None else scale * gamma
         shift = -scale * (state.mean if bias is None else state.mean - bias)
-        return Folded(state, scale, shift if beta is None else shift + beta, per_channel(scale, theta) * theta)
+        shift = shift if beta is None else shift + beta
+        return Folded(state, scale, shift, per_channel(scale, theta) * theta if with_weight else None)
 
     def folded_gradient(
         self, state: Carried, theta: Tensor, bias: Tensor | None, affine: Affine, g: Tensor, g_shift: Tensor
