@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from statistics import mean
+import math
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from readme import ROOT, fill
@@ -133,6 +134,34 @@ def judged(studies: dict[str, Study]) -> list[Verdict]:
                 rival = max(others, key=lambda r: r.top1 or 0)
                 verdicts.append(Verdict(name, size, own, rival, study.comparison.reference))
     return verdicts
+
+
+def beside_former(studies: dict[str, Study]) -> str:
+    """The carried window beside the exponential one with C, which it replaced, cell by cell of the same seeds."""
+    former = json.loads((RESULTS / "former" / "study.json").read_text())["comparisons"]
+    ahead: dict[str, list[float]] = {"top1": [], "test_top1": []}
+    apart = []
+    for name, old in former.items():
+        for size in sorted({cell["batch_size"] for cell in old["cells"]}):
+            then = {cell["seed"]: cell for cell in old["cells"] if cell["batch_size"] == size}
+            lr = studies[name].rows["cbn", size].lr
+            at = {cell.seed: r for cell, r in studies[name].results.items() if cell[:3] == ("cbn", size, lr)}
+            for split, means in ahead.items():
+                pairs = [(at[seed][split], cell[split]) for seed, cell in then.items() if seed in at]
+                now, before = zip(*pairs, strict=True)
+                means.append(mean(now) - mean(before))
+                if len(pairs) > 1:
+                    error = math.sqrt((stdev(now) ** 2 + stdev(before) ** 2) / len(pairs))
+                    if abs(means[-1]) > 2 * error:
+                        which = f"{name} at batch size {size}, {'validation' if split == 'top1' else 'test'}"
+                        apart.append(f"{which}: {means[-1]:+.1f} ± {error:.1f}")
+    of = {split: f"{mean(means):+.1f} ± {stdev(means) / math.sqrt(len(means)):.1f}" for split, means in ahead.items()}
+    count = len(ahead["top1"])
+    return (
+        f"In the mean of {count} cells: validation {of['top1']} points, test {of['test_top1']}. Of {2 * count} differences "
+        f"{len(apart)} are more than twice their standard error ({'; '.join(apart)}). *`python benchmarks/study_report.py`, "
+        "[JSON](BASE/benchmarks/results/former/study.json) of the former window.*"
+    )
 
 
 def verdicts(studies: dict[str, Study]) -> str:
@@ -291,6 +320,7 @@ def main() -> None:
     results = {
         "runs": f"{runs} runs in {len(studies)} comparisons.",
         "verdicts": verdicts(studies),
+        "former": beside_former(studies),
         "outcome": outcome(studies),
         "rates": rates(studies),
         "gap": gap(studies),
