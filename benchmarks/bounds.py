@@ -6,7 +6,8 @@ Operations: a training step of a conv with m positions, C channels and F weights
 (forward, gradient of the input, of the weight). Bytes: BN reads and writes 8 times the activations (forward x twice
 and y, backward x and g twice and the gradient of x). The carried window, where the conv trains folded, makes passes
 over tensors of the weights' size in every step: θ is read and sθ written, once more in the backward pass, and ∂L/∂θ is
-made of θ in the place of the conv's gradient. In a look, one step of `every`, x is read for its
+made of θ in the place of the conv's gradient. Where the output is less than half as large, sθ is not made: the output
+is scaled where it stands, and its gradient is read and written scaled. In a look, one step of `every`, x is read for its
 statistics, read and written to be normalised; in one look of PATCH_TURNS the patches of some positions are read for
 their moments, arranged, and read twice for the axes. Times are wall clock
 around the functions named, in a step of the default conversion at batch size 2. Writes
@@ -34,19 +35,21 @@ import cbn_convert as cbn
 from cbn_convert.bench.steps import _model
 from cbn_convert.norm import CrossIterationMixin, Window
 from cbn_convert.norm.carried import FIRST_LOOKS, PATCH_TURNS, CarriedWindow
-from cbn_convert.norm.folded import FoldedMap, FoldedStep
+from cbn_convert.norm.folded import FEW_WEIGHTS, FoldedMap, FoldedStep
 from cbn_convert.norm.kernels.compiled import Compiled
 from cbn_convert.norm.moments import _grid
 from cbn_convert.norm.producers import Convolution, fan_in, groups_of
 
 ARCHS = ("resnet50", "mobilenetv2_100")
 WEIGHT_PASSES, LOOK_PASSES, PATCH_PASSES = 7, 3, 4
+UNSCALED_PASSES, OUTPUT_PASSES = 4, 4  # over weights and outputs where outputs are scaled; of these two in forward
 # what is timed, by the name in the report; all but the first and the last are parts of the first
 TIMED: dict[str, list[tuple[Any, str]]] = {
     "folded": [(FoldedMap, "forward"), (FoldedMap, "backward")],
-    "convs": [(Convolution, "__call__"), (Convolution, "gradients")],
+    "convs": [(Convolution, "__call__"), (Convolution, "gradients"), (Convolution, "input_gradient")],
     "begin": [(FoldedStep, "begin")],
-    "look": [(CarriedWindow, "look"), (Convolution, "scaled")],
+    "look": [(CarriedWindow, "look")],
+    "scale": [(Compiled, "scale")],
     "write": [(CarriedWindow, "write")],
     "gradient": [(Compiled, "folded_gradient")],
     "norms": [(CrossIterationMixin, "normalize")],
@@ -63,19 +66,21 @@ def bounds(arch: str, batch: int) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         model(torch.randn(1, 3, 224, 224))
-    macs = activations = weights = patches = 0
+    macs = activations = passes = looks = 0.0
     for conv, size in sizes.items():
         positions = batch * math.prod(size)
         grid = _grid(size, batch, window.positions, 0)
         some = batch * math.prod(len(range(*g.indices(n))) for g, n in zip(grid, size, strict=True))
         macs += 3 * positions * conv.weight.numel()
         activations += positions * conv.out_channels
-        weights += conv.weight.numel()
-        patches += some * groups_of(conv) * fan_in(conv)
-    looks = (LOOK_PASSES * activations + PATCH_PASSES * patches / PATCH_TURNS) / window.every
+        size_of, output = conv.weight.numel(), positions * conv.out_channels
+        scales = size_of > FEW_WEIGHTS and 2 * positions <= fan_in(conv)
+        passes += UNSCALED_PASSES * size_of + OUTPUT_PASSES * output if scales else WEIGHT_PASSES * size_of
+        looks += (LOOK_PASSES - 2 * scales) * output + PATCH_PASSES * some * groups_of(conv) * fan_in(conv) / PATCH_TURNS
+    looks /= window.every
     return {
         "arch": arch, "batch_size": batch, "step_gmacs": macs / 1e9, "bn_mb": 8 * 4 * activations / 1e6,
-        "weight_passes_mb": 4 * WEIGHT_PASSES * weights / 1e6, "looks_mb": 4 * looks / 1e6,
+        "weight_passes_mb": 4 * passes / 1e6, "looks_mb": 4 * looks / 1e6,
         "state_mb": report.history_bytes / 1e6,
     }  # fmt: skip
 
@@ -129,7 +134,7 @@ def profile(arch: str, steps: int = 16) -> dict[str, Any]:
             rows.append(times)
     mean = {name: 1000 * sum(r[name] for r in rows) / len(rows) for name in ("step", *TIMED)}
     mean["step"] = 1000 * median(r["step"] for r in rows)
-    parts = ("convs", "begin", "look", "write", "gradient")
+    parts = ("convs", "begin", "look", "scale", "write", "gradient")
     mean["rest"] = mean.pop("folded") - sum(mean[name] for name in parts)
     return {"arch": arch, "ms": {name: round(value, 2) for name, value in mean.items()}}
 

@@ -90,7 +90,7 @@ BENCH = {
 def limits() -> dict[str, str]:
     report = json.loads((RESULTS / "bounds.json").read_text())
     lines = [
-        "| | step of all convs [GMAC] | BN's passes [MB] | passes over weights [MB] | looks, mean over steps [MB] "
+        "| | step of all convs [GMAC] | BN's passes [MB] | passes over weights, or outputs where smaller [MB] | looks, mean over steps [MB] "
         "| state [MB] |",
         "|---|---|---|---|---|---|",
     ]
@@ -104,9 +104,10 @@ def limits() -> dict[str, str]:
         "convs": "the convs themselves",
         "begin": "s θ and β + s (b - M) at today's weights",
         "look": "looks (mean over steps)",
+        "scale": "outputs scaled: in looks, and where they are smaller than weights",
         "write": "running statistics",
         "gradient": "gradient of the weights through s, M and S",
-        "rest": "the rest of the folded layers: sθ twice, Python",
+        "rest": "the rest of the folded layers: sθ in the backward pass, Python",
         "norms": "the norm layers: counting, activations",
     }
     source = (
