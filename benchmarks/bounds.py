@@ -7,8 +7,8 @@ Operations: a training step of a conv with m positions, C channels and F weights
 and y, backward x and g twice and the gradient of x). The carried window, where the conv trains folded, makes passes
 over tensors of the weights' size in every step: θ is read and sθ written, once more in the backward pass, and ∂L/∂θ is
 made of θ in the place of the conv's gradient. Where the output is less than half as large, sθ is not made: the output
-is scaled where it stands, and its gradient is read and written scaled. In a look, one step of `every`, x is read for its
-statistics, read and written to be normalised; in one look of PATCH_TURNS the patches of some positions are read for
+is scaled where it stands, and its gradient is read and written scaled. In a look, one step of `every`, x is read for
+its statistics, read and written to be normalised; in one look of PATCH_TURNS the patches of some positions are read for
 their moments, arranged, and read twice for the axes. Times are wall clock
 around the functions named, in a step of the default conversion at batch size 2. Writes
 benchmarks/results/bounds.json.
@@ -76,7 +76,9 @@ def bounds(arch: str, batch: int) -> dict[str, Any]:
         size_of, output = conv.weight.numel(), positions * conv.out_channels
         scales = size_of > FEW_WEIGHTS and 2 * positions <= fan_in(conv)
         passes += UNSCALED_PASSES * size_of + OUTPUT_PASSES * output if scales else WEIGHT_PASSES * size_of
-        looks += (LOOK_PASSES - 2 * scales) * output + PATCH_PASSES * some * groups_of(conv) * fan_in(conv) / PATCH_TURNS
+        looks += (LOOK_PASSES - 2 * scales) * output + PATCH_PASSES * some * groups_of(conv) * fan_in(
+            conv
+        ) / PATCH_TURNS
     looks /= window.every
     return {
         "arch": arch, "batch_size": batch, "step_gmacs": macs / 1e9, "bn_mb": 8 * 4 * activations / 1e6,

@@ -90,8 +90,8 @@ BENCH = {
 def limits() -> dict[str, str]:
     report = json.loads((RESULTS / "bounds.json").read_text())
     lines = [
-        "| | step of all convs [GMAC] | BN's passes [MB] | passes over weights, or outputs where smaller [MB] | looks, mean over steps [MB] "
-        "| state [MB] |",
+        "| | step of all convs [GMAC] | BN's passes [MB] | passes over weights, or outputs where smaller [MB] "
+        "| looks, mean over steps [MB] | state [MB] |",
         "|---|---|---|---|---|---|",
     ]
     for b in report["bounds"]:

@@ -13,6 +13,8 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -77,7 +79,9 @@ def main() -> None:
         known = [{k: v for k, v in c.items() if k != "results"} for c in cells]
         if cell in known or (arguments.only and cell["arch"] not in arguments.only.split(",")):
             continue
-        cells.append({**cell, "results": run(cell, arguments.device)})
+        # in a process of its own, which gives all memory back
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            cells.append({**cell, "results": process.submit(run, cell, arguments.device).result()})
         command = f"python benchmarks/step_time.py --device {arguments.device}"
         output.write_text(json.dumps({**provenance(command), "cells": cells}, indent=1) + "\n")
         print(json.dumps(cells[-1]), file=sys.stderr, flush=True)

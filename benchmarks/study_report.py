@@ -158,9 +158,9 @@ def beside_former(studies: dict[str, Study]) -> str:
     of = {split: f"{mean(means):+.1f} ± {stdev(means) / math.sqrt(len(means)):.1f}" for split, means in ahead.items()}
     count = len(ahead["top1"])
     return (
-        f"In the mean of {count} cells: validation {of['top1']} points, test {of['test_top1']}. Of {2 * count} differences "
-        f"{len(apart)} are more than twice their standard error ({'; '.join(apart)}). *`python benchmarks/study_report.py`, "
-        "[JSON](BASE/benchmarks/results/former/study.json) of the former window.*"
+        f"In the mean of {count} cells: validation {of['top1']} points, test {of['test_top1']}. Of {2 * count} "
+        f"differences {len(apart)} are more than twice their standard error ({'; '.join(apart)}). "
+        "*`python benchmarks/study_report.py`, [JSON](BASE/benchmarks/results/former/study.json) of the former window.*"
     )
 
 

@@ -38,7 +38,6 @@ from .functional import (
     between_means,
     is_known,
     patch_shapes,
-    pooled,
     principal_axes,
 )
 from .kernels import select
@@ -223,8 +222,7 @@ class CarriedWindow:
             of_patches = 1 / min(self.patch_looks + 1, PATCH_LOOKS)
             joined, finite = select(theta).join(before, theta, bias, found, (share, of_patches))
         else:
-            joined = before.of(*pooled(before.mean, before.var, found.mean, found.var, share))
-            finite = found.finite
+            joined, finite = select(before.table).pool(before, found, share)
         self.last = before
         if isinstance(finite, Tensor) and not is_known(finite):
             self.state = joined.where(finite, before)

@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 _ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, positions=1)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 11  # of what the functions take, as in passes.cpp
+_VERSION = 12  # of what the functions take, as in passes.cpp
 # addresses, sizes and numbers, as they lie side by side
 _ARGUMENTS = {
     "statistics": struct.Struct("3Q4q").pack,
     "scale": struct.Struct("3Q4q").pack,
     "patch_moments": struct.Struct("3Q23q").pack,
+    "pool": struct.Struct("4Q2qdq").pack,
     "join": struct.Struct("17Q4q7dq").pack,
     "fold": struct.Struct("12Q4q2dq").pack,
     "folded_gradient": struct.Struct("10Q4q2dq").pack,
@@ -57,7 +58,7 @@ def _load() -> dict[tuple[str, torch.dtype], Callable[..., int]]:
     for name in _ARGUMENTS:
         for dtype, suffix in _DTYPES.items():
             function = getattr(library, f"cbn_{name}_{suffix}")
-            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int if name == "join" else None
+            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int if name in ("join", "pool") else None
             functions[name, dtype] = function
     return functions
 
@@ -103,6 +104,15 @@ class Compiled(Direct):
         mean, var = y.new_empty(2, y.shape[1] * both[0].kernel * both[1].kernel).unbind()
         _call("patch_moments", y, (y, mean, var), *y.shape[:2], *y.stride()[:2], *both[0], *both[1])
         return mean, var
+
+    def pool(self, state: Carried, found: JoinedMoments, share: Share) -> tuple[Carried, Tensor | bool]:
+        """See `Kernels`."""
+        table, mean, var = state.table, found.mean, found.var
+        if isinstance(share, Tensor) or not all(is_dense(t) and t.dtype == table.dtype for t in (table, mean, var)):
+            return super().pool(state, found, share)
+        out = torch.empty_like(table)
+        finite = _call("pool", table, (table, mean, var, out), *table.shape, share)
+        return state._replace(table=out), bool(finite)
 
     def join(
         self, state: Carried, theta: Tensor, bias: OptTensor, found: JoinedMoments, shares: tuple[Share, Share]

@@ -1,8 +1,10 @@
 // What kernels/compiled.py calls on the CPU: statistics of activations x [N, C, P], contiguous, and of the patches of a
 // conv's input, and passes over weights [C, F]. Sums are in the type of the tensor within a block and in double beyond, as exact as pairwise summation.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <type_traits>
 
@@ -24,18 +26,41 @@ struct Arguments {
 };
 
 template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
+  static constexpr int64_t WIDTH = 32 / sizeof(T);
+
+  static type load(const T* at) { return *reinterpret_cast<const type*>(at); }
+  static T sum(type v) {
+    typedef T half __attribute__((vector_size(16)));
+    half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    low += high;
+    if constexpr (WIDTH == 8) return (low[0] + low[2]) + (low[1] + low[3]);
+    return low[0] + low[1];
+  }
+};
+
+// Sums of x - shift and of its square, in four vectors each, as one would wait for itself.
+template <class T>
 void shifted_sums(const T* x, int64_t n, T shift, double& sum, double& square) {
+  using V = Vector<T>;
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t end = start + BLOCK < n ? start + BLOCK : n;
-    T s = 0, q = 0;
-#pragma omp simd reduction(+ : s, q)
-    for (int64_t i = start; i < end; ++i) {
+    typename V::type sums[4] = {}, squares[4] = {};
+    int64_t i = start;
+    for (; i + 4 * V::WIDTH <= end; i += 4 * V::WIDTH)
+      for (int k = 0; k < 4; ++k) {
+        const typename V::type d = V::load(x + i + k * V::WIDTH) - shift;
+        sums[k] += d, squares[k] += d * d;
+      }
+    T s = V::sum((sums[0] + sums[1]) + (sums[2] + sums[3])), q = V::sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    for (; i < end; ++i) {
       const T d = x[i] - shift;
-      s += d;
-      q += d * d;
+      s += d, q += d * d;
     }
-    sum += s;
-    square += q;
+    sum += s, square += q;
   }
 }
 
@@ -60,19 +85,19 @@ void statistics(const T* x, T* mean, T* var, int64_t N, int64_t C, int64_t P, in
 // x scale + shift in place, x [N, C, P].
 template <class T>
 void scale(T* x, const T* by, const T* shift, int64_t N, int64_t C, int64_t P, int threads) {
+  if (P == 1) {
+#pragma omp parallel for num_threads(threads) if (N * C > SMALL)
+    for (int64_t n = 0; n < N; ++n) {
+#pragma omp simd
+      for (int64_t c = 0; c < C; ++c) x[n * C + c] = x[n * C + c] * by[c] + shift[c];
+    }
+    return;
+  }
 #pragma omp parallel for num_threads(threads) if (N * C * P > SMALL)
-  for (int64_t n = 0; n < N; ++n) {
-    T* image = x + n * C * P;
-    if (P == 1) {
+  for (int64_t i = 0; i < N * C; ++i) {
+    const T s = by[i % C], t = shift[i % C];
 #pragma omp simd
-      for (int64_t c = 0; c < C; ++c) image[c] = image[c] * by[c] + shift[c];
-      continue;
-    }
-    for (int64_t c = 0; c < C; ++c) {
-      const T s = by[c], t = shift[c];
-#pragma omp simd
-      for (int64_t i = c * P; i < (c + 1) * P; ++i) image[i] = image[i] * s + t;
-    }
+    for (int64_t j = i * P; j < (i + 1) * P; ++j) x[j] = x[j] * s + t;
   }
 }
 
@@ -127,19 +152,6 @@ void patch_moments(const T* y, T* mean, T* var, int64_t N, int64_t C, int64_t pe
   }
 }
 
-template <class T>
-struct Vector {
-  typedef T type __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
-  static constexpr int64_t WIDTH = 32 / sizeof(T);
-
-  static type load(const T* at) { return *reinterpret_cast<const type*>(at); }
-  static T sum(type v) {
-    for (int half = WIDTH / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
-  }
-};
-
 // a . b, summed as everywhere: in four vectors, as one would wait for itself.
 template <class T>
 double dot(const T* a, const T* b, int64_t n) {
@@ -164,6 +176,15 @@ void products_of(const T* w, const T* u, int64_t n, double (*found)[MOST_AXES]) 
   using V = Vector<T>;
   for (int r = 0; r < R; ++r)
     for (int k = 0; k < A; ++k) found[r][k] = 0;
+  if (n < 2 * V::WIDTH) {  // as of a depthwise conv: a vector and what is left of one are slower
+    T sums[R][A] = {};
+    for (int64_t f = 0; f < n; ++f)
+      for (int r = 0; r < R; ++r)
+        for (int k = 0; k < A; ++k) sums[r][k] += w[r * n + f] * u[k * n + f];
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < A; ++k) found[r][k] = sums[r][k];
+    return;
+  }
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t end = start + BLOCK < n ? start + BLOCK : n;
     typename V::type sums[R][A] = {};
@@ -265,7 +286,7 @@ struct Response {
       const int64_t end = start + BLOCK < F ? start + BLOCK : F;
       typename V::type a[R] = {}, q[R] = {}, l[R] = {};
       int64_t f = start;
-      for (; f + V::WIDTH <= end; f += V::WIDTH) {
+      for (; F >= 2 * V::WIDTH && f + V::WIDTH <= end; f += V::WIDTH) {
         const typename V::type mean = V::load(p + f), rest = V::load(d + f);
         for (int r = 0; r < R; ++r) {
           const typename V::type w = V::load(rows + r * F + f), square = w * w;
@@ -359,6 +380,14 @@ bool join_patches(const T* p, const T* rest, const T* axes, const T* fp, const T
   return principal_axes(probes, scratch, to_axes, to_rest, K, F, at);
 }
 
+// Mean and variance of a channel, joined with those of a batch: `pooled` in functional.py.
+template <class T>
+void join_statistics(const T* table, const T* found_mean, const T* found_var, T* out, int64_t c, int64_t C, double share) {
+  const double mean = table[c], var = table[C + c], step = found_mean[c] - mean;
+  out[c] = T(mean + share * step);
+  out[C + c] = T(var + share * (found_var[c] - var) + share * (1 - share) * step * step);
+}
+
 // What a carried window at theta is after a look: `Kernels.join`. Returns whether all is finite.
 template <class T>
 int join(const T* theta, const T* bias, const Patches<T>& patches, const T* table, const T* found_mean,
@@ -375,19 +404,29 @@ int join(const T* theta, const T* bias, const Patches<T>& patches, const T* tabl
                                     out_rest + first, out_axes + many, scratch + many, F, K, of_patches, at);
   }
   const Patches<T> joined{out_mean, out_rest, out_axes, F, K, per_group};
-  over_rows(C, per_group, C * F, threads, [&](int64_t first, auto many) {
+  over_rows(C, per_group, C * F * (1 + K), threads, [&](int64_t first, auto many) {
     const Response<T, many> to(theta + first * F, joined, first);
     for (int r = 0; r < many; ++r) {
       const int64_t c = first + r;
-      const double mean = table[c], var = table[C + c], step = found_mean[c] - mean;
-      out[c] = T(mean + share * step);
-      out[C + c] = T(var + share * (found_var[c] - var) + share * (1 - share) * step * step);
+      join_statistics(table, found_mean, found_var, out, c, C, share);
       out[2 * C + c] = T(to.along[r] + (bias ? bias[c] : T(0)));
       out[3 * C + c] = T(to.across[r]) < floor ? floor : T(to.across[r]);
       out[4 * C + c] = T(to.length[r]) < floor ? floor : T(to.length[r]);
     }
   });
   for (int64_t c = 0; c < 2 * C; ++c) finite = finite && std::isfinite(out[c]);
+  return finite;
+}
+
+// The first two of the rows [rows, C] of a table after a look whose patches do not count: `Kernels.pool`.
+template <class T>
+int pool(const T* table, const T* found_mean, const T* found_var, T* out, int64_t rows, int64_t C, double share) {
+  std::copy(table + 2 * C, table + rows * C, out + 2 * C);
+  bool finite = true;
+  for (int64_t c = 0; c < C; ++c) {
+    join_statistics(table, found_mean, found_var, out, c, C, share);
+    finite = finite && std::isfinite(found_mean[c]) && std::isfinite(found_var[c]);
+  }
   return finite;
 }
 
@@ -401,7 +440,7 @@ void fold(const T* theta, const T* bias, const Patches<T>& patches, const T* tab
   const T floor = T(least);
   const int64_t F = patches.F;
   const T *mean = table, *var = table + C, *anchor = table + 2 * C, *spread = table + 3 * C, *square = table + 4 * C;
-  over_rows(C, patches.per_group, C * F, threads, [&](int64_t first, auto many) {
+  over_rows(C, patches.per_group, C * F * (1 + patches.K), threads, [&](int64_t first, auto many) {
     const T* row = theta + first * F;
     std::optional<Response<T, many>> at;
     if (patches.mean) at.emplace(row, patches, first);
@@ -435,7 +474,7 @@ template <class T>
 void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, const T* table, const T* gamma, T* g,
                      const T* g_shift, T* g_gamma, int64_t C, double eps, double least, int threads) {
   const int64_t F = patches.F;
-  over_rows(C, patches.per_group, C * F, threads, [&](int64_t first, auto many) {
+  over_rows(C, patches.per_group, C * F * (1 + patches.K), threads, [&](int64_t first, auto many) {
     const T *rows = theta + first * F, *p = patches.mean_of(first), *d = patches.rest_of(first);
     double through_var[many], by_axis[many][MOST_AXES];
     for (int r = 0; r < many; ++r) {
@@ -479,6 +518,9 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
   void cbn_patch_moments_##name(const Arguments& a) {                                                               \
     patch_moments(a.in<T>(0), a.out<T>(1), a.out<T>(2), a[3], a[4], a[5], a[6], a.axis(7), a.axis(16), a[25]);       \
   }                                                                                                                 \
+  int cbn_pool_##name(const Arguments& a) {                                                                         \
+    return pool(a.in<T>(0), a.in<T>(1), a.in<T>(2), a.out<T>(3), a[4], a[5], a.number(6));                          \
+  }                                                                                                                 \
   int cbn_join_##name(const Arguments& a) {                                                                         \
     const int64_t F = a[18], K = a[19], per_group = a[20];                                                          \
     return join(a.in<T>(0), a.in<T>(1), Patches<T>{a.in<T>(2), a.in<T>(3), a.in<T>(4), F, K, per_group}, a.in<T>(5), \
@@ -499,7 +541,7 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
   }
 
 extern "C" {
-int cbn_version() { return 11; }  // to be raised with every change of what a function takes
+int cbn_version() { return 12; }  // to be raised with every change of what a function takes
 EXPORT(float, f32)
 EXPORT(double, f64)
 }

@@ -60,6 +60,10 @@ class Kernels:
         """Mean and variance of every entry of some patches of y [N, C, ...], flat; None where no pass is for it."""
         return None
 
+    def pool(self, state: Carried, found: JoinedMoments, share: Share) -> tuple[Carried, Tensor | bool]:
+        """What a window is after a look at no patches, and whether what was found is finite."""
+        return state.of(*pooled(state.mean, state.var, found.mean, found.var, share)), found.finite
+
     def join(
         self, state: Carried, theta: Tensor, bias: OptTensor, found: JoinedMoments, shares: tuple[Share, Share]
     ) -> tuple[Carried, Tensor | bool]:
