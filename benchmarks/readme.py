@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from experiment_tables import NOT_YET, tables
@@ -124,6 +125,30 @@ def limits() -> dict[str, str]:
     return tables
 
 
+def throughput() -> str:
+    """Images per second of `cbn finetune`, medians over rounds, and over BN's in the same round."""
+    file = RESULTS / "throughput.json"
+    if not file.is_file():
+        return NOT_YET
+    report = json.loads(file.read_text())
+    of = {(r["norm"], r["batch_size"], r["round"]): r["images_per_second"] for r in report["runs"]}
+    rounds, sizes = sorted({key[2] for key in of}), sorted({key[1] for key in of})
+    lines = ["| images per second | " + " | ".join(f"batch {size} | over BN" for size in sizes) + " |"]
+    lines.append("|---|" + "---|---|" * len(sizes))
+    for norm in dict.fromkeys(key[0] for key in of):
+        cells = []
+        for size in sizes:
+            ratios = sorted(of[norm, size, i] / of["bn", size, i] for i in rounds)
+            spread = "1" if norm == "bn" else f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            cells += [f"{median(of[norm, size, i] for i in rounds):.0f}", spread]
+        lines.append(f"| {BENCH[norm]} | {' | '.join(cells)} |")
+    source = (
+        f"*median, smallest and largest of {len(rounds)} rounds; `{report['command']}`, "
+        f"[JSON](BASE/benchmarks/results/throughput.json), version {report['commit'][:7]}, {report['machine']}*"
+    )
+    return "\n".join([*lines, "", source])
+
+
 def demo() -> str:
     result = json.loads((RESULTS / "demo.json").read_text())
     lines = ["| | top-1 [%] | median time per step [ms] | over BN |", "|---|---|---|---|"]
@@ -149,7 +174,7 @@ def fill(path: Path, tables: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    performance = {**speed(), **limits()}
+    performance = {**speed(), **limits(), "throughput": throughput()}
     fill(ROOT / "README.md", {"cost": performance.pop("cost")})
     fill(ROOT / "docs" / "start.md", {"demo": demo()})
     fill(ROOT / "docs" / "experiments.md", tables())

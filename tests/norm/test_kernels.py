@@ -464,3 +464,29 @@ def test_scaling_happens_in_place_in_every_layout(name: str, layout: str, dtype:
     torch.testing.assert_close(x, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
     assert x.data_ptr() == memory
     assert x._version > writes  # or autograd would not know
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 16, 17, 33, 2049])
+@pytest.mark.parametrize(("groups", "per_group"), [(1, 1), (1, 2), (1, 3), (2, 4), (3, 1), (2, 8)])
+def test_blocks_of_channels_and_vectors_leave_nothing_out(groups: int, per_group: int, width: int) -> None:
+    """The compiled passes take some channels, weights and axes at a time, and what is left of each one by one."""
+    torch.manual_seed(width)
+    channels, dtype = groups * per_group, torch.float64
+    patches = some_patches(groups, width, dtype)
+    state = Carried(torch.rand(5, channels, dtype=dtype) + 0.5, *patches)
+    theta, g = torch.randn(2, channels, width, dtype=dtype)
+    bias, gamma, beta, g_shift, mean, var = torch.randn(6, channels, dtype=dtype)
+    found = JoinedMoments(mean, var.square(), 2.0)
+    made = {}
+    for name in ("plain", "compiled"):
+        kernels, affine = KERNELS[name], Affine(gamma, beta, 1e-3)
+        folded = kernels.fold(state, theta, bias, affine)
+        assert folded.weight is not None
+        gradients = kernels.folded_gradient(folded.state, theta, bias, affine, g.clone(), g_shift)
+        pooled, finite = kernels.pool(state, found, 0.1)
+        assert finite
+        made[name] = (folded.state.table, *folded[1:], *gradients, pooled.table, *kernels.statistics(theta[None]))
+        assert kernels.fold(state, theta, bias, affine, with_weight=False).weight is None
+        assert not kernels.pool(state, found._replace(mean=mean / 0), 0.1)[1]
+    for got, want in zip(made["compiled"], made["plain"], strict=True):
+        close(got, want, 1e-10)
