@@ -6,7 +6,7 @@ Operations: a training step of a conv with m positions, C channels and F weights
 (forward, gradient of the input, of the weight). Bytes: BN reads and writes 8 times the activations (forward x twice
 and y, backward x and g twice and the gradient of x). The carried window, where the conv trains folded, makes passes
 over tensors of the weights' size in every step: θ is read and sθ written, once more in the backward pass, and ∂L/∂θ is
-made of θ in the place of the conv's gradient. Where the output is less than half as large, sθ is not made: the output
+made of θ in the place of the conv's gradient. Where the output is at most half as large, sθ is not made: the output
 is scaled where it stands, and its gradient is read and written scaled. In a look, one step of `every`, x is read for
 its statistics, read and written to be normalised; in one look of PATCH_TURNS the patches of some positions are read for
 their moments, arranged, and read twice for the axes. Times are wall clock

@@ -6,7 +6,8 @@ s = γ / sqrt(S + eps)
     y = conv(p; s θ, β + s (b - M))
 
 No pass over x, and nothing of the size of x is kept for the backward pass: the input of the conv is, and what comes
-next keeps its own input. sθ is made again in the backward pass. Others train so with frozen statistics, as inductor's
+next keeps its own input. sθ is made again in the backward pass. Where x is smaller than θ, and where it is looked at, s
+is multiplied into it instead, in place. Others train so with frozen statistics, as inductor's
 efficient_conv_bn_eval does; here they follow, and the gradient goes through them.
 """
 
@@ -108,17 +109,23 @@ class FoldedStep(FoldedLayer):
     made_of: tuple[Tensor, str] | None = None
     patches_of: Tensor | None = None
     looks: bool = field(default=False, init=False)  # whether it looks at its batch
-    scales_output: bool = field(default=False, init=False)  # whether that is the smaller one, and not the weight
+    scales_output: bool = field(default=False, init=False)  # whether the output is scaled, being the smaller one
+
+    @property
+    def applies_scaled_weight(self) -> bool:
+        """Whether it is sθ that is applied, and not θ."""
+        return not (self.looks or self.scales_output)
 
     def begin(self, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor) -> Folded:
         """The norm layer as a part of this one, at the weights; with sθ where that is what is applied."""
         (theta, b), affine = self.rows(weight, bias), self.affine(gamma, beta)
         window, kernels, size = self.window, select(theta), theta.numel()
-        self.scales_output = size > FEW_WEIGHTS and 2 * self.apply.positions(input) <= size // len(theta)
+        # not in half precision, of which θ·p without s may leave the range
+        large = size > FEW_WEIGHTS and input.dtype == self.dtype
+        self.scales_output = large and 2 * self.apply.positions(input) <= size // len(theta)
         if self.recomputing and window.last is not None:
             self.looks = window.last_looked
-            with_weight = not (self.looks or self.scales_output)
-            folded = kernels.fold(self.ordered(window.last), theta, b, affine, with_weight=with_weight)
+            folded = kernels.fold(self.ordered(window.last), theta, b, affine, with_weight=self.applies_scaled_weight)
             return folded._replace(state=window.last)
         followed: tuple[OptTensor, OptTensor] = (theta, b) if self.follows else (None, None)
         if self.last and self.running.changed:  # else it matters only whether there is one
@@ -126,8 +133,7 @@ class FoldedStep(FoldedLayer):
         known = window.begin(self.running, *followed, len(input))
         self.looks = window.is_due(self.iteration, self.follows)
         written = None if self.looks or window.window.is_fixed else self.running
-        with_weight = not (self.looks or self.scales_output)
-        folded = kernels.fold(self.ordered(known), theta, b, affine, written, with_weight)
+        folded = kernels.fold(self.ordered(known), theta, b, affine, written, self.applies_scaled_weight)
         if self.last:
             folded = folded._replace(state=known._replace(table=folded.state.table))
         window.arrive(folded.state, folded=True)
@@ -153,7 +159,7 @@ class FoldedMap(torch.autograd.Function):
 
     forward(input, weight, bias, γ, β, step): the module's input, already padded unless by zeros; its parameters as they
     are stored; γ and β [C] or None; `FoldedStep`. With g' and g_b, the gradients of the folded weight and bias, and
-    t = θ·g' + (b - M) g_b:
+    t = θ·g' + (b - M) g_b (where the output was scaled, g' is the gradient that θ alone would have of g):
 
         ∂γ = t / sqrt(S + eps)      ∂β = g_b      g_M = -s g_b      g_S = -½ s t / (S + eps)
         ∂θ = s g' + g_M ∂M/∂θ + g_S ∂S/∂θ          ∂b = 0, since M follows b
@@ -169,12 +175,13 @@ class FoldedMap(torch.autograd.Function):
             y = step.apply(input, cast(step.of_rows(folded.weight), dtype), cast(folded.shift, dtype))
         else:
             # what the conv gives under θ itself is looked at, if need be, then scaled where it stands
-            y = step.apply(input, cast(weight, dtype), None if bias is None else cast(bias, dtype))
+            seen = bias if step.looks else None  # else it is a part of the shift
+            y = step.apply(input, cast(weight, dtype), None if seen is None else cast(seen, dtype))
             if step.looks:
                 folded = folded._replace(state=step.look(y, weight, bias))  # known only now how statistics respond
                 if not step.recomputing:
                     step.window.write(step.running)
-            shift = folded.shift if bias is None else folded.shift - folded.scale * bias.to(step.dtype)
+            shift = folded.shift if seen is None else folded.shift - folded.scale * seen.to(step.dtype)
             select(y, in_any_order=True).scale(step.apply.by_channel(y), folded.scale, shift)
         kept, ctx.activation = (input, "") if step.made_of is None else step.made_of
         ctx.save_for_backward(kept, weight, bias, gamma, beta, folded.scale, *folded.state)

@@ -70,6 +70,7 @@ def test_the_choice_is_by_layout_and_can_be_forced() -> None:
     assert select(x.to(memory_format=torch.channels_last)) is KERNELS["plain"]
     with FakeTensorMode():
         assert select(torch.zeros(1, 2, 3, 3)) is KERNELS["plain"]
+        assert select(x) is KERNELS["plain"]  # what would be made for it has no memory
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -72,7 +72,9 @@ class Compiled(Direct):
     @staticmethod
     def suits(x: Tensor, in_any_order: bool = False) -> bool:
         """Whether the library was built and x is laid out as it needs it."""
-        return bool(_functions) and x.is_cpu and (has_memory(x) if in_any_order else is_dense(x)) and x.dim() > 1
+        if not _functions or torch._C._len_torch_dispatch_stack():
+            return False  # what is made under a mode may have no memory, as under FakeTensorMode
+        return x.is_cpu and (has_memory(x) if in_any_order else is_dense(x)) and x.dim() > 1
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
@@ -91,8 +93,8 @@ class Compiled(Direct):
             super().scale(x, scale, shift)
             return
         channels = x.shape[1]
-        outer = x.shape[0] if first else x.numel() // channels
-        inner = x.numel() // (outer * channels) if outer else 0
+        outer = x.shape[0] if first else x.numel() // max(1, channels)
+        inner = x.numel() // max(1, outer * channels)
         _call("scale", x, (x, scale, shift), outer, channels, inner)
         increment_version(x)
 
