@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,7 @@ from cbn_convert import FinetuneConfig
 
 OUTPUT = RESULTS / "auto_lr.json"
 CELL = """
-import json, sys, torch, cbn_convert as cbn
-torch.set_num_threads(1)
+import json, sys, cbn_convert as cbn
 try:
     print(json.dumps(cbn.finetune(cbn.FinetuneConfig(**json.loads(sys.argv[1])), quiet=True).to_dict()))
 except cbn.CbnError as error:
@@ -45,8 +45,9 @@ def run_cell(data: Path, opt: str, batch_size: int, factor: float, seed: int) ->
         )  # fmt: skip
         config.lr = factor * config.peak_lr()
         done = subprocess.run(
-            [sys.executable, "-c", CELL, json.dumps(config.to_dict())], capture_output=True, text=True, check=True
-        )
+            [sys.executable, "-c", CELL, json.dumps(config.to_dict())], capture_output=True, text=True, check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
     result = json.loads(done.stdout.splitlines()[-1])
     kept = {k: result[k] for k in ("steps", "last_top1", "error") if k in result}
     return {"opt": opt, "batch_size": batch_size, "factor": round(factor, 3), "lr": config.lr, "seed": seed, **kept}

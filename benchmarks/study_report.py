@@ -155,7 +155,7 @@ def beside_former(studies: dict[str, Study]) -> str:
                     if abs(means[-1]) > 2 * error:
                         which = f"{name} at batch size {size}, {'validation' if split == 'top1' else 'test'}"
                         apart.append(f"{which}: {means[-1]:+.1f} ± {error:.1f}")
-    of = {split: f"{mean(means):+.1f} ± {stdev(means) / math.sqrt(len(means)):.1f}" for split, means in ahead.items()}
+    of = {split: f"{mean(means):+.2f} ± {stdev(means) / math.sqrt(len(means)):.2f}" for split, means in ahead.items()}
     count = len(ahead["top1"])
     return (
         f"In the mean of {count} cells: validation {of['top1']} points, test {of['test_top1']}. Of {2 * count} "

@@ -34,9 +34,8 @@ def measure(data: Path, norm: str, batch_size: int) -> dict[str, float]:
             model_kwargs={"pad_type": "same"}, mean=(0.5,) * 3, std=(0.5,) * 3, img_size=96, batch_size=batch_size,
             max_steps=STEPS, eval_every=STEPS, seed=0, device="cpu",
         )  # fmt: skip
-        cell = CELL.replace("torch.set_num_threads(1)", "")
         done = subprocess.run(
-            [sys.executable, "-c", cell, json.dumps(config.to_dict())], capture_output=True, text=True, check=True
+            [sys.executable, "-c", CELL, json.dumps(config.to_dict())], capture_output=True, text=True, check=True
         )
     result = json.loads(done.stdout.splitlines()[-1])
     return {name: result[name] for name in ("images_per_second", "median_step_seconds", "loader_wait")}

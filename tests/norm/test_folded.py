@@ -133,10 +133,10 @@ def test_half_precision_keeps_its_range_where_the_output_is_smaller(monkeypatch:
 @pytest.mark.parametrize("kind", CONFIGURATIONS)
 def test_positions_are_nearly_those_of_the_output(kind: str) -> None:
     make, shape, _ = CONFIGURATIONS[kind]
-    module = make()
-    apply, padded = as_function(module, torch.zeros(shape))
-    y = module(torch.zeros(shape))
-    assert apply.positions(padded) == pytest.approx(y.numel() / 6, rel=0.8)
+    module, x = make(), torch.zeros(*shape[:2], *[4 * size for size in shape[2:]])  # of which borders are a small part
+    apply, padded = as_function(module, x)
+    y = module(x)
+    assert apply.positions(padded) == pytest.approx(y.numel() / 6, rel=0.25)
     assert apply.by_channel(y).shape[1] == 6
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .compiled import Compiled
@@ -23,7 +24,11 @@ _forced: Kernels | None = None
 
 def select(x: Tensor, in_any_order: bool = False) -> Kernels:
     """The kernels for a tensor, of activations or of weights [C, F]; `patch_moments` and `scale` take any order."""
-    return _forced or KERNELS["compiled" if Compiled.suits(x, in_any_order) else "gpu" if OnGpu.suits(x) else "plain"]
+    if _forced is not None:
+        return _forced
+    if torch._C._len_torch_dispatch_stack():
+        return KERNELS["plain"]  # what is made under a mode may have no memory, as under FakeTensorMode
+    return KERNELS["compiled" if Compiled.suits(x, in_any_order) else "gpu" if OnGpu.suits(x) else "plain"]
 
 
 @contextmanager

@@ -286,6 +286,7 @@ struct Response {
       const int64_t end = start + BLOCK < F ? start + BLOCK : F;
       typename V::type a[R] = {}, q[R] = {}, l[R] = {};
       int64_t f = start;
+      // short rows as in products_of
       for (; F >= 2 * V::WIDTH && f + V::WIDTH <= end; f += V::WIDTH) {
         const typename V::type mean = V::load(p + f), rest = V::load(d + f);
         for (int r = 0; r < R; ++r) {
@@ -475,7 +476,7 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
                      const T* g_shift, T* g_gamma, int64_t C, double eps, double least, int threads) {
   const int64_t F = patches.F;
   over_rows(C, patches.per_group, C * F * (1 + patches.K), threads, [&](int64_t first, auto many) {
-    const T *rows = theta + first * F, *p = patches.mean_of(first), *d = patches.rest_of(first);
+    const T* rows = theta + first * F;
     double through_var[many], by_axis[many][MOST_AXES];
     for (int r = 0; r < many; ++r) {
       const int64_t c = first + r;
@@ -490,6 +491,7 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
         for (int64_t f = 0; f < F; ++f) to[f] *= T(s);
         continue;
       }
+      const T *p = patches.mean_of(c), *d = patches.rest_of(c);
       const double anchor = table[2 * C + c], spread = table[3 * C + c], square = table[4 * C + c];
       const double g_mean = -s * g_shift[c], g_var = -0.5 * s * t * inv_std * inv_std;
       const T a = T(s), b = T(g_mean), k = square > T(least) ? T(g_mean * (mean - anchor) / square) : T(0),
