@@ -111,23 +111,31 @@ def test_scaling_the_output_is_the_same_function(
     assert len(calls) == 7
 
 
-def test_half_precision_keeps_its_range_where_the_output_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large weights need sθ, and a large bias has to cancel before anything is rounded."""
+@pytest.mark.parametrize(
+    ("weight", "bias", "dtype"),
+    [(1e6, 0.0, torch.float16), (1.0, 30.0, torch.bfloat16), (1.0, 3e4, torch.float32)],
+    ids=["range of float16", "bias in bfloat16", "bias in float32"],
+)
+def test_a_small_output_costs_no_range_and_no_digits(
+    weight: float, bias: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """θ·p leaves the range of float16 where sθ·p does not; a large bias has to cancel before anything is rounded."""
     monkeypatch.setattr(folding, "FEW_WEIGHTS", 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 16), nn.BatchNorm1d(16)).train()
     with torch.no_grad():
-        model[0].weight *= 1e4
-        model[0].bias += 1e5
+        model[0].weight *= weight
+        model[0].bias += bias
         seen = model[0](torch.randn(512, 256))
     model[1].running_mean.copy_(seen.mean(0))
     model[1].running_var.copy_(seen.var(0))
-    cbn.convert(model, window=Window.TUNE, example_input=torch.randn(8, 256))
     x = torch.randn(8, 256)
-    exact = copy.deepcopy(model).eval()(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(x).float(), exact, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(model(x), exact, rtol=1e-4, atol=1e-4)
+    exact = copy.deepcopy(model).double().eval()(x.double())
+    cbn.convert(model, window=Window.TUNE, example_input=x)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        made = model(x)
+    assert made.dtype == dtype
+    torch.testing.assert_close(made.double(), exact, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("kind", CONFIGURATIONS)
