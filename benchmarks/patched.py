@@ -42,7 +42,7 @@ def outcome(config: dict[str, Any], change: Sequence[Any] | None = None, tested:
         given = FinetuneConfig(**config, output=f"{folder}/run", workers=0, device="cpu")
         done = subprocess.run(
             [sys.executable, "-c", RUN, json.dumps([given.to_dict(), change, tested])], capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "more_models"), str(HERE.parent)])},
         )  # fmt: skip
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
