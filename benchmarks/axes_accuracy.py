@@ -21,7 +21,7 @@ from study import DATA, FOLDERS, NETWORKS, weights
 
 from cbn_convert import FinetuneConfig
 from cbn_convert.norm import carried, functional
-from cbn_convert.training.data import read_splits
+from cbn_convert.training.splits import read_splits
 
 OUTPUT = RESULTS / "axes_accuracy.json"
 COMMAND = "python benchmarks/axes_accuracy.py --data ../shared/data --work FOLDER"

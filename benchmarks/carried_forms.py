@@ -26,7 +26,7 @@ from cbn_convert.comparison.config import ComparisonConfig
 from cbn_convert.files import read_json
 from cbn_convert.norm import Window, carried, functional
 from cbn_convert.norm.kernels import forced
-from cbn_convert.training.data import read_splits
+from cbn_convert.training.splits import read_splits
 
 OUTPUT = RESULTS / "carried_forms.json"
 COMMAND = "python benchmarks/carried_forms.py --data ../shared/data"

@@ -269,8 +269,6 @@ def summary(report: dict[str, Any]) -> str:
     third = json.loads(THIRD.read_text())["records"]
     well = [r for r in third.values() if all(c["ok"] for c in r["checks"].values())]
     libraries = len({name.split("/")[0] for name in third})
-    counted = Counter(record["commit"][:7] for record in records)
-    versions = ", ".join(f"{commit} ({count})" for commit, count in counted.most_common())
     unseen = f", of which {every - len(records)} are not checked yet," if len(records) < every else ""
     return (
         f"{len(converted)} of timm's {every} architectures with BatchNorm{unseen} convert\n"
@@ -278,8 +276,8 @@ def summary(report: dict[str, Any]) -> str:
         f"{len(checked)} with at most 150 million parameters also train, revert to the bit, fold and export\n"
         f"to plain timm ([docs/coverage.md](docs/coverage.md)). {len(well)} of {len(third)} models of {libraries} "
         "other libraries train, resume and revert to the bit, and fold.\n\n"
-        f"*`make sweep third-party`, [JSON](benchmarks/results/coverage.json) of versions {versions}, "
-        "[JSON](benchmarks/results/third_party.json)*"
+        "*`make sweep third-party`, JSON: [timm](benchmarks/results/coverage.json), "
+        "[others](benchmarks/results/third_party.json)*"
     )
 
 

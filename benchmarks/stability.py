@@ -34,7 +34,7 @@ from torchvision.transforms import v2 as transforms
 import cbn_convert as cbn
 from cbn_convert.models import reset_head
 from cbn_convert.norm import CrossIterationMixin, Window
-from cbn_convert.training.norms import apply_norm
+from cbn_convert.training.alternatives import apply_norm
 
 OUTPUT = Path(__file__).parent / "results" / "stability.json"
 IMAGES = {"digits": 1437, "digits-residual": 1437, "sign_digits": 1000, "clothing": 1000}

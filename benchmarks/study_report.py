@@ -200,18 +200,19 @@ def outcome(studies: dict[str, Study], starts: tuple[str, ...] = ("pretrained", 
     for weights in starts:
         own = [v for v in every if (COMPARISONS[v.name][1] == "new") == (weights == "random")]
         large = [(v.own, v.reference) for v in own if v.reference is not None]
+        equal = [(v.own, v.rival) for v in own]
         said.append(
-            f"From {weights} weights CBN is {_count([(v.own, v.rival) for v in own])} the best other\n"
-            f"norm at the same batch size, and {_count(large)} BN at batch size 32."
+            f"From {weights} weights CBN is ahead of the best other norm at its batch size {_count(equal)},\n"
+            f"and of BN at batch size 32 {_count(large)}."
         )
-    return "\n".join([*said, '"Clearly" is by more than twice the standard error of the difference.'])
+    return "\n".join([*said, '"Clearly": by more than twice the standard error of the difference.'])
 
 
 def _count(pairs: list[tuple[Row, Row]]) -> str:
     ahead = sum((own.top1 or 0) > (other.top1 or 0) for own, other in pairs)
     clearly = sum(exceeds(own, other) for own, other in pairs)
     behind = sum(exceeds(other, own) for own, other in pairs)
-    return f"ahead in {ahead} of {len(pairs)} cases, clearly in {clearly}, and clearly behind in {behind}, of"
+    return f"in {ahead} of {len(pairs)} cases (clearly in {clearly}; clearly behind in {behind})"
 
 
 def _shown(row: Row) -> str:

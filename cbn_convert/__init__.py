@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .training import FinetuneResult as FinetuneResult
     from .training import evaluate as evaluate
     from .training import finetune as finetune
+    from .training import resume as resume
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,7 @@ _SOURCES = {
         "history_state",
         "load_history_state",
     ),
-    "training": ("FinetuneConfig", "FinetuneResult", "evaluate", "finetune"),
+    "training": ("FinetuneConfig", "FinetuneResult", "evaluate", "finetune", "resume"),
 }
 _MODULES = {name: module for module, names in _SOURCES.items() for name in names}
 __all__ = sorted([*_MODULES, "__version__"])

@@ -25,9 +25,9 @@ from timm.models import _hub, adapt_input_conv
 from timm.models._input import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
-from .checkpoints import find_weights, read_checkpoint, refuse_other_files
 from .damage import damaged_value
 from .errors import CbnWarning, ModelError
+from .weight_files import find_weights, read_checkpoint, refuse_other_files
 
 _SOURCES = ("hf-hub:", "local-dir:")
 RGB = 3  # channels of the images that weights are for unless they say otherwise

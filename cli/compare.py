@@ -94,9 +94,9 @@ def compare(
     }  # fmt: skip
     with Session(as_json, debug, quiet) as session:
         from cbn_convert import FinetuneConfig
-        from cbn_convert.comparison.engine import check
-        from cbn_convert.comparison.engine import compare as run_comparison
         from cbn_convert.comparison.plan import needed
+        from cbn_convert.comparison.running import check
+        from cbn_convert.comparison.running import compare as run_comparison
         from cbn_convert.comparison.store import read_comparison
 
         done: Any = {}

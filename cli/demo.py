@@ -134,8 +134,8 @@ def _largest_difference(output: Path) -> float:
     from timm.data import resolve_model_data_config
 
     from cbn_convert.training import load_run
-    from cbn_convert.training.data import read_classes
     from cbn_convert.training.loading import plain_loader
+    from cbn_convert.training.splits import read_classes
 
     tuned, classes = load_run(output / "run-cbn")
     plain = timm.create_model(f"local-dir:{output}/export", pretrained=True).eval()

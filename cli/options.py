@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-METHOD, TRAINING, WEIGHTS, OUTPUT = "Method", "Training", "Model and weights", "Output"
+from cbn_convert.training.config import FinetuneConfig, panel
+from cbn_convert.training.settings import MethodSettings, ModelSettings, TrainingSettings
+
+METHOD, TRAINING, WEIGHTS, OUTPUT = MethodSettings.PANEL, TrainingSettings.PANEL, ModelSettings.PANEL, "Output"
 
 
 def parse_kwargs(text: str | None) -> dict[str, Any]:
@@ -76,47 +80,46 @@ def parse_model(
 
 
 MODEL_HELP = "timm name, hf-hub:OWNER/NAME, local-dir:DIR, or a .safetensors file"
+SETTINGS = {f.name: f for f in fields(FinetuneConfig)}
+_METAVARS = {"int": "N", "float": "X"}
+
+
+def flag(name: str) -> str:
+    """The option of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def option(name: str, under: str | None = None) -> Any:
+    """The option of a setting of `cbn finetune`, for other commands under a heading of theirs."""
+    setting = SETTINGS[name]
+    rules = setting.metadata
+    kind = rules.get("type")  # as it is typed, where that is not what the setting is
+    limits = {"min": rules["least"]} if "least" in rules and not kind else {}
+    metavar = rules.get("metavar", _METAVARS.get(str(setting.type).partition(" ")[0]))
+    return typer.Option(
+        *rules.get("flags", (flag(name),)), help=rules["help"], rich_help_panel=under or panel(name),
+        metavar=metavar, show_default=not kind and setting.default is not None, **limits,
+    )  # fmt: skip
+
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
-Arch = Annotated[str | None, typer.Option(help="timm name, for a .safetensors file.", rich_help_panel=WEIGHTS)]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(help="Weights: .safetensors or of torch.save, also of other tools.", rich_help_panel=WEIGHTS),
-]
-Pretrained = Annotated[
-    bool, typer.Option("--pretrained/--no-pretrained", help="Pretrained or random weights.", rich_help_panel=WEIGHTS)
-]
-ModelKwargs = Annotated[
-    str | None, typer.Option(help="For timm.create_model: k=v,k=v, e.g. pad_type=same.", rich_help_panel=WEIGHTS)
-]
-Mean = Annotated[str | None, typer.Option(help="Channel means, e.g. 0.5,0.5,0.5.", rich_help_panel=WEIGHTS)]
-Std = Annotated[str | None, typer.Option(help="Channel standard deviations.", rich_help_panel=WEIGHTS)]
-InChans = Annotated[
-    int | None, typer.Option(min=1, help="Channels of the images; default: as the model has.", rich_help_panel=WEIGHTS)
-]
-ImgSize = Annotated[int | None, typer.Option(min=1, help="Height and width of the input.", rich_help_panel=WEIGHTS)]
+Arch = Annotated[str | None, option("arch")]
+Checkpoint = Annotated[Path | None, option("checkpoint")]
+Pretrained = Annotated[bool, option("pretrained")]
+ModelKwargs = Annotated[str | None, option("model_kwargs")]
+Mean = Annotated[str | None, option("mean")]
+Std = Annotated[str | None, option("std")]
+InChans = Annotated[int | None, option("in_chans")]
+ImgSize = Annotated[int | None, option("img_size")]
 
-Window = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Iterations of a ring, 1 is BN; with --history ema images; default: ema of 8192 images.",
-        rich_help_panel=METHOD,
-    ),
-]
-Compensation = Annotated[str, typer.Option(help="projection, taylor (the paper's), none.", rich_help_panel=METHOD)]
-Gradient = Annotated[str, typer.Option(help="full, or current (the paper's code).", rich_help_panel=METHOD)]
-History = Annotated[
-    str | None,
-    typer.Option(
-        help="ema (running statistics that follow) or ring (the paper's); default: ring with --window, else ema.",
-        rich_help_panel=METHOD,
-    ),
-]
+Window = Annotated[int | None, option("window")]
+Compensation = Annotated[str, option("compensation")]
+Gradient = Annotated[str, option("gradient")]
+History = Annotated[str | None, option("history")]
 
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per step.", rich_help_panel=TRAINING)]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that load images.", rich_help_panel=TRAINING)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=TRAINING)]
+BatchSize = Annotated[int, option("batch_size", TRAINING)]
+Workers = Annotated[int, option("workers", TRAINING)]
+Device = Annotated[str, option("device", TRAINING)]
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.", rich_help_panel=OUTPUT)]

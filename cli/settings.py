@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
@@ -13,13 +12,12 @@ import typer
 
 from cbn_convert.training.config import FinetuneConfig
 
-from .options import parse_channels, parse_kwargs
+from .options import SETTINGS, flag, option, parse_channels, parse_kwargs
 
 GIVEN = ("data", "model", "output")  # these have parameters of their own
 PLACE = ("workers", "device")  # what a resumed run may have otherwise: they say where it runs, not what it computes
 _NO_SETTINGS = ("config", "resume", "overwrite", "dry_run", "as_json", "debug", "quiet")
-_METAVARS = {"int": "N", "float": "X"}
-_SETTINGS = {f.name: f for f in fields(FinetuneConfig) if f.name not in GIVEN}
+_SETTINGS = {name: setting for name, setting in SETTINGS.items() if name not in GIVEN}
 
 
 def with_settings(*without: str, first: Iterable[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -32,7 +30,7 @@ def with_settings(*without: str, first: Iterable[str] = ()) -> Callable[[Callabl
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         hints = get_type_hints(FinetuneConfig)
-        options = [_option(name, hints[name]) for name in _SETTINGS if name not in without]
+        options = [_parameter(name, hints[name]) for name in _SETTINGS if name not in without]
         # the settings first: what a command shares with the others comes last in its help
         kinds = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) if p.default is not p.empty else p for p in own]
         ahead = [p for p in kinds if p.name in ("ctx", *GIVEN, *first)]
@@ -44,21 +42,13 @@ def with_settings(*without: str, first: Iterable[str] = ()) -> Callable[[Callabl
     return decorate
 
 
-def _option(name: str, hint: Any) -> inspect.Parameter:
+def _parameter(name: str, hint: Any) -> inspect.Parameter:
     setting = _SETTINGS[name]
-    rules = setting.metadata
-    kind = rules.get("type")
+    kind = setting.metadata.get("type")
     default = None if kind else setting.default
     annotation = Optional[kind] if kind else hint  # noqa: UP045  (a type known at run time only)
-    flag = f"--{name.replace('_', '-')}"
-    limits = {"min": rules["least"]} if "least" in rules and not kind else {}
-    metavar = rules.get("metavar", _METAVARS.get(str(setting.type).partition(" ")[0]))
-    option = typer.Option(
-        *rules.get("flags", (flag,)), help=rules["help"], rich_help_panel=rules["panel"],
-        metavar=metavar, show_default=default is not None, **limits,
-    )  # fmt: skip
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option(name)]
     )
 
 
@@ -96,7 +86,7 @@ def resumed_refuses(ctx: typer.Context, names: Iterable[str], allowed: Iterable[
         if name not in allowed:
             raise typer.BadParameter(
                 "what is resumed has its own; leave it out, or start anew",
-                param_hint=f"--{name.replace('_', '-')}",
+                param_hint=flag(name),
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,13 +53,12 @@ def finetune(
     with Session(as_json, debug, quiet) as session:
         from cbn_convert import FinetuneConfig
         from cbn_convert import finetune as run_finetune
+        from cbn_convert import resume as resume_run
 
         if resume is not None:
             resumed_refuses(ctx, ("config", *values, "model"), PLACE)
-            wanted = FinetuneConfig.of_run(resume)
-            wanted.data, wanted.output = str(data), str(resume)
-            for name in given(ctx, PLACE):
-                setattr(wanted, name, values[name])
+            moved = {name: values[name] for name in given(ctx, PLACE)}
+            wanted = replace(FinetuneConfig.of_run(resume), data=str(data), output=str(resume), **moved)
         else:
             wanted = FinetuneConfig(data=str(data), output=str(output), model=str(model), **values)
         if dry_run:
@@ -70,7 +70,10 @@ def finetune(
             session.print("nothing written (--dry-run)")
             session.result(planned)
             return
-        result = run_finetune(wanted, resume=resume is not None, overwrite=overwrite, quiet=quiet)
+        if resume is not None:
+            result = resume_run(resume, data=str(data), quiet=quiet, **moved)
+        else:
+            result = run_finetune(wanted, overwrite=overwrite, quiet=quiet)
         session.print(_summary(result))
         session.print(_next_steps(wanted, result))
         session.result(result.to_dict())
@@ -194,7 +197,7 @@ def export(
 ) -> None:
     """Writes a run's best model as a folder that plain timm loads, and checks that timm gives the same outputs."""
     with Session(as_json, debug, quiet) as session:
-        from cbn_convert.training.deploy import export_run
+        from cbn_convert.training.run_export import export_run
 
         result: dict[str, Any] = export_run(
             run, output, fold, onnx=onnx, torch_export=torch_export, overwrite=overwrite, dry_run=dry_run

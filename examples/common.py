@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
-from cbn_convert.training.norms import apply_norm
+from cbn_convert.training.alternatives import apply_norm
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MOBILENET = "weights/mobilenetv2_035_keras.timm.safetensors"  # ImageNet, with the statistics that its training left

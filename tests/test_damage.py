@@ -162,4 +162,4 @@ def test_a_damaged_state_is_not_resumed(part: str, colors: Path, tmp_path: Path)
         "history": "history holds a mean that is not finite",
     }[part]  # fmt: skip
     with pytest.raises(CbnError, match=fault):
-        cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+        cbn.resume(run, quiet=True)

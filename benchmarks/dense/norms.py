@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import cbn_convert as cbn
 from cbn_convert.conversion import norm_layers
 from cbn_convert.norm import Window
-from cbn_convert.training.norms import apply_norm
+from cbn_convert.training.alternatives import apply_norm
 
 ENCODER, NEW = ("bn", "frozen", "tune", "cbn"), ("bn", "gn", "cbn")
 

@@ -20,8 +20,8 @@ from ..errors import CbnError
 from ..models import ModelSpec, create_model
 from ..norm import CrossIterationMixin, Window
 from ..norm.carried import FIRST_LOOKS
+from ..training.alternatives import apply_norm
 from ..training.faults import one_value
-from ..training.norms import apply_norm
 from .published import use_published
 
 

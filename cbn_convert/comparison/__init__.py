@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ComparisonConfig as ComparisonConfig
-    from .engine import compare as compare
+    from .running import compare as compare
 
-_MODULES = {"ComparisonConfig": "config", "compare": "engine"}
+_MODULES = {"ComparisonConfig": "config", "compare": "running"}
 __all__ = sorted(_MODULES)
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import RunError
-from ..training.config import NORMS, FinetuneConfig
+from ..training.config import FinetuneConfig
+from ..training.settings import NORMS
 
 # What `cbn:NAME` sets, by the setting that has NAME as a value.
 VARIANTS = {

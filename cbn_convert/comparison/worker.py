@@ -18,8 +18,8 @@ import torch
 
 from ..errors import CbnError, DivergedError, OneValueError, OutOfMemoryError
 from ..training.config import FinetuneConfig
-from ..training.engine import finetune
 from ..training.metrics import read_metrics
+from ..training.runs import run as run_training
 from ..training.trained import evaluate
 from .config import with_tuples
 
@@ -31,7 +31,8 @@ def run(settings: dict[str, Any], tested: bool) -> dict[str, Any]:
     config = FinetuneConfig(**with_tuples(settings))
     folder = Path(config.output)
     try:
-        result = finetune(config, resume=(folder / "config.json").is_file(), overwrite=True, quiet=True)
+        resumed = (folder / "config.json").is_file()
+        result = run_training(config, resumed=resumed, overwrite=True, quiet=True)
     except (DivergedError, OneValueError, OutOfMemoryError) as error:
         return {"error": str(error)}
     outcome: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from .converted import Conversion
 from .exporting import export
+from .folded_weights import load_folded
 from .folding import FOLD_TARGETS, ChannelAffine, FoldTarget, fold
-from .loading import load_folded
 
 __all__ = ["FOLD_TARGETS", "ChannelAffine", "Conversion", "FoldTarget", "export", "fold", "load_folded"]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import FinetuneConfig as FinetuneConfig
     from .config import FinetuneResult as FinetuneResult
-    from .engine import finetune as finetune
+    from .runs import finetune as finetune
+    from .runs import resume as resume
     from .trained import evaluate as evaluate
     from .trained import load_run as load_run
 
@@ -19,8 +20,9 @@ _MODULES = {
     "FinetuneConfig": "config",
     "FinetuneResult": "config",
     "evaluate": "trained",
-    "finetune": "engine",
+    "finetune": "runs",
     "load_run": "trained",
+    "resume": "runs",
 }
 __all__ = sorted(_MODULES)
 

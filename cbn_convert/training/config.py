@@ -1,182 +1,62 @@
-"""Settings of a fine-tuning run: defaults, help, limits, and what is stored with the run.
-
-The table below is the only one: the command line makes its flags from it. It needs no torch, so that --help answers at
-once.
-"""
+"""All settings of a fine-tuning run as one object, what is stored with the run, and its outcome."""
 
 from __future__ import annotations
 
 import math
-import operator
-import re
-from collections.abc import Callable
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
 from ..files import read_json
+from .settings import (
+    PARTS,
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RunSettings,
+    SpeedSettings,
+    TrainingSettings,
+    check_setting,
+)
 
 if TYPE_CHECKING:
     from ..models import ModelSpec
-    from ..norm import Window
 
-NORMS = ("cbn", "bn", "frozen", "tune", "gn", "brn")
 DEFAULT_LR = {"sgd": 3e-3, "adamw": 3e-4}
 DEFAULT_LR_IMAGES = 2  # images per update that these are for
 FROZEN_LR = 10**-0.5  # what frozen BN can bear of it (docs/results.md)
-SCHEDULES = ("cosine", "linear", "constant")
-CLASS_BALANCES = ("none", "sample", "weight")
-PRECISIONS = ("no", "bf16", "fp16")
-DEVICES = ("auto", "cpu", "cuda", "mps")
-ON_NAN = ("stop", "skip")
-
-MODEL, METHOD, TRAINING = "Model and weights", "Method", "Training"
-OPTIMIZER, DATA, SPEED, RUN = (
-    "Optimizer and schedule",
-    "Data and augmentation",
-    "Speed and memory",
-    "Run and checkpoints",
-)
-PANELS = (MODEL, METHOD, TRAINING, OPTIMIZER, DATA, SPEED, RUN)
-
-
-def _setting(default: Any, panel: str, help: str, **rules: Any) -> Any:
-    """A field with what the command line and `check` need: least, below, choices, flags, metavar."""
-    metadata = {"panel": panel, "help": help, **rules}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
-class FinetuneConfig:
-    """Arguments of `finetune`; `cbn finetune --help` describes each, the model's are those of `ModelSpec`.
+class Places:
+    """What every run is given.
 
-    data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without val/;
-    or "hfds/NAME", a data set of Hugging Face with images of one label; or "wds/FOLDER", tar files of WebDataset.
-    output: run folder. lr: None is a rule, see `peak_lr`. window to burn_in: as in CrossIterationBatchNorm2d.
+    Args:
+        data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without
+            val/; or "hfds/NAME", a data set of Hugging Face with images of one label; or "wds/FOLDER", tar files of
+            WebDataset.
+        model: timm name, hf-hub:OWNER/NAME, local-dir:DIR, or a .safetensors file.
+        output: run folder.
     """
 
     data: str
     model: str
     output: str
 
-    arch: str | None = _setting(None, MODEL, "timm name, for a .safetensors file.")
-    checkpoint: str | None = _setting(
-        None, MODEL, "Weights: .safetensors or of torch.save, also of other tools.", metavar="FILE"
-    )
-    pretrained: bool = _setting(True, MODEL, "Pretrained or random weights.", flags=("--pretrained/--no-pretrained",))
-    model_kwargs: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "panel": MODEL, "help": "For timm.create_model, e.g. pad_type=same.", "metavar": "K=V,..", "type": str,
-        },
-    )  # fmt: skip
-    mean: tuple[float, ...] | None = _setting(
-        None, MODEL, "Channel means, e.g. 0.5,0.5,0.5, or one for all.", type=str, metavar="M,M,M"
-    )
-    std: tuple[float, ...] | None = _setting(None, MODEL, "Channel standard deviations.", type=str, metavar="S,S,S")
-    in_chans: int | None = _setting(
-        None, MODEL, "Channels of the images, e.g. 1 for greyscale; default: as the model has.", least=1
-    )
-    img_size: int | None = _setting(None, MODEL, "Height and width of the input.", least=1)
-    drop_path: float = _setting(0.0, MODEL, "Stochastic depth rate.", least=0, below=1)
-    freeze: str | None = _setting(
-        None, MODEL, "Parts whose weights and statistics stay: stem, stage1, .., or a pattern of names.",
-        metavar="PART,..",
-    )  # fmt: skip
 
-    norm: str = _setting(
-        "cbn", METHOD,
-        "cbn; or, to compare: bn, frozen (fixed statistics), tune (frozen, trained through the folded conv), "
-        "gn (GroupNorm), brn (Batch Renormalization).",
-        choices=NORMS,
-    )  # fmt: skip
-    window: int | None = _setting(
-        None, METHOD, "Iterations of a ring, 1 is BN; with --history ema images; default: ema of 8192 images.", least=1
-    )
-    compensation: str = _setting("projection", METHOD, "projection, taylor (the paper's), none.")
-    gradient: str = _setting("full", METHOD, "full, or current (the paper's code).")
-    history: str | None = _setting(
-        None,
-        METHOD,
-        "ema (running statistics that follow) or ring (the paper's); default: ring with --window, else ema.",
-    )
-    start: str | None = _setting(
-        None, METHOD, "With ema: running (from the statistics; the default) or empty (as new layers do)."
-    )
-    burn_in: int = _setting(0, METHOD, "Iterations at the start of a ring that use their own batch only.", least=0)
-    sync_cbn: bool = _setting(False, METHOD, "Share each batch's statistics among processes.")
-    ema: float | None = _setting(
-        None, METHOD, "Evaluate an average of weights and statistics with this decay, e.g. 0.999.", least=0, below=1,
-        metavar="DECAY",
-    )  # fmt: skip
-    recalibrate: int | None = _setting(
-        None, METHOD,
-        "Before evaluating, measure the statistics anew on so many batches; default: 0; 32 for bn and brn with --ema.",
-        least=0, metavar="BATCHES",
-    )  # fmt: skip
-
-    epochs: int = _setting(10, TRAINING, "Passes over the data.", least=1)
-    max_steps: int | None = _setting(None, TRAINING, "End after so many updates.", least=1)
-    batch_size: int = _setting(2, TRAINING, "Images per step and process.", least=1, flags=("--batch-size", "-b"))
-    accumulate: int = _setting(1, TRAINING, "Steps per update of the weights.", least=1)
-    label_smoothing: float = _setting(0.1, TRAINING, "Part of the target spread over all classes.", least=0, below=1)
-    class_balance: str = _setting(
-        "none", TRAINING, "For unequal classes: none, sample (each equally often), weight (in the loss).",
-        choices=CLASS_BALANCES,
-    )  # fmt: skip
-    eval_every: int | None = _setting(None, TRAINING, "Updates between evaluations; default: an epoch.", least=1)
-    patience: int | None = _setting(None, TRAINING, "Stop after so many evaluations without a new best.", least=1)
-    seed: int = _setting(0, TRAINING, "Of everything random.", least=0, below=2**31)
-
-    lr: float | None = _setting(
-        None, OPTIMIZER,
-        "Peak learning rate, or auto: 3e-3 (sgd) or 3e-4 (adamw) x sqrt(images per update / 2); frozen: a third.",
-        type=str, metavar="RATE|auto",
-    )  # fmt: skip
-    opt: str = _setting("sgd", OPTIMIZER, "sgd (Nesterov), adamw; with --lr any of timm's.")
-    momentum: float = _setting(0.9, OPTIMIZER, "Of sgd.", least=0, below=1)
-    weight_decay: float = _setting(1e-4, OPTIMIZER, "Not applied to norms and biases.", least=0)
-    clip_grad: float = _setting(5.0, OPTIMIZER, "Largest norm of the gradient; 0 for no limit.", least=0)
-    layer_decay: float | None = _setting(
-        None, OPTIMIZER, "Factor of the rate from a block to the one below, e.g. 0.75.", above=0, most=1
-    )
-    sched: str = _setting("cosine", OPTIMIZER, "cosine, linear or constant, after the warm-up.", choices=SCHEDULES)
-    warmup_ratio: float = _setting(0.05, OPTIMIZER, "Part of the updates in which the rate rises.", least=0, below=1)
-
-    val_fraction: float | None = _setting(
-        None, DATA, "Hold out this part of each class; for a folder without val/.", above=0, below=1
-    )
-    no_aug: bool = _setting(False, DATA, "Resize and crop only, no random changes.")
-    min_scale: float = _setting(0.08, DATA, "Smallest part of the image that a random crop shows.", above=0, most=1)
-    hflip: float = _setting(0.5, DATA, "Probability of a left-right flip.", least=0, most=1)
-    vflip: float = _setting(0.0, DATA, "Probability of an upside-down flip.", least=0, most=1)
-    color_jitter: float = _setting(0.4, DATA, "Strength of colour changes.", least=0)
-    auto_augment: str | None = _setting(
-        None, DATA, "timm's policy, e.g. rand-m9-mstd0.5 (RandAugment).", flags=("--auto-augment", "--aa"),
-        metavar="POLICY",
-    )  # fmt: skip
-    random_erasing: float = _setting(0.0, DATA, "Probability of erasing a rectangle.", least=0, most=1)
-    mixup: float = _setting(0.0, DATA, "Mixup alpha; needs an even batch size.", least=0)
-    cutmix: float = _setting(0.0, DATA, "CutMix alpha; needs an even batch size.", least=0)
-    workers: int = _setting(2, DATA, "Processes that load images.", least=0)
-    skip_bad_images: bool = _setting(False, DATA, "Leave out unreadable images, and list them.")
-
-    device: str = _setting("auto", SPEED, "auto, cpu, cuda or mps.", choices=DEVICES)
-    mixed_precision: str = _setting("no", SPEED, "no, bf16, or fp16 (with loss scaling).", choices=PRECISIONS)
-    channels_last: bool = _setting(False, SPEED, "Memory format of images and weights.")
-    compile: bool = _setting(False, SPEED, "torch.compile.")
-    grad_checkpointing: bool = _setting(False, SPEED, "Recompute activations instead of keeping them.")
-
-    save_every: int | None = _setting(None, RUN, "Updates between checkpoints, beside each evaluation.", least=1)
-    keep: int = _setting(2, RUN, "Checkpoints to keep.", least=1)
-    on_nan: str = _setting("stop", RUN, "When a gradient is not finite: stop, or skip that update.", choices=ON_NAN)
-    tracker: str | None = _setting(None, RUN, "tensorboard, wandb or another of accelerate's trackers.")
+# dataclasses take the fields of the last base first
+@dataclass
+class FinetuneConfig(
+    RunSettings, SpeedSettings, DataSettings, OptimizerSettings, TrainingSettings, MethodSettings, ModelSettings, Places
+):
+    """Arguments of `finetune`; `cbn finetune --help` describes each."""
 
     def check(self) -> None:
         """Raises RunError for the first argument that is of another type or out of range."""
         for f in fields(self):
-            _check(f.name, getattr(self, f.name), f)
+            check_setting(f.name, getattr(self, f.name), f)
         if self.lr is None and self.opt not in DEFAULT_LR:
             raise RunError(f"lr has no automatic value for opt {self.opt!r}, only for sgd and adamw; give a rate")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
@@ -192,13 +72,6 @@ class FinetuneConfig:
         except ValueError as error:
             raise RunError(str(error)) from None
 
-    def normalization_window(self) -> Window:
-        """What layers normalise by with norm "cbn". Raises ValueError for settings that do not go together."""
-        from ..norm import window_of
-
-        names = ("compensation", "gradient", "history", "start", "burn_in")
-        return window_of(self.window, {**{name: getattr(self, name) for name in names}, "sync": self.sync_cbn})  # type: ignore[typeddict-item]
-
     def peak_lr(self, ranks: int = 1) -> float:
         """`lr`; or, where it is None, 3e-3 ("sgd") or 3e-4 ("adamw") for 2 images per update of all `ranks` processes.
 
@@ -209,14 +82,6 @@ class FinetuneConfig:
             return self.lr
         rate = DEFAULT_LR[self.opt] * math.sqrt(self.batch_size * self.accumulate * ranks / DEFAULT_LR_IMAGES)
         return rate * FROZEN_LR if self.norm in ("frozen", "tune") else rate
-
-    @property
-    def recalibration_batches(self) -> int:
-        """Batches on which the statistics are measured anew before an evaluation."""
-        if self.recalibrate is not None:
-            return self.recalibrate
-        # frozen BN and CBN are trained with the statistics that they have
-        return 32 if self.ema is not None and self.norm in ("bn", "brn") else 0
 
     def model_spec(self) -> ModelSpec:
         """The part that describes the model."""
@@ -269,33 +134,9 @@ class FinetuneConfig:
         return config
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "dict": (dict,), "tuple": (tuple, list),
-}  # fmt: skip
-_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "below": ("below", operator.lt),
-    "most": ("at most", operator.le),
-}
-
-
-def _check(name: str, value: Any, setting: Field[Any]) -> None:
-    """Raises RunError if the value is not of the field's type, none of its choices or outside its limits."""
-    if value is None and setting.default is None:
-        return
-    kind = re.match(r"\w+", str(setting.type)).group()  # type: ignore[union-attr]
-    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
-        raise RunError(f"{name} must be of type {kind}, got {value!r}")
-    choices = setting.metadata.get("choices")
-    if choices and value not in choices:
-        raise RunError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    limits = {
-        words: (holds, setting.metadata[rule]) for rule, (words, holds) in _LIMITS.items() if rule in setting.metadata
-    }
-    if not all(holds(value, limit) for holds, limit in limits.values()):
-        wanted = " and ".join(f"{words} {limit}" for words, (_, limit) in limits.items())
-        raise RunError(f"{name} must be {wanted}, got {value}")
+def panel(name: str) -> str:
+    """The heading in --help of the part that a setting belongs to."""
+    return next(part.PANEL for part in PARTS if name in part.__dataclass_fields__)
 
 
 def read_run(run: str | Path) -> dict[str, Any]:

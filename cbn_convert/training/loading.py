@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from ..errors import CbnWarning, DataError, RunError, printable
 from .channels import MODES, blank
 from .config import FinetuneConfig
-from .data import Split
+from .settings import DataSettings
+from .splits import Split
 from .transforms import PlainTransform
 
 Item = tuple[int, int | None]  # the index of an image, and the seed of its changes
@@ -161,35 +162,37 @@ def training_loader(
         weights=weights,
     )  # fmt: skip
     channels = data_config["input_size"][0]
-    changes = {} if config.no_aug else {
-        "scale": (config.min_scale, 1.0), "hflip": config.hflip, "vflip": config.vflip,
-        "color_jitter": _color_jitter(config, channels), "auto_augment": config.auto_augment,
-        "re_prob": config.random_erasing, "re_mode": "pixel",
-    }  # fmt: skip
-    try:
-        transform = (
-            PlainTransform(data_config)
-            if config.no_aug
-            else create_transform(**data_config, is_training=True, **changes)
-        )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise DataError(
-            f"timm makes no augmentation of auto_augment {config.auto_augment!r} ({error}); "
-            "give a policy such as rand-m9-mstd0.5"
-        ) from error
-    images = ImageList(split, transform, channels, config.skip_bad_images)
+    images = ImageList(split, _training_transform(data_config, config), channels, config.skip_bad_images)
     return _loader(images, config.workers, batch_sampler=sampler), sampler
 
 
-def _color_jitter(config: FinetuneConfig, channels: int) -> float | None:
+def _training_transform(data_config: dict[str, Any], settings: DataSettings) -> Any:
+    """timm's random changes of an image. Raises DataError for a policy that there is not."""
+    if settings.no_aug:
+        return PlainTransform(data_config)
+    jitter = _color_jitter(settings, data_config["input_size"][0])
+    try:
+        return create_transform(
+            **data_config, is_training=True, color_jitter=jitter, auto_augment=settings.auto_augment,
+            scale=(settings.min_scale, 1.0), hflip=settings.hflip, vflip=settings.vflip,
+            re_prob=settings.random_erasing, re_mode="pixel",
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise DataError(
+            f"timm makes no augmentation of auto_augment {settings.auto_augment!r} ({error}); "
+            "give a policy such as rand-m9-mstd0.5"
+        ) from error
+
+
+def _color_jitter(settings: DataSettings, channels: int) -> float | None:
     """Its strength; None, with a CbnWarning, for images of which nobody knows what their channels are.
 
     Raises RunError if it was asked for, or a policy of colour changes.
     """
-    if channels in MODES or not (config.color_jitter or config.auto_augment):
-        return config.color_jitter or None
+    if channels in MODES or not (settings.color_jitter or settings.auto_augment):
+        return settings.color_jitter or None
     for name in ("auto_augment", "color_jitter"):
-        if getattr(config, name) not in (0, getattr(FinetuneConfig, name)):
+        if getattr(settings, name) not in (0, getattr(DataSettings, name)):
             raise RunError(
                 f"{name} changes colours, which images with {channels} channels do not have; leave "
                 f"--{name.replace('_', '-')} out"

@@ -14,7 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..errors import RunError
-from .config import FinetuneConfig
+from .settings import OptimizerSettings
 
 FUSED = ("sgd", "adamw")  # the ones of torch that can leave a step out without waiting for the GPU
 
@@ -57,29 +57,29 @@ def freeze(model: nn.Module, modules: list[str]) -> None:
         raise RunError("freeze leaves no weight to train; name fewer parts")
 
 
-def make_optimizer(model: nn.Module, config: FinetuneConfig, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: OptimizerSettings, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer of that name, without weight decay for norms and biases. Raises RunError for an unknown name."""
-    if config.opt not in list_optimizers() or config.opt == "adahessian":  # which needs second derivatives
-        raise RunError(f"opt must be sgd, adamw or another of timm's optimizers, got {config.opt!r}")
-    more: dict[str, Any] = {"fused": True} if config.opt in FUSED else {}
+    if settings.opt not in list_optimizers() or settings.opt == "adahessian":  # which needs second derivatives
+        raise RunError(f"opt must be sgd, adamw or another of timm's optimizers, got {settings.opt!r}")
+    more: dict[str, Any] = {"fused": True} if settings.opt in FUSED else {}
     try:
         return create_optimizer_v2(
-            model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum,
-            layer_decay=config.layer_decay, **more,
+            model, opt=settings.opt, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum,
+            layer_decay=settings.layer_decay, **more,
         )  # fmt: skip
     except (TypeError, ValueError, AssertionError, ModuleNotFoundError) as error:
-        raise RunError(f"optimizer {config.opt} cannot be made ({error}); take sgd or adamw") from error
+        raise RunError(f"optimizer {settings.opt} cannot be made ({error}); take sgd or adamw") from error
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, config: FinetuneConfig, lr: float, steps: int) -> Scheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, lr: float, steps: int) -> Scheduler:
     """timm's schedule over `steps` updates, the warm-up among them; `step_update(n)` sets the rate of update n."""
-    warmup = min(round(config.warmup_ratio * steps), steps - 1)
+    warmup = min(round(settings.warmup_ratio * steps), steps - 1)
     common: dict[str, Any] = {
         "warmup_t": warmup, "warmup_lr_init": lr / max(warmup, 1), "warmup_prefix": True, "t_in_epochs": False,
     }  # fmt: skip
     left = steps - warmup
-    if config.sched == "cosine" and left > 1:  # of one update timm says that it is no cosine
+    if settings.sched == "cosine" and left > 1:  # of one update timm says that it is no cosine
         return CosineLRScheduler(optimizer, t_initial=left, **common)
-    if config.sched == "linear":
+    if settings.sched == "linear":
         return PolyLRScheduler(optimizer, t_initial=left, power=1.0, **common)
     return StepLRScheduler(optimizer, decay_t=left + 1, decay_rate=1.0, **common)

@@ -19,14 +19,14 @@ from ..conversion import norm_layers
 from ..errors import ModelError, RunError
 from ..files import check_output, check_replaceable, clean_up, remove_directory, write_json, writing
 from ..models import create_model, reset_head
+from .alternatives import apply_norm
 from .checkpoint import checkpoints
 from .config import FinetuneConfig
-from .data import Split, read_splits, refuse_among_images
 from .description import build_described, describe, stored_description
 from .environment import stored_environment
 from .loading import StepSampler
-from .norms import apply_norm
 from .optimization import freeze, frozen_modules
+from .splits import Split, read_splits, refuse_among_images
 
 
 @dataclass

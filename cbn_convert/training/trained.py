@@ -10,12 +10,12 @@ from timm.data import resolve_model_data_config
 from ..deploy.class_map import known_classes
 from ..errors import DataError, RunError
 from ..models import ModelSpec, create_model, load_weights
+from .alternatives import apply_norm
 from .config import read_run
-from .data import evaluation_split
 from .description import build_described, stored_description
 from .evaluation import Evaluation, accuracy, resolve_device
 from .loading import batches, plain_loader
-from .norms import apply_norm
+from .splits import evaluation_split
 
 
 def load_run(run: str | Path) -> tuple[Any, list[str]]:

@@ -278,12 +278,12 @@ def test_batch_size_1_down_to_one_pixel(colors: Path, tmp_path: Path) -> None:
 
 
 def test_interrupt_is_130(colors: Path, tmp_path: Path, monkeypatch) -> None:
-    from cbn_convert.training import engine
+    from cbn_convert.training import loop
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine._Trainer, "train", interrupt)
+    monkeypatch.setattr(loop.Trainer, "train", interrupt)
     code, out, err = cbn("finetune", colors, "-m", "test_resnet", "-o", tmp_path / "run", *SMALL)
     assert (code, out, err) == (130, "", "interrupted\n")
 

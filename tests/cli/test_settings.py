@@ -16,8 +16,9 @@ from helpers.commands import SMALL, cbn
 
 import cbn_convert
 from cbn_convert import FinetuneConfig, FinetuneResult
-from cbn_convert.training.config import PANELS
+from cbn_convert.training import runs
 from cbn_convert.training.metrics import read_metrics
+from cbn_convert.training.settings import PARTS
 
 Reader = Callable[..., FinetuneConfig]
 RESULT = FinetuneResult("o", "cbn", 1, 50.0, 100.0, 1, 1, 50.0, 1.0, 0.1, 2.0, 0.0, None, 0, [], False, 0.05, "")
@@ -202,7 +203,7 @@ def test_the_settings_of_a_run_are_a_file_for_the_next(colors: Path, tmp_path: P
 def test_help_names_every_panel_and_every_flag() -> None:
     code, out, _ = cbn("finetune", "--help")
     assert code == 0
-    for panel in (*PANELS, "Output"):
+    for panel in (*(part.PANEL for part in PARTS), "Output"):
         assert f"╭─ {panel} ─" in out, panel
     words = out.replace(",", " ").split()
     for f in fields(FinetuneConfig):
@@ -271,7 +272,7 @@ def test_a_resumed_run_keeps_its_place_unless_told_otherwise(
     flags: list[object], workers: int, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(cbn_convert, "finetune", lambda config, **how: (seen.append((config, how)), RESULT)[1])
+    monkeypatch.setattr(runs, "run", lambda config, **how: (seen.append((config, how)), RESULT)[1])
     stored = FinetuneConfig("d", "m", "o", workers=0, device="cpu", window=7, epochs=3)
     (tmp_path / "config.json").write_text(
         json.dumps({"config": stored.to_dict(), "classes": [], "images": {}, "data_config": {}})
@@ -279,7 +280,7 @@ def test_a_resumed_run_keeps_its_place_unless_told_otherwise(
     code, _, err = cbn("finetune", "elsewhere", "--resume", tmp_path, *flags)
     assert code == 0, err
     ((config, how),) = seen
-    assert how["resume"] is True
+    assert how["resumed"] is True
     assert (config.workers, config.device) == (workers, device)
     assert (config.data, config.output, config.window, config.epochs) == ("elsewhere", str(tmp_path), 7, 3)
 

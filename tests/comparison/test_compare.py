@@ -19,8 +19,8 @@ from helpers.waiting import wait_until
 import cbn_convert as cbn
 from cbn_convert.comparison import workers
 from cbn_convert.comparison.config import ComparisonConfig
-from cbn_convert.comparison.engine import ComparisonInterrupted, check, compare
 from cbn_convert.comparison.plan import Cell
+from cbn_convert.comparison.running import ComparisonInterrupted, check, compare
 from cbn_convert.comparison.store import read_comparison
 from cbn_convert.errors import CbnWarning, DataError, RunError
 

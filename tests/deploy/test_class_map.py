@@ -15,8 +15,8 @@ from PIL import Image
 import cbn_convert as cbn
 from cbn_convert.errors import ExportError
 from cbn_convert.models import ModelSpec, create_model
-from cbn_convert.training.data import evaluation_split
-from cbn_convert.training.deploy import export_run
+from cbn_convert.training.run_export import export_run
+from cbn_convert.training.splits import evaluation_split
 
 # natural order is 1, 2, .., 10; and Apple and apple are the same without case
 NAMES = sorted([*map(str, range(1, 11)), "Apple", "apple", "Banana", "cherry", "été"])

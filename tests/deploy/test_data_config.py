@@ -16,7 +16,7 @@ import cbn_convert as cbn
 from cbn_convert.errors import ModelError
 from cbn_convert.models import ModelSpec, create_model
 from cbn_convert.training.config import FinetuneConfig
-from cbn_convert.training.deploy import export_run
+from cbn_convert.training.run_export import export_run
 
 # timm trains resnet18 at 224 px with a crop of 0.95, and evaluates it at 288 with 1.0
 TRAINED, EVALUATED = ((3, 224, 224), 0.95), ((3, 288, 288), 1.0)

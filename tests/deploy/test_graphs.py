@@ -20,7 +20,7 @@ import cbn_convert as cbn
 from cbn_convert.deploy import exporting
 from cbn_convert.deploy.graphs import write_graphs
 from cbn_convert.errors import ExportError
-from cbn_convert.training.deploy import export_run
+from cbn_convert.training.run_export import export_run
 
 SMALL = {"input_size": (3, 64, 64), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 

@@ -41,7 +41,7 @@ def final_state(run: Path) -> dict[str, Any]:
     newest = checkpoint.checkpoints(run)[0]
     shared = torch.load(newest / "training.pt", weights_only=True)
     for name in ("train_seconds", "wait_seconds"):
-        del shared["progress"][name]
+        del shared["state"][name]
     records = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(run)]
     rank = torch.load(newest / "rank-0.pt", weights_only=True)
     return {"step": newest.name, "shared": shared, "rank": rank, "records": records}

@@ -11,7 +11,7 @@ import torch
 from torch.distributed import destroy_process_group, get_rank
 
 import cbn_convert as cbn
-from cbn_convert.training import engine
+from cbn_convert.training import loop
 from cbn_convert.training.config import FinetuneConfig
 from cbn_convert.training.learner import Learner
 
@@ -25,7 +25,7 @@ class Killed(BaseException):
 def main(folder: Path, settings: dict[str, Any]) -> None:
     """A whole run, and one that is killed in the middle of an epoch and resumed; the model of each process is kept."""
     trainers: list[Any] = []
-    init, step = engine._Trainer.__init__, Learner.step_unless_bad
+    init, step = loop.Trainer.__init__, Learner.step_unless_bad
 
     def noted(self: Any, *arguments: Any) -> None:
         init(self, *arguments)
@@ -36,17 +36,17 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
             raise Killed
         return step(self)
 
-    engine._Trainer.__init__ = noted
+    loop.Trainer.__init__ = noted
     cbn.finetune(FinetuneConfig(output=str(folder / "whole"), **settings), quiet=True)
     torch.save(trainers[0].model.state_dict(), folder / f"whole-{get_rank()}.pt")
-    result = cbn.finetune(FinetuneConfig.of_run(folder / "whole"), resume=True, quiet=True)
+    result = cbn.resume(folder / "whole", quiet=True)
 
     Learner.step_unless_bad = killing
     try:
         cbn.finetune(FinetuneConfig(output=str(folder / "cut"), **settings), quiet=True)
     except Killed:
         Learner.step_unless_bad = step
-    cbn.finetune(FinetuneConfig.of_run(folder / "cut"), resume=True, quiet=True)
+    cbn.resume(folder / "cut", quiet=True)
     torch.save(trainers[-1].model.state_dict(), folder / f"cut-{get_rank()}.pt")
     (folder / f"result-{get_rank()}.json").write_text(json.dumps(result.to_dict()))
     destroy_process_group()

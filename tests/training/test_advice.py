@@ -109,8 +109,7 @@ def test_a_run_says_it_first_and_keeps_it(colors: Path, tmp_path: Path, capfd) -
     assert result.statistics_shift > 0
     assert result.advice.startswith("the images' statistics are")
     assert told.index(result.advice) < told.index("validation top-1")
-    settings = FinetuneConfig.of_run(tmp_path / "run")
-    assert cbn.finetune(settings, resume=True, quiet=True).statistics_shift == result.statistics_shift
+    assert cbn.resume(tmp_path / "run", quiet=True).statistics_shift == result.statistics_shift
 
 
 def test_a_run_with_random_weights_has_no_statistics(colors: Path, tmp_path: Path, capfd) -> None:

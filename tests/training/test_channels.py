@@ -20,9 +20,9 @@ import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning, DataError, ModelError, RunError
 from cbn_convert.models import ModelSpec, create_model
 from cbn_convert.training.config import FinetuneConfig
-from cbn_convert.training.data import Split, read_splits
 from cbn_convert.training.images import open_image
 from cbn_convert.training.loading import batches, plain_loader, training_loader
+from cbn_convert.training.splits import Split, read_splits
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (6, 4, 4), dtype=np.uint8)
@@ -146,7 +146,7 @@ def test_the_whole_way(channels: int, tmp_path: Path, monkeypatch: pytest.Monkey
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["best_top1"] > 90
     # resumed, it is the same network
-    resumed = cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+    resumed = cbn.resume(run, quiet=True)
     assert resumed.best_top1 > 90
     command = ["export", run, "-o", out, "--fold", "conv"] + ["--onnx", "--torch-export"] * (channels == 4)
     result = CliRunner().invoke(app, [str(argument) for argument in command])

@@ -18,9 +18,8 @@ import cbn_convert as cbn
 from cbn_convert.errors import ModelError, RunError
 from cbn_convert.models import ModelSpec, create_model
 from cbn_convert.training import load_run
-from cbn_convert.training.config import FinetuneConfig
-from cbn_convert.training.deploy import export_run
 from cbn_convert.training.description import build_described, describe
+from cbn_convert.training.run_export import export_run
 from cbn_convert.training.setup import build, prepare_folder
 
 # same keys and shapes with and without
@@ -53,7 +52,7 @@ def test_a_run_that_was_cut_goes_on_as_the_network_of_its_source(colors: Path, t
         with pytest.raises(Killed):
             cbn.finetune(config(colors, run, **settings), quiet=True)
     shutil.rmtree(tmp_path / "source")
-    cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+    cbn.resume(run, quiet=True)
     assert_equal(final_state(run), final_state(tmp_path / "whole"))
 
     x = torch.randn(2, 3, 64, 64)
@@ -128,7 +127,7 @@ def test_a_run_of_an_older_version_is_refused(colors: Path, tmp_path: Path) -> N
     spec = {"model_kwargs": {}, "mean": [0.5] * 3, "std": [0.5] * 3, "img_size": 32}
     stored["model"] = {"architecture": "test_resnet", "spec": spec}
     (run / "config.json").write_text(json.dumps(stored))
-    for use in (lambda: cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True), lambda: load_run(run)):
+    for use in (lambda: cbn.resume(run, quiet=True), lambda: load_run(run)):
         with pytest.raises(RunError, match="was started by an older version, which did not store all"):
             use()
 

@@ -15,7 +15,6 @@ from helpers.runs import assert_equal, config, final_state
 
 import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning, RunError
-from cbn_convert.training.config import FinetuneConfig
 from cbn_convert.training.environment import stored_environment
 
 
@@ -82,12 +81,12 @@ def test_what_torch_and_timm_read_stands_in_config_json(
         monkeypatch.setenv(name, value)
     cbn.finetune(config(colors, run, max_steps=2), quiet=True)
     assert json.loads((run / "config.json").read_text())["environment"] == chosen
-    cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)  # a warning would be an error here
+    cbn.resume(run, quiet=True)  # a warning would be an error here
     monkeypatch.setenv("TIMM_REENTRANT_CKPT", "1")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     message = "began with NVIDIA_TF32_OVERRIDE=0, without TIMM_REENTRANT_CKPT in the environment, which is not so now"
     with pytest.warns(CbnWarning, match=message):
-        cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+        cbn.resume(run, quiet=True)
 
 
 def test_every_variable_of_timms_models_and_layers_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import cbn_convert as cbn
 from cbn_convert.conversion import norm_layers
 from cbn_convert.errors import DataError, RunError
+from cbn_convert.training.alternatives import apply_norm, restore_norm
 from cbn_convert.training.evaluation import Evaluation, accuracy, resolve_device
 from cbn_convert.training.loading import IGNORED, Batch
-from cbn_convert.training.norms import apply_norm, restore_norm
 from cbn_convert.training.recalibration import recalibrate
 
 CPU = torch.device("cpu")

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 import cbn_convert as cbn
 from cbn_convert.errors import DataError, RunError
-from cbn_convert.training import checkpoint, engine
-from cbn_convert.training.config import FinetuneConfig
+from cbn_convert.training import checkpoint, loop
 from cbn_convert.training.faults import TrainingInterrupted, first_non_finite
 from cbn_convert.training.learner import Learner
 from cbn_convert.training.metrics import read_metrics
@@ -29,7 +28,7 @@ from cbn_convert.training.setup import owned
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
     """Makes the gradients of these updates, counted from 1, infinite."""
-    clip = engine.Accelerator.clip_grad_norm_
+    clip = loop.Accelerator.clip_grad_norm_
     count = 0
 
     def spoiled(self: Any, parameters: list[Tensor], *arguments: Any) -> Any:
@@ -39,7 +38,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
             parameters[3].grad[0] = torch.inf
         return clip(self, parameters, *arguments)
 
-    monkeypatch.setattr(engine.Accelerator, "clip_grad_norm_", spoiled)
+    monkeypatch.setattr(loop.Accelerator, "clip_grad_norm_", spoiled)
 
 
 @pytest.mark.parametrize("update", [1, 6])
@@ -151,7 +150,7 @@ def test_a_signal_ends_the_run_after_its_step(
     assert raised.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
     assert checkpoint.checkpoints(tmp_path / "run")[0].name == "step-00000006"
-    cbn.finetune(FinetuneConfig.of_run(tmp_path / "run"), resume=True, quiet=True)
+    cbn.resume(tmp_path / "run", quiet=True)
     got, want = final_state(tmp_path / "run"), final_state(tmp_path / "whole")
     assert_equal(got, want)
 
@@ -160,18 +159,18 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
     colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"max_steps": 4, "eval_every": 2}
-    evaluate = engine._Trainer._evaluate
+    evaluate = loop.Trainer._evaluate
 
     def signalled(self: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._Trainer, "_evaluate", signalled)
+        patch.setattr(loop.Trainer, "_evaluate", signalled)
         with pytest.raises(TrainingInterrupted, match="after step 2"):
             cbn.finetune(config(colors, tmp_path / "run", **settings), quiet=True)
     assert not [r for r in read_metrics(tmp_path / "run") if r["event"] == "eval"]
-    cbn.finetune(FinetuneConfig.of_run(tmp_path / "run"), resume=True, quiet=True)
+    cbn.resume(tmp_path / "run", quiet=True)
     assert [r["step"] for r in read_metrics(tmp_path / "run") if r["event"] == "eval"] == [2, 4]
 
 
@@ -239,7 +238,7 @@ def test_what_a_killed_process_left_is_cleaned_up(colors: Path, tmp_path: Path) 
     (run / ".best.tmp-abcdefgh").mkdir()
     (run / ".metrics.jsonl.tmp-abcdefgh").write_text("half")
     (run / "checkpoints/.step-00000099.tmp-abcdefgh").mkdir()
-    cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+    cbn.resume(run, quiet=True)
     assert {p.name for p in run.iterdir() if p.name.startswith(".")} == {".lock"}
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
     assert (run / "best/model.safetensors").is_file()

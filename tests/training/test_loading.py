@@ -22,9 +22,8 @@ from torch import Tensor
 
 import cbn_convert as cbn
 from cbn_convert.errors import DataError
-from cbn_convert.training import engine
+from cbn_convert.training import loop
 from cbn_convert.training.config import FinetuneConfig
-from cbn_convert.training.data import Split, read_splits
 from cbn_convert.training.evaluation import accuracy
 from cbn_convert.training.loading import (
     IGNORED,
@@ -35,6 +34,7 @@ from cbn_convert.training.loading import (
     plain_loader,
     training_loader,
 )
+from cbn_convert.training.splits import Split, read_splits
 
 DATA_CONFIG = resolve_data_config({"img_size": 32})
 AUGMENTED = FinetuneConfig(
@@ -278,7 +278,7 @@ def test_a_worker_killed_while_the_main_process_computes(
 ) -> None:
     loaders: list[Any] = []
     killed: list[int] = []
-    make = engine.training_loader
+    make = loop.training_loader
 
     def spy(*arguments: Any) -> Any:
         loaders.append(make(*arguments)[0])
@@ -292,7 +292,7 @@ def test_a_worker_killed_while_the_main_process_computes(
         os.kill(killed[0], signal.SIGKILL)
         time.sleep(0.2)
 
-    monkeypatch.setattr(engine, "training_loader", spy)
+    monkeypatch.setattr(loop, "training_loader", spy)
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     settings = config(colors, tmp_path / "run", workers=1, norm="bn")
     with pytest.raises(DataError, match=r"a process that loads images has died .* use fewer --workers"):

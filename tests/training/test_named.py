@@ -17,7 +17,7 @@ from timm.data import create_dataset
 
 import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning, DataError
-from cbn_convert.training.data import evaluation_split, read_splits
+from cbn_convert.training.splits import evaluation_split, read_splits
 
 
 def test_a_data_set_is_as_good_as_its_folder(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

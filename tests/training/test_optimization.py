@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cbn_convert as cbn
 from cbn_convert.errors import RunError
-from cbn_convert.training import engine, load_run
+from cbn_convert.training import load_run, runs
 from cbn_convert.training.config import FinetuneConfig
 from cbn_convert.training.optimization import freeze, frozen_modules, make_optimizer, make_scheduler
 
@@ -80,14 +80,14 @@ def test_a_part_that_is_not_there(name: str, stages: int) -> None:
 def run(data: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[dict, dict]:
     """The state before training and that of the best model after it."""
     states: list[dict[str, Tensor]] = []
-    build = engine.build
+    build = runs.build
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         built = build(*args, **kwargs)
         states.append({k: v.clone() for k, v in built.model.state_dict().items()})
         return built
 
-    monkeypatch.setattr(engine, "build", spy)
+    monkeypatch.setattr(runs, "build", spy)
     # without zeros in the residual branches, so that four updates change every weight that learns
     settings = config(data, output, max_steps=4, lr=0.1, model_kwargs={"zero_init_last": False}, **changes)
     cbn.finetune(settings, quiet=True)

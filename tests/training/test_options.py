@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import cbn_convert as cbn
 from cbn_convert.errors import ModelError, RunError
 from cbn_convert.norm import CrossIterationMixin
-from cbn_convert.training import checkpoint, engine
+from cbn_convert.training import checkpoint, loop
 from cbn_convert.training.learner import Learner
 from cbn_convert.training.metrics import read_metrics
 
@@ -32,13 +32,13 @@ def weights(run: Path) -> dict[str, Tensor]:
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The trainers that are made."""
     made: list[Any] = []
-    init = engine._Trainer.__init__
+    init = loop.Trainer.__init__
 
     def spy(self: Any, *arguments: Any) -> None:
         init(self, *arguments)
         made.append(self)
 
-    monkeypatch.setattr(engine._Trainer, "__init__", spy)
+    monkeypatch.setattr(loop.Trainer, "__init__", spy)
     return made
 
 
@@ -100,8 +100,8 @@ def test_an_average_is_recalibrated_for_norms_that_train_with_a_batchs_statistic
 def test_statistics_are_measured_anew_on_training_images(norm: str, colors: Path, tmp_path: Path) -> None:
     from timm.models import create_model
 
-    from cbn_convert.training.data import read_splits
     from cbn_convert.training.loading import plain_loader
+    from cbn_convert.training.splits import read_splits
 
     settings = config(colors, tmp_path / "run", norm=norm, max_steps=4, recalibrate=4)
     cbn.finetune(settings, quiet=True)

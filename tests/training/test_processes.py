@@ -19,7 +19,6 @@ from helpers.waiting import wait_until
 import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning
 from cbn_convert.training import checkpoint
-from cbn_convert.training.config import FinetuneConfig
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ACCELERATE = [
@@ -90,7 +89,7 @@ def test_processes_agree_and_resume(processes: int, changes: dict[str, Any], une
         newest = checkpoint.checkpoints(tmp_path / "cut")[0]
         newest.rename(newest.with_name("gone"))
         with pytest.warns(CbnWarning, match="had 2 processes and goes on with 1"):
-            result = cbn.finetune(FinetuneConfig.of_run(tmp_path / "cut"), resume=True, quiet=True)
+            result = cbn.resume(tmp_path / "cut", quiet=True)
         assert result.steps == 2 * (37 // 2)
 
 

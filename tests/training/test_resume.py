@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_killed_anywhere(case: str, colors: Path, tmp_path: Path) -> None:
         torch.manual_seed(update)  # the state of the process that goes on is another one
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(timm.models, "load_state_dict", None)  # the weights it started from are not read again
-            cbn.finetune(FinetuneConfig.of_run(tmp_path / "cut"), resume=True, quiet=True)
+            cbn.resume(tmp_path / "cut", quiet=True)
         assert_equal(final_state(tmp_path / "cut"), expected)
         assert_equal(*(load_file(tmp_path / run / "best/model.safetensors") for run in ("whole", "cut")))
 
@@ -63,7 +64,7 @@ def test_the_number_of_workers_does_not_matter(colors: Path, tmp_path: Path) -> 
 def test_a_finished_run_is_not_trained_again(colors: Path, tmp_path: Path) -> None:
     first = cbn.finetune(config(colors, tmp_path / "run", max_steps=3), quiet=True)
     before = final_state(tmp_path / "run")
-    again = cbn.finetune(FinetuneConfig.of_run(tmp_path / "run"), resume=True, quiet=True)
+    again = cbn.resume(tmp_path / "run", quiet=True)
     assert (again.steps, again.best_top1) == (first.steps, first.best_top1)
     assert_equal(final_state(tmp_path / "run"), before)
 
@@ -77,7 +78,7 @@ def test_killed_before_the_first_checkpoint(colors: Path, tmp_path: Path, monkey
         with pytest.raises(Killed):
             cbn.finetune(config(colors, tmp_path / "run", max_steps=3), quiet=True)
     assert not checkpoint.checkpoints(tmp_path / "run")
-    cbn.finetune(FinetuneConfig.of_run(tmp_path / "run"), resume=True, quiet=True)
+    cbn.resume(tmp_path / "run", quiet=True)
     cbn.finetune(config(colors, tmp_path / "whole", max_steps=3), quiet=True)
     assert_equal(final_state(tmp_path / "run"), final_state(tmp_path / "whole"))
 
@@ -98,9 +99,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("damage", ["flipped bit", "cut off", "gone"])
 def test_a_damaged_checkpoint_is_set_aside(file: str, damage: str, finished: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished[1], tmp_path / "run"))
-    stored = json.loads((run / "config.json").read_text())
-    stored["config"]["output"] = str(run)
-    (run / "config.json").write_text(json.dumps(stored))
     path = run / "checkpoints/step-00000032" / file
     content = bytearray(path.read_bytes())
     if damage == "flipped bit":
@@ -111,7 +109,7 @@ def test_a_damaged_checkpoint_is_set_aside(file: str, damage: str, finished: tup
     else:
         path.unlink()
     with pytest.warns(CbnWarning, match=r"step-00000032 is damaged \(.+\); it is now damaged-step-00000032") as warned:
-        result = cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+        result = cbn.resume(run, quiet=True)
     assert "\n" not in str(warned[0].message)
     assert result.steps == 32
     assert {p.name for p in (run / "checkpoints").iterdir()} == {
@@ -125,15 +123,13 @@ def test_all_checkpoints_damaged(finished: tuple[Path, Path], tmp_path: Path) ->
     run = Path(shutil.copytree(finished[1], tmp_path / "run"))
     for path in checkpoint.checkpoints(run):
         (path / "training.pt").write_bytes(b"junk")
-    wanted = FinetuneConfig.of_run(run)
-    wanted.output = str(run)
     with pytest.warns(CbnWarning), pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
-        cbn.finetune(wanted, resume=True, quiet=True)
+        cbn.resume(run, quiet=True)
     before = sorted(run.rglob("*"))
     with pytest.raises(RunError, match=r"all checkpoints in .* are damaged; start again with --overwrite"):
-        cbn.finetune(wanted, resume=True, quiet=True)
+        cbn.resume(run, quiet=True)
     assert sorted(run.rglob("*")) == before
-    cbn.finetune(wanted, overwrite=True, quiet=True)
+    cbn.finetune(replace(FinetuneConfig.of_run(run), output=str(run)), overwrite=True, quiet=True)
     assert checkpoint.checkpoints(run)[0].name == "step-00000032"
 
 
@@ -217,7 +213,7 @@ def test_a_manifest_that_is_none_is_damage(content: bytes, finished: tuple[Path,
 def test_too_little_memory_of_the_gpu_to_resume(finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Learner, "load", failing(torch.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(RunError, match="is not enough for batch size 2; try --batch-size 1"):
-        cbn.finetune(FinetuneConfig.of_run(finished[1]), resume=True, quiet=True)
+        cbn.resume(finished[1], quiet=True)
     assert len(checkpoint.checkpoints(finished[1])) == 2
 
 
@@ -227,22 +223,25 @@ def test_as_many_checkpoints_as_asked_for(colors: Path, tmp_path: Path) -> None:
     assert names == ["step-00000008", "step-00000006", "step-00000004"]
 
 
+def test_the_flag_of_before_still_resumes(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    settings = replace(FinetuneConfig.of_run(run), output=str(run))
+    with pytest.warns(DeprecationWarning, match=r"is now resume\(run\)"):
+        assert cbn.finetune(settings, resume=True, quiet=True).steps == 32
+
+
 def test_other_images_are_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
     data = Path(shutil.copytree(finished[0], tmp_path / "colors"))
     (data / "train/red/0.png").unlink()
-    wanted = FinetuneConfig.of_run(finished[1])
-    wanted.data = str(data)
     with pytest.raises(RunError, match="has other images than the run"):
-        cbn.finetune(wanted, resume=True, quiet=True)
+        cbn.resume(finished[1], data=str(data), quiet=True)
 
 
 def test_a_lost_best_model_is_written_anew(finished: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished[1], tmp_path / "run"))
     shutil.rmtree(run / "best")
-    wanted = FinetuneConfig.of_run(run)
-    wanted.output = str(run)
     with pytest.warns(CbnWarning, match="best is lost; the next evaluation writes it anew"):
-        cbn.finetune(wanted, resume=True, quiet=True)
+        cbn.resume(run, quiet=True)
     # that of the last step, as there is no other
     best, last = load_file(run / "best/model.safetensors"), final_state(finished[1])["shared"]["model"]
     assert_equal({name: best[name] for name in last}, dict(last))

@@ -21,10 +21,9 @@ from torch.utils.data import get_worker_info
 import cbn_convert as cbn
 from cbn_convert.errors import DataError
 from cbn_convert.training import checkpoint, loading
-from cbn_convert.training.config import FinetuneConfig
-from cbn_convert.training.data import read_splits
 from cbn_convert.training.faults import TrainingInterrupted
 from cbn_convert.training.loading import ImageList, batches, plain_loader
+from cbn_convert.training.splits import read_splits
 
 SETTINGS: dict[str, Any] = {"epochs": 1, "eval_every": 8, "recalibrate": 1}
 
@@ -106,7 +105,7 @@ def test_the_first_signal_ends_a_wait_for_images(
         with pytest.raises(TrainingInterrupted, match=rf"stopped by SIGINT after step {step}; go on with --resume"):
             cbn.finetune(config(data, run, **SETTINGS, workers=1), quiet=True)
     assert [path.name for path in checkpoint.checkpoints(run)[:1]] == ([f"step-{step:08d}"] if step else [])
-    cbn.finetune(FinetuneConfig.of_run(run), resume=True, quiet=True)
+    cbn.resume(run, quiet=True)
     assert_equal(final_state(run), final_state(expected))
 
 

@@ -11,8 +11,8 @@ from timm.data import create_transform, resolve_data_config
 
 from cbn_convert.training import transforms
 from cbn_convert.training.config import FinetuneConfig
-from cbn_convert.training.data import Split
 from cbn_convert.training.loading import training_loader
+from cbn_convert.training.splits import Split
 from cbn_convert.training.transforms import PlainTransform
 
 WAYS: list[dict[str, Any]] = [

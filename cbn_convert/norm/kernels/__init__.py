@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .compiled import Compiled
+from .formulas import Folded, Kernels, PatchAxis
 from .gpu import OnGpu
-from .plain import Folded, Kernels, PatchAxis
 
 __all__ = ["KERNELS", "Folded", "Kernels", "PatchAxis", "batch_statistics", "forced", "select"]
 

@@ -19,13 +19,13 @@ from torch.autograd.graph import increment_version
 
 from ..functional import LEAST_AXIS, LEAST_PART, LEAST_VARIANCE, NO_SQUARE, TINY, Affine, OptTensor, statistics_dtype
 from .direct import Direct, fit, has_memory, is_dense
-from .plain import PatchAxis
+from .formulas import PatchAxis
 
 if TYPE_CHECKING:
     from ..carried import Carried
     from ..distributed import JoinedMoments
     from .direct import Both
-    from .plain import Share
+    from .formulas import Share
 
 _ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, positions=1)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Affine, OptTensor
-from .plain import Folded, Kernels
+from .formulas import Folded, Kernels
 
 if TYPE_CHECKING:
     from ..carried import Carried
-    from .plain import Running
+    from .formulas import Running
 
 Both = tuple[Tensor, Tensor]
 

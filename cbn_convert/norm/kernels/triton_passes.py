@@ -1,4 +1,4 @@
-"""What gpu.py launches: the passes over weights [C, F], a program for each channel. See plain.py for the formulas.
+"""What gpu.py launches: the passes over weights [C, F], a program for each channel. See formulas.py for the formulas.
 
 Sums are in the type of the weights. A vector that is not there is None, and nothing is compiled for it. Quotients and
 roots are rounded correctly, so that statistics stay the same to the bit where weights do.

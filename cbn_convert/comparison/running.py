@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from ..errors import CbnError, RunError
 from ..training.config import FinetuneConfig
-from ..training.data import read_splits, refuse_among_images, test_split
 from ..training.faults import StopSignals
 from ..training.metrics import read_metrics
 from ..training.setup import owned
+from ..training.splits import read_splits, refuse_among_images, test_split
 from .config import ComparisonConfig
 from .display import Display
+from .page import write_report
 from .plan import Cell, needed
-from .report import write_report
 from .store import (
     CELLS,
     LOG,

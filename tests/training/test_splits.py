@@ -18,9 +18,9 @@ from timm.data import resolve_data_config
 
 import cbn_convert as cbn
 from cbn_convert.errors import CbnWarning, DataError, RunError
-from cbn_convert.training.data import evaluation_split, read_classes, read_splits, refuse_among_images
-from cbn_convert.training.data import test_split as held_back
 from cbn_convert.training.loading import batches, plain_loader
+from cbn_convert.training.splits import evaluation_split, read_classes, read_splits, refuse_among_images
+from cbn_convert.training.splits import test_split as held_back
 
 
 def test_train_and_val_share_one_class_map(colors: Path) -> None:
@@ -298,7 +298,7 @@ def test_images_whose_names_are_not_utf8(latin: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/results.json").read_text())["bad_images"] == [
         bad for bad in result.bad_images if "/val/" in bad
     ]
-    assert cbn.finetune(config(latin, tmp_path / "run", skip_bad_images=True, max_steps=4), resume=True).steps == 4
+    assert cbn.resume(tmp_path / "run").steps == 4
 
 
 def test_folders_whose_names_are_not_utf8(latin: Path) -> None:

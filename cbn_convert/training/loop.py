@@ -7,8 +7,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,72 +24,47 @@ from ..errors import CbnWarning, DataError, DivergedError, RunError
 from ..files import write_json
 from . import checkpoint
 from .advice import advice, measure
-from .config import FinetuneConfig, FinetuneResult, read_run
-from .environment import compare_environment, make_accelerator
+from .alternatives import restore_norm
+from .config import FinetuneConfig, FinetuneResult
 from .evaluation import Evaluation, accuracy
 from .faults import StopSignals, TrainingInterrupted, one_value, out_of_memory
 from .learner import Learner
 from .loading import batches, evaluation_batch, plain_loader, training_loader
 from .metrics import MetricsLog, draw_curves
-from .norms import restore_norm
 from .parallel import Ranks
 from .progress import Progress
 from .recalibration import recalibrate
-from .setup import Setup, build, check_new, owned, prepare_folder, total_steps
+from .setup import Setup, total_steps
 
 WARM_UP_IMAGES = 64  # to see how statistics respond to the weights
 LOG_EVERY = 20  # updates between records of the training loss, the only moments at which a GPU is waited for
 
 
-def finetune(
-    config: FinetuneConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
-) -> FinetuneResult:
-    """Fine-tunes a model on an image folder; writes and returns the outcome.
+@dataclass
+class RunState:
+    """What a run knows beside its weights; in every checkpoint, as a whole."""
 
-    The run folder holds config.json, metrics.jsonl, curves.png, results.json, checkpoints/ (for `resume`) and best/
-    (the weights with the highest validation top-1, a folder that plain timm loads). With `resume`, `config` must be
-    that of the run; on a CPU it then ends in the same weights as without the interruption. Under torchrun or
-    `accelerate launch` all processes call this.
-
-    The first SIGINT or SIGTERM ends the run after the step that is under way, or before it where its images have to be
-    waited for, with a checkpoint and TrainingInterrupted, a KeyboardInterrupt. Raises RunError, DataError, ModelError
-    or ConversionError, each naming the argument or the file; RunError also if a gradient is not finite, the memory of
-    the GPU is not enough, or nothing can be written.
-    """
-    run = Path(config.output)
-    config.check()
-    accelerator = make_accelerator(config)
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)  # of a run before this one in the same process
-    ranks = Ranks()
-    if resume:
-        read_run(run)
-    else:
-        ranks.told(lambda: check_new(run, config.data, overwrite))
-    # a run that was killed before its first checkpoint starts again
-    setup = build(config, resumed=resume and bool(checkpoint.checkpoints(run)))
-    if resume:
-        stored = read_run(run)
-        compare_environment(str(run), stored.get("environment"))
-        if (stored["classes"], stored["images"]) != (setup.training.classes, setup.images):
-            raise RunError(
-                f"{config.data} has other images than the run in {run}; resume with the data it was started with"
-            )
-    trainer = _Trainer(config, run, setup, accelerator, ranks)
-    with ExitStack() as stack:
-
-        def begin() -> None:
-            stack.enter_context(owned(run))
-            if not resume:
-                prepare_folder(run, config, setup, ranks.count)
-
-        ranks.told(begin)
-        return trainer.train(resume, quiet or not ranks.main)
+    bad_images: list[str]  # files that could not be read
+    evaluated: int = -1  # the step of the last evaluation
+    best_top1: float = -1.0
+    best_top5: float = 0.0
+    best_epoch: int = 0
+    best_step: int = 0
+    last_top1: float = 0.0
+    without_best: int = 0  # evaluations since the best
+    skipped: int = 0  # updates
+    train_seconds: float = 0.0
+    wait_seconds: float = 0.0  # of these, for images
+    shift: float | None = None  # see `advice.measure`
 
 
-class _Trainer:
-    def __init__(self, config: FinetuneConfig, run: Path, setup: Setup, accelerator: Accelerator, ranks: Ranks) -> None:
-        self.config, self.run, self.setup, self.ranks = config, run, setup, ranks
+class Trainer:
+    """One run, from its first step or its newest checkpoint to its end."""
+
+    def __init__(
+        self, config: FinetuneConfig, folder: Path, setup: Setup, accelerator: Accelerator, ranks: Ranks
+    ) -> None:
+        self.config, self.folder, self.setup, self.ranks = config, folder, setup, ranks
         self.accelerator, self.device = accelerator, accelerator.device
         self.loader, self.sampler = training_loader(setup.training, setup.data_config, config, ranks.rank, ranks.count)
         self.val_loader = plain_loader(
@@ -100,13 +75,7 @@ class _Trainer:
         self.eval_every = config.eval_every or self.sampler.updates
         self.learner = Learner(config, setup, accelerator, ranks, self.steps)
         self.model, self.totals = self.learner.model, self.learner.totals
-        self.evaluated = -1  # the step of the last evaluation
-        self.best_top1, self.best_top5, self.best_epoch, self.best_step, self.last_top1 = -1.0, 0.0, 0, 0, 0.0
-        self.without_best = 0
-        self.skipped = 0
-        self.shift: float | None = None
-        self.bad_images: list[str] = []
-        self.train_seconds = self.wait_seconds = 0.0
+        self.state = RunState([])
         self.step_seconds: list[float] = []
 
     @property
@@ -114,13 +83,14 @@ class _Trainer:
         """Updates of the weights that are done."""
         return self.learner.updates
 
-    def train(self, resume: bool, quiet: bool) -> FinetuneResult:
-        records = self._restore() if resume else None
+    def train(self, resumed: bool, quiet: bool) -> FinetuneResult:
+        """All updates that are to come, with their evaluations and checkpoints."""
+        records = self._restore() if resumed else None
         if self.config.tracker:
             self.accelerator.init_trackers("cbn", {k: str(v) for k, v in self.config.to_dict().items()})
         if self.ranks.main:
             track = self.accelerator.log if self.config.tracker else None
-            self.log = MetricsLog(self.run, records or 0, track)
+            self.log = MetricsLog(self.folder, records or 0, track)
         with StopSignals() as self.signals, Progress(self.steps, self.step, quiet) as self.progress:
             if records is None:
                 try:
@@ -129,7 +99,7 @@ class _Trainer:
                     self._warm_up()
                 except DataError as error:
                     if number := self.signals.received:  # it was for the processes that load images, too
-                        raise TrainingInterrupted(number, self.step, str(self.run)) from error
+                        raise TrainingInterrupted(number, self.step, str(self.folder)) from error
                     raise
                 except torch.OutOfMemoryError as error:
                     raise out_of_memory(self.config.batch_size, self.device) from error
@@ -146,7 +116,7 @@ class _Trainer:
             finally:
                 self.loader.end()
                 self.val_loader.end()
-        if self.best_top1 < 0:
+        if self.state.best_top1 < 0:
             raise DivergedError(
                 f"no evaluation gave a finite loss; start again with a lower --lr (it was {self.learner.lr:g})"
             )
@@ -157,10 +127,10 @@ class _Trainer:
     def _advise(self) -> None:
         """Says what the study knows of this norm on images like these."""
         with self.accelerator.autocast():
-            self.shift = measure(self.model, self.setup, self.config, self.device, self._interrupted)
+            self.state.shift = measure(self.model, self.setup, self.config, self.device, self._interrupted)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # which is to be that of training
-        if text := advice(self.config, self.shift):
+        if text := advice(self.config, self.state.shift):
             self.progress.line(text)
 
     def _warm_up(self) -> None:
@@ -183,19 +153,20 @@ class _Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        return self.config.patience is not None and self.without_best >= self.config.patience
+        """Whether there were `patience` evaluations without a new best."""
+        return self.config.patience is not None and self.state.without_best >= self.config.patience
 
     def _finished(self) -> bool:
         """Evaluates and saves where that is due; whether the run is at its end. Raises TrainingInterrupted."""
         due = self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
-        if due and self.evaluated != self.step:
+        if due and self.state.evaluated != self.step:
             self._record()
             if (result := self._evaluate()) is not None:
                 self._after_evaluation(result)
                 self._save()
         if number := int(self.ranks.largest(self.signals.received)):
             self._save()
-            raise TrainingInterrupted(number, self.step, str(self.run))
+            raise TrainingInterrupted(number, self.step, str(self.folder))
         return self.step >= self.steps or self.stopped_early
 
     def _train_epoch(self) -> None:
@@ -211,20 +182,20 @@ class _Trainer:
                 if self.signals.received:  # it was for the processes that load images, too
                     return
                 raise
-            self.wait_seconds += time.perf_counter() - started
-            self.bad_images += [path for batch in parts for path in batch.bad]
+            self.state.wait_seconds += time.perf_counter() - started
+            self.state.bad_images += [path for batch in parts for path in batch.bad]
             self.learner.update(parts)
             now = time.perf_counter()
             self.step_seconds.append(now - started)
-            self.train_seconds += now - started
+            self.state.train_seconds += now - started
             self.progress.advance(self.sampler.batch * self.sampler.accumulate * self.ranks.count)
             if self.step % LOG_EVERY == 0:
                 self._record()
             if self._finished():
                 break
-            if self.config.save_every and self.step % self.config.save_every == 0 and self.evaluated != self.step:
+            if self.config.save_every and self.step % self.config.save_every == 0 and self.state.evaluated != self.step:
                 self._save()
-            if self.evaluated == self.step:
+            if self.state.evaluated == self.step:
                 self.learner.wrapped.train()
             started = time.perf_counter()
 
@@ -234,9 +205,9 @@ class _Trainer:
             return
         self.learner.stop_if_bad()
         loss, top1, skipped = self.totals.take()
-        self.skipped += skipped
+        self.state.skipped += skipped
         if self.ranks.main:
-            more = {"skipped": self.skipped} if self.skipped else {}
+            more = {"skipped": self.state.skipped} if self.state.skipped else {}
             self.log.write(
                 event="train", step=self.step, epoch=self._epoch, lr=self.totals.lr, loss=loss, top1=top1, **more
             )
@@ -284,20 +255,20 @@ class _Trainer:
                 yield self.learner.on_device(read)
 
     def _after_evaluation(self, result: Evaluation) -> None:
-        self.evaluated = self.step
-        self.last_top1 = result.top1
-        self.bad_images = self.ranks.union([*self.bad_images, *result.bad_images])
-        self.without_best += 1
-        better = result.top1 > self.best_top1 and math.isfinite(result.loss)
+        self.state.evaluated = self.step
+        self.state.last_top1 = result.top1
+        self.state.bad_images = self.ranks.union([*self.state.bad_images, *result.bad_images])
+        self.state.without_best += 1
+        better = result.top1 > self.state.best_top1 and math.isfinite(result.loss)
         if better:
-            self.best_top1, self.best_top5, self.without_best = result.top1, result.top5, 0
-            self.best_epoch, self.best_step = self._epoch, self.step
+            self.state.best_top1, self.state.best_top5, self.state.without_best = result.top1, result.top5, 0
+            self.state.best_epoch, self.state.best_step = self._epoch, self.step
         if not self.ranks.main:
             return
         self.log.write(
             event="eval", step=self.step, epoch=self._epoch, loss=result.loss, top1=result.top1, top5=result.top5,
-            train_seconds=self.train_seconds, images_per_second=self._images_per_second,
-            loader_wait=self.wait_seconds / max(self.train_seconds, 1e-9),
+            train_seconds=self.state.train_seconds, images_per_second=self._images_per_second,
+            loader_wait=self.state.wait_seconds / max(self.state.train_seconds, 1e-9),
         )  # fmt: skip
         self.progress.line(
             f"epoch {self._epoch}/{math.ceil(self.steps / self.sampler.updates)}, step {self.step}: validation top-1 "
@@ -305,65 +276,57 @@ class _Trainer:
         )
         if better:
             export(
-                self.candidate, self.run / "best", class_names=self.setup.training.classes,
+                self.candidate, self.folder / "best", class_names=self.setup.training.classes,
                 data_config=self.setup.data_config,
                 metadata={**self.config.summary(), "top1": result.top1, "epoch": self._epoch}, overwrite=True,
             )  # fmt: skip
             write_json(
-                self.run / "results.json",
+                self.folder / "results.json",
                 {
                     **result.to_dict(), "step": self.step, "epoch": self._epoch, "classes": self.setup.training.classes,
                     "confusion": result.confusion,
                 },
             )  # fmt: skip
-        draw_curves({self.config.norm: self.run}, self.run / "curves.png")
+        draw_curves({self.config.norm: self.folder}, self.folder / "curves.png")
 
     @property
     def _images_per_second(self) -> float:
         images = self.step * self.sampler.batch * self.sampler.accumulate * self.ranks.count
-        return images / max(self.train_seconds, 1e-9)
-
-    _PROGRESS = (
-        "evaluated", "best_top1", "best_top5", "best_epoch", "best_step", "last_top1", "without_best",
-        "skipped", "train_seconds", "wait_seconds", "shift",
-    )  # fmt: skip
+        return images / max(self.state.train_seconds, 1e-9)
 
     def _save(self) -> None:
         """Writes a checkpoint of this moment."""
         self.learner.stop_if_bad()
-        self.bad_images = self.ranks.union(self.bad_images)
+        self.state.bad_images = self.ranks.union(self.state.bad_images)
         shared = None
         if self.ranks.main:
             shared = {
                 **self.learner.state(),
-                "progress": {name: getattr(self, name) for name in self._PROGRESS},
+                "state": asdict(self.state),
                 "updates_per_epoch": self.sampler.updates,
-                "bad_images": self.bad_images,
                 "records": self.log.records,
             }
-        checkpoint.save(self.run, self.step, shared, self.learner.own_state(), self.config.keep, self.ranks)
+        checkpoint.save(self.folder, self.step, shared, self.learner.own_state(), self.config.keep, self.ranks)
 
     def _restore(self) -> int | None:
         """Puts everything back as it was at the newest good checkpoint; the records of metrics.jsonl that it knows of.
 
         None if there is no checkpoint: the run begins anew.
         """
-        loaded = checkpoint.load(self.run, self.ranks)
+        loaded = checkpoint.load(self.folder, self.ranks)
         if loaded is None:
             return None
         records = self.ranks.agreed(lambda: self._put_back(*loaded))
-        lost = self.best_step > 0 and not (self.run / "best" / "model.safetensors").is_file()
+        lost = self.state.best_step > 0 and not (self.folder / "best" / "model.safetensors").is_file()
         if self.ranks.largest(int(lost)):
-            self.best_top1, self.evaluated = -1.0, -1
-            warnings.warn(f"{self.run}/best is lost; the next evaluation writes it anew", CbnWarning, stacklevel=2)
+            self.state.best_top1, self.state.evaluated = -1.0, -1
+            warnings.warn(f"{self.folder}/best is lost; the next evaluation writes it anew", CbnWarning, stacklevel=2)
         return records
 
     def _put_back(self, shared: dict[str, Any], own: dict[str, Any], count: int) -> int:
         try:
             self.learner.load(shared, own, count == self.ranks.count)
-            for name, value in shared["progress"].items():
-                setattr(self, name, value)
-            self.bad_images = list(shared["bad_images"])
+            self.state = RunState(**shared["state"])
             if count != self.ranks.count:
                 self._resume_with_other_ranks(count, shared["updates_per_epoch"])
             return int(shared["records"])
@@ -371,20 +334,20 @@ class _Trainer:
             raise out_of_memory(self.config.batch_size, self.device) from error
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(
-                f"the checkpoint in {self.run} is damaged, or of another model or version "
+                f"the checkpoint in {self.folder} is damaged, or of another model or version "
                 f"({str(error).splitlines()[0]}); start again with --overwrite"
             ) from error
 
     def _resume_with_other_ranks(self, before: int, updates: int) -> None:
         """The same part of the epoch is done, in updates of another number of images."""
         epoch, done = divmod(self.step, updates)
-        was_evaluated = self.evaluated == self.step
+        was_evaluated = self.state.evaluated == self.step
         self.learner.updates = epoch * self.sampler.updates + round(done / updates * self.sampler.updates)
-        self.evaluated = self.step if was_evaluated else -1
+        self.state.evaluated = self.step if was_evaluated else -1
         set_seed(self.config.seed + self.ranks.rank + self.step)
         warnings.warn(
-            f"the run in {self.run} had {before} processes and goes on with {self.ranks.count}, so that its steps see "
-            "other numbers of images",
+            f"the run in {self.folder} had {before} processes and goes on with {self.ranks.count}, so that its steps "
+            "see other numbers of images",
             CbnWarning,
             stacklevel=2,
         )
@@ -392,22 +355,22 @@ class _Trainer:
     def _result(self) -> FinetuneResult:
         peak = torch.cuda.max_memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else None
         return FinetuneResult(
-            output=str(self.run),
+            output=str(self.folder),
             norm=self.config.norm,
             steps=self.step,
-            best_top1=self.best_top1,
-            best_top5=self.best_top5,
-            best_epoch=self.best_epoch,
-            best_step=self.best_step,
-            last_top1=self.last_top1,
-            train_seconds=self.train_seconds,
+            best_top1=self.state.best_top1,
+            best_top5=self.state.best_top5,
+            best_epoch=self.state.best_epoch,
+            best_step=self.state.best_step,
+            last_top1=self.state.last_top1,
+            train_seconds=self.state.train_seconds,
             median_step_seconds=statistics.median(self.step_seconds) if self.step_seconds else 0.0,
             images_per_second=self._images_per_second,
-            loader_wait=self.wait_seconds / max(self.train_seconds, 1e-9),
+            loader_wait=self.state.wait_seconds / max(self.state.train_seconds, 1e-9),
             peak_memory=peak,
-            skipped=self.skipped,
-            bad_images=self.bad_images,
+            skipped=self.state.skipped,
+            bad_images=self.state.bad_images,
             stopped_early=self.stopped_early and self.step < self.steps,
-            statistics_shift=self.shift,
-            advice=advice(self.config, self.shift),
+            statistics_shift=self.state.shift,
+            advice=advice(self.config, self.state.shift),
         )

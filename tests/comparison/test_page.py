@@ -16,8 +16,8 @@ import pytest
 from helpers.grids import RUN, finish, grid, peak
 from PIL import Image
 
+from cbn_convert.comparison.page import write_report
 from cbn_convert.comparison.plan import Cell
-from cbn_convert.comparison.report import write_report
 from cbn_convert.comparison.summary import Comparison
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -15,8 +15,8 @@ from cbn_convert.conversion import convert
 from cbn_convert.errors import ConversionError
 from cbn_convert.norm import CrossIterationMixin, Window
 from cbn_convert.norm.folded import FoldingMixin
-from cbn_convert.training.config import NORMS
-from cbn_convert.training.norms import D_MAX, R_MAX, apply_norm
+from cbn_convert.training.alternatives import D_MAX, R_MAX, apply_norm
+from cbn_convert.training.settings import NORMS
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -45,25 +45,25 @@ def test_a_run_learns_and_leaves_what_is_promised(norm: str, colors: Path, tmp_p
 
 
 def test_warm_up_runs_before_the_first_update(colors: Path, tmp_path: Path, monkeypatch) -> None:
-    from cbn_convert.training import engine
+    from cbn_convert.training import loop
 
     lengths = []
-    original = engine.warm_up
+    original = loop.warm_up
 
     def spy(model, batches):
         original(model, batches)
         lengths.append({m._sources[0].state.seen for m in model.modules() if hasattr(m, "_sources")})
 
-    monkeypatch.setattr(engine, "warm_up", spy)
+    monkeypatch.setattr(loop, "warm_up", spy)
     cbn.finetune(config(colors, tmp_path / "run", history="ring"), quiet=True)
     assert lengths == [{3}]
 
 
 def test_the_head_starts_at_zero_and_the_rate_rises_then_falls(colors: Path, tmp_path: Path, monkeypatch) -> None:
-    from cbn_convert.training import engine
+    from cbn_convert.training import runs
 
     heads, rates = [], []
-    build, step_update = engine.build, CosineLRScheduler.step_update
+    build, step_update = runs.build, CosineLRScheduler.step_update
 
     def spy_build(*args, **kwargs):
         built = build(*args, **kwargs)
@@ -74,7 +74,7 @@ def test_the_head_starts_at_zero_and_the_rate_rises_then_falls(colors: Path, tmp
         step_update(self, number)
         rates.append(self.optimizer.param_groups[0]["lr"])
 
-    monkeypatch.setattr(engine, "build", spy_build)
+    monkeypatch.setattr(runs, "build", spy_build)
     monkeypatch.setattr(CosineLRScheduler, "step_update", spy_step)
     cbn.finetune(config(colors, tmp_path / "run", warmup_ratio=0.25), quiet=True)
     assert torch.count_nonzero(heads[0]) == 0
