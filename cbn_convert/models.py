@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import timm
+import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -72,6 +73,8 @@ def create_model(spec: ModelSpec, num_classes: int | None = None) -> Any:
         model = _create(name, {**kwargs, "pretrained": True}, spec)
         folder = name.removeprefix("local-dir:")
         _check_weights(model, name if folder == name else f"{folder}/model.safetensors")
+        if folder != name:
+            _check_loaded(model, Path(folder) / "model.safetensors")
     else:
         model = _create(name, {**kwargs, "pretrained": False}, spec)
         if checkpoint is not None:
@@ -246,6 +249,28 @@ def input_channels(model: Any) -> int:
 def _check_weights(model: nn.Module, source: str) -> None:
     if (fault := damaged_value(model)) is not None:
         raise ModelError(f"{source} is damaged: {fault}; fetch or export the weights again")
+
+
+def _check_loaded(model: nn.Module, path: Path) -> None:
+    """Raises ModelError if not one tensor is what the file says: timm trusts an architecture to load its weights."""
+    if not path.is_file():  # timm takes others, too
+        return
+    own = model.state_dict()
+    with safe_open(path, "pt") as file:
+        compared = False
+        for name in own.keys() & set(file.keys()):
+            stored = file.get_tensor(name)
+            # ones and zeros are what a new layer has, too
+            if stored.shape != own[name].shape or not stored.dim() or bool((stored == stored.flatten()[:1]).all()):
+                continue
+            if torch.equal(own[name], stored.to(own[name].dtype)):
+                return
+            compared = True
+    if compared:
+        raise ModelError(
+            f"{path} was not loaded: {type(model).__name__}, as it is registered with timm, ignores pretrained=True; "
+            "let its function build it by timm.models.build_model_with_cfg"
+        )
 
 
 def reset_head(model: Any) -> None:

@@ -7,12 +7,14 @@ import pickle
 import socket
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from cbn_convert.cli.main import app
 from safetensors.torch import save_file
+from timm.models import register_model
 from typer.testing import CliRunner
 
 from cbn_convert import export
@@ -209,3 +211,15 @@ def test_weights_in_the_cache_need_no_network(name: str, source, tmp_path: Path,
     loaded = create_model(ModelSpec(name), 3)
     assert torch.equal(loaded.conv1[0].weight, model.conv1[0].weight)
     assert network.asked == 1
+
+
+def test_a_registered_architecture_that_ignores_its_weights(tmp_path: Path) -> None:
+    @register_model
+    def forgetful_resnet(pretrained: bool = False, **kwargs: Any) -> Any:
+        model = timm.create_model("test_resnet", num_classes=kwargs.get("num_classes", 10))
+        model.pretrained_cfg = {**model.pretrained_cfg, "architecture": "forgetful_resnet"}
+        return model
+
+    export(timm.create_model("forgetful_resnet"), tmp_path / "out")
+    with pytest.raises(ModelError, match=r"model\.safetensors was not loaded: ResNet, .* ignores pretrained=True"):
+        create_model(ModelSpec(f"local-dir:{tmp_path / 'out'}"))

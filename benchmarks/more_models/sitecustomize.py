@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import register_model
+from timm.models import build_model_with_cfg, register_model
 from timm.models.convmixer import _create_convmixer
 from timm.models.efficientnet import _gen_mobilenet_v1
 from torch import Tensor, nn
@@ -47,10 +47,10 @@ class _Block(nn.Module):
 class CifarResNet(nn.Module):
     """The residual network for 32x32 images of He et al., arXiv 1512.03385, section 4.2; names as in akamaster's."""
 
-    def __init__(self, blocks: int, num_classes: int = 10, drop_rate: float = 0.0) -> None:
+    def __init__(self, blocks: int, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
         super().__init__()
         self.num_classes, self.num_features, self.drop_rate = num_classes, 64, drop_rate
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.bn1 = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for i, (channels, out) in enumerate(((16, 16), (16, 32), (32, 64))):
             stage = [_Block(channels if j == 0 else out, out) for j in range(blocks)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
@@ -79,11 +79,10 @@ class CifarResNet(nn.Module):
 @register_model
 def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> Any:
     """ResNet-56 for CIFAR-10."""
-    kwargs = {name: value for name, value in kwargs.items() if name in ("num_classes", "drop_rate")}
-    model = CifarResNet(9, **kwargs)
-    model.pretrained_cfg = model.default_cfg = {
+    described = {
         "architecture": "resnet56_cifar", "input_size": (3, 32, 32), "mean": IMAGENET_DEFAULT_MEAN, "crop_pct": 1.0,
         "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic", "first_conv": "conv1", "classifier": "linear",
         "num_classes": 10, "pool_size": (8, 8),
     }  # fmt: skip
-    return model
+    given = kwargs.pop("pretrained_cfg", None) or described
+    return build_model_with_cfg(CifarResNet, "resnet56_cifar", pretrained, pretrained_cfg=given, blocks=9, **kwargs)
