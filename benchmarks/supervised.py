@@ -167,7 +167,7 @@ def state(run: Path) -> dict[str, Any]:
     """All that a run has come to, without times."""
     newest = checkpoints(run)[0]
     shared = torch.load(newest / "training.pt", weights_only=True)
-    shared["progress"] = {k: v for k, v in shared["progress"].items() if k not in TIMES}
+    shared["state"] = {k: v for k, v in shared["state"].items() if k not in TIMES}
     return {
         **shared,
         "rank-0": torch.load(newest / "rank-0.pt", weights_only=True),
