@@ -22,7 +22,6 @@ and NEW one of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +80,7 @@ def apply(root: nn.Module, encoder: str, treatment: str, example: Tensor, prime:
 
 def _window(kind: str, size: int) -> Window | None:
     if kind == "new":
-        return replace(Window().for_new_layer(), size=size)
+        return Window(history="ring", size=size)
     return Window(size=size, every=1) if kind == "images" else None
 
 

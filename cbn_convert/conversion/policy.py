@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..norm import OutputChannels, Window
@@ -56,7 +56,7 @@ def decide(facts: LayerFacts, window: Window) -> Decision:
     if status == "kept":
         return Decision(status, reason, window)
     if status == "window" and window.is_carried and not window.is_fixed and window.size < LEAST_CARRIED_IMAGES:
-        window = window.for_new_layer()
+        window = replace(window, history="ring", size=2)
     if status == "window":
         return Decision(status, reason, window.without_weight())
     against = _against_folding(facts, window)

@@ -82,12 +82,17 @@ class Carried(NamedTuple):
     def moved(self, theta: Tensor | None, bias: Tensor | None) -> Carried:
         """The statistics at θ [C, F] and b [C]; may be differentiated with respect to both.
 
-        The same to the bit where θ and b are those that they are at. Where weights were zero, and are no more, what x
+        Where weights were zero, and are no more, what x
         was says nothing: the patches say all that is known.
         """
         if theta is None or self.patch_mean is None:
             return self
         return self._replace(table=select(theta).move(self, theta, bias))
+
+    def connected(self, theta: Tensor | None, bias: Tensor | None) -> Carried:
+        """The same to the bit, of which it is at θ and b, connected to these by autograd."""
+        table = self.moved(theta, bias).table
+        return self._replace(table=self.table + (table - table.detach())) if table.requires_grad else self
 
     def of(self, mean: Tensor, var: Tensor) -> Carried:
         """Other statistics [C] at the same weights that respond in the same way."""
@@ -114,6 +119,17 @@ class Carried(NamedTuple):
         rest = (total - axes.square().sum(1)).clamp_min(0)
         return Carried(self.table, mean, rest, axes).placed(self.mean, self.var, theta, bias)
 
+    def slots(self) -> dict[str, Tensor]:
+        """Copies of all tensors by their names in checkpoints."""
+        rows = dict(zip(_ROWS, self.table.clone(), strict=False))
+        return rows | {name: t.clone() for name, t in zip(PATCHES, self[1:], strict=True) if t is not None}
+
+    @classmethod
+    def of_slots(cls, slots: dict[str, Tensor]) -> Carried:
+        """The inverse of `slots`."""
+        table = torch.stack([slots[name] for name in _ROWS if name in slots])
+        return cls(table, *[slots[name].clone() if name in slots else None for name in PATCHES])
+
     def where(self, finite: Tensor, other: Carried) -> Carried:
         """This one where `finite`, else the other; decided on the device, without waiting for it."""
         pairs = zip(self, other, strict=True)
@@ -122,6 +138,12 @@ class Carried(NamedTuple):
 
 def _at_least(var: Tensor) -> Tensor:
     return var + LEAST_VARIANCE * var.mean(1, keepdim=True) + TINY
+
+
+def state_bytes(channels: int, fan_in: int, groups: int) -> int:
+    """What a `Carried` takes in float32; fan_in 0 where no weight is followed."""
+    of_patches = sum(math.prod(shape) for shape in patch_shapes(groups, fan_in))
+    return 4 * (2 * channels + (3 * channels + of_patches if fan_in else 0))
 
 
 _COUNTS = ("seen", "looks", "waiting", "patch_looks")
@@ -258,7 +280,7 @@ class CarriedWindow:
                 at = (detached.theta, detached.bias, batch.iteration, batch.images)
                 carried = self.advance(batch.running, *at, lambda: detached)
         if batch.theta is not None and self.window.gradient == "full":
-            carried = carried.moved(batch.theta, batch.bias)
+            carried = carried.connected(batch.theta, batch.bias)
         return carried.mean, carried.var
 
     def write(self, running: RunningStatistics) -> None:
@@ -278,16 +300,11 @@ class CarriedWindow:
 
     def bytes(self, channels: int, fan_in: int, groups: int) -> int:
         """What the state takes in float32; fan_in 0 where no weight is followed."""
-        of_patches = sum(math.prod(shape) for shape in patch_shapes(groups, fan_in))
-        return 4 * (2 * channels + (3 * channels + of_patches if fan_in else 0))
+        return state_bytes(channels, fan_in, groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
-        slots = {}
-        if self.state is not None:
-            table, *patches = self.state
-            slots = dict(zip(_ROWS, table.clone(), strict=False))
-            slots |= {name: t.clone() for name, t in zip(PATCHES, patches, strict=True) if t is not None}
+        slots = {} if self.state is None else self.state.slots()
         return {"kind": "ema", **{name: getattr(self, name) for name in _COUNTS}, "slots": slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -295,6 +312,5 @@ class CarriedWindow:
         self.clear()
         for name in _COUNTS:
             setattr(self, name, int(state[name]))
-        if slots := {name: value.clone() for name, value in state["slots"].items()}:
-            table = torch.stack([slots[name] for name in _ROWS if name in slots])
-            self.state = Carried(table, *[slots.get(name) for name in PATCHES])
+        if state["slots"]:
+            self.state = Carried.of_slots(state["slots"])

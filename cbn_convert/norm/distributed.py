@@ -94,10 +94,7 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
     """
     count, nothing = batch.x.numel() // batch.x.shape[1], about.mean.new_zeros(len(about.mean))
     mean, var = select(batch.x).statistics(batch.x) if count or batch.ranks == 1 else (nothing, nothing)
-    here = None
-    if patches is not None:
-        probes = probes_of(about.patch_axes, patches.groups, patches.width, about.table)
-        here = PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes))
+    here = None if patches is None else _patch_moments(patches, about)
     if batch.ranks == 1:
         return JoinedMoments(mean, var, images, here)
     away = (mean - about.mean).double()
@@ -109,6 +106,21 @@ def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, i
     away, second = found[0] / every, found[1] / every
     joined = (about.mean + away.to(mean.dtype), (second - away * away).to(mean.dtype), images_of_all.to(mean.dtype))
     return JoinedMoments(*joined, None if here is None else _joined_patches(here, about.patch_mean, found[3:]))
+
+
+def joined_patches(patches: InputPatches, about: Carried, ranks: int) -> PatchMoments:
+    """The moments of patches alone, joined over the ranks likewise."""
+    here = _patch_moments(patches, about)
+    if ranks == 1:
+        return here
+    sums = _patch_sums(here, about.patch_mean, patches.positions)
+    found = total(torch.cat([t.flatten() for t in sums])).split([t.numel() for t in sums])
+    return _joined_patches(here, about.patch_mean, found)
+
+
+def _patch_moments(patches: InputPatches, about: Carried) -> PatchMoments:
+    probes = probes_of(about.patch_axes, patches.groups, patches.width, about.table)
+    return PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes))
 
 
 def _patch_sums(here: PatchMoments, centre: Tensor | None, positions: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from .carried import PATCHES, CarriedWindow
 from .distributed import world_size
 from .folded import begin_folding, end_folding
 from .functional import is_known, is_measured, normalize, patch_shapes, pooled
+from .new_layer import NewLayerWindow
 from .producers import (
     OutputChannels,
     Producer,
@@ -164,15 +165,16 @@ class CrossIterationMixin(_BatchNorm):
         if self._begun:
             return
         self._begun = True
-        carried = self.window.is_carried and (self.window.is_fixed or not self.is_new)
+        carried = "ema" if self.window.is_fixed or not self.is_new else "new"
         for source in self._sources:
-            source.state = self._new_state(source, carried)
+            source.state = self._new_state(source, carried if self.window.is_carried else "ring")
 
-    def _new_state(self, source: Source, carried: bool) -> CarriedWindow | Ring:
-        if carried:
+    def _new_state(self, source: Source, kind: str) -> CarriedWindow | NewLayerWindow | Ring:
+        if kind == "ema":
             return CarriedWindow(self.window, self.phase)
-        window = self.window.for_new_layer() if self.window.is_carried else self.window
-        return Ring(window if source.tap is not None else window.without_weight())
+        if kind == "new":
+            return NewLayerWindow(self.window, source.tap is None)
+        return Ring(self.window if source.tap is not None else self.window.without_weight())
 
     def reset_history(self) -> None:
         """Forgets all but the running statistics, which are looked at once more when training goes on."""
@@ -270,12 +272,14 @@ class CrossIterationMixin(_BatchNorm):
             raise ValueError(f"history is of a layer fed by {len(saved)} modules, this one by {len(self._sources)}")
         for source, own in zip(self._sources, saved, strict=True):
             channels = len(range(self.num_features)[source.channels or slice(None)])
-            if own is not None and own["kind"] == "ema" and "patch_looks" not in own:
-                raise ValueError("history is of another version, which knew less of the patches; train with that one")
+            if own is not None and (
+                (own["kind"] == "ring") == self.window.is_carried or (own["kind"] == "ema" and "patch_looks" not in own)
+            ):
+                raise ValueError("history is of another version of the windows; train with that one")
             for name, value in ({} if own is None else own["slots"]).items():
                 if name in ("mean", "var") and value.shape[-1] != channels:
                     raise ValueError(f"history is of a layer with {value.shape[-1]} channels, this one has {channels}")
-                if name in PATCHES and own["kind"] == "ema" and source.tap is not None:
+                if name in PATCHES and own["kind"] != "ring" and source.tap is not None:
                     shapes = patch_shapes(groups_of(source.tap.module), fan_in(source.tap.module))
                     shape = shapes[PATCHES.index(name)]
                     if value.shape != shape:
@@ -289,7 +293,7 @@ class CrossIterationMixin(_BatchNorm):
         self._begun = None not in saved
         for source, own in zip(self._sources, saved, strict=True):
             if own is not None:
-                source.state = self._new_state(source, own["kind"] == "ema")
+                source.state = self._new_state(source, own["kind"])
                 source.state.load_state_dict(own)
         self._leave()
 
@@ -361,7 +365,7 @@ class CrossIterationMixin(_BatchNorm):
         state = source.state
         assert state is not None
         mean, var = state.statistics(batch)
-        if isinstance(state, Ring):
+        if not isinstance(state, CarriedWindow):
             # one rank alone can tell without waiting for the device
             if batch.ranks == 1 and batch.positions == 1:
                 if not self.track_running_stats:

@@ -18,6 +18,7 @@ from .carried import Carried, CarriedWindow
 from .distributed import world_size
 from .folded import FoldedLayer, FoldedMap, FoldedStep, plainly_folded
 from .functional import statistics_dtype
+from .new_layer import NewLayerWindow
 from .producers import (
     as_function,
     fan_in,
@@ -46,7 +47,7 @@ class Source(OfNorm):
         super().__init__(norm)
         self.tap = tap
         self.channels = channels
-        self.state: CarriedWindow | Ring | None = None
+        self.state: CarriedWindow | NewLayerWindow | Ring | None = None
         self.number = graph.numbered(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

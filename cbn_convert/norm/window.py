@@ -43,7 +43,7 @@ class Window:
             "straight_through" gives the current batch the whole gradient of a ring.
         burn_in: iterations at the start in which a ring holds the current batch alone.
         start: "running" carries the running statistics on, unless they are a new layer's; with "empty" every layer is
-            taken for a new one, whose window is `for_new_layer`.
+            taken for a new one, which averages its batches (`NewLayerWindow`).
         every: steps of a layer of which one looks at its batch ("ema"); None for statistics that stay as they are.
         positions: about so many positions of the output, of which the input patches are measured; None for all.
         sync: batches are looked at over all ranks of torch.distributed's default group.
@@ -93,10 +93,6 @@ class Window:
     def is_fixed(self) -> bool:
         """Whether the statistics stay as they are, those of a new layer too."""
         return self.every is None
-
-    def for_new_layer(self) -> Window:
-        """What stands for a carried window where there are no statistics to carry: two batches (docs/method.md)."""
-        return replace(self, history="ring", size=2)
 
     def without_weight(self) -> Window:
         """A ring of a layer whose statistics no weight explains: a short one, with the gradient of the whole."""

@@ -225,7 +225,7 @@ def test_treatments(name: str, treatment: str, study: Any, tasks: dict[str, Any]
         assert {type(m) for m in new.values()} == {nn.BatchNorm2d if kind == "bn" else nn.GroupNorm}
         return
     states = [source.state for m in new.values() for source in m._sources]
-    expected = {"cbn": ("Ring", 2), "new:8": ("Ring", 8), "images:64": ("CarriedWindow", 64)}[kind]
+    expected = {"cbn": ("NewLayerWindow", 8192), "new:8": ("Ring", 8), "images:64": ("CarriedWindow", 64)}[kind]
     assert {(type(s).__name__, s.window.size) for s in states} == {expected}
 
 

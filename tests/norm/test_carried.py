@@ -375,7 +375,7 @@ def test_the_first_steps_look_all_and_so_do_those_of_a_layer_that_has_lost_its_p
         ({"window": 5}, ("ring", 5, "full"), ("ring", 2, "straight_through")),
         ({"window": 5, "compensation": "none"}, ("ring", 5, "full"), ("ring", 5, "full")),
         ({"window": Window.PAPER}, ("ring", 8, "current"), ("ring", 8, "current")),
-        ({"start": "empty"}, ("ring", 2, "full"), ("ring", 2, "straight_through")),
+        ({"start": "empty"}, ("ema", 8192, "full"), ("ema", 8192, "full")),
     ],
 )
 def test_what_layers_remember(keywords: dict, bound: tuple[str, int, str], alone: tuple[str, int, str]) -> None:

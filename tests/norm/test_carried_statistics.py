@@ -23,7 +23,7 @@ from cbn_convert.norm import (
     load_history_state,
 )
 from cbn_convert.norm.carried import CarriedWindow
-from cbn_convert.norm.ring import Ring
+from cbn_convert.norm.new_layer import NewLayerWindow
 
 
 def same(a: nn.Module, b: nn.Module) -> None:
@@ -105,7 +105,8 @@ def test_converting_and_loading_in_either_order(measured: bool) -> None:
         if order == "load":
             cbn.convert(net, example_input=X.double())
         runs.append([step(net.train(), batch(i)) for i in range(12)])
-        assert all(isinstance(s.state, CarriedWindow if measured else Ring) for n in layers(net) for s in n._sources)
+        kind = CarriedWindow if measured else NewLayerWindow
+        assert all(isinstance(s.state, kind) for n in layers(net) for s in n._sources)
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -115,7 +116,7 @@ def test_a_run_from_scratch_goes_on_as_one_with_statistics() -> None:
     cbn.convert(net, example_input=X.double())
     for i in range(5):
         step(net.train(), batch(i))
-    assert all(isinstance(s.state, Ring) for n in layers(net) for s in n._sources)
+    assert all(isinstance(s.state, NewLayerWindow) for n in layers(net) for s in n._sources)
     weights = copy.deepcopy(net.state_dict())
     runs = []
     for order in ("convert", "load"):

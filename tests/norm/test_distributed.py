@@ -27,6 +27,7 @@ WAYS = {
     "taylor": {"window": 3, "compensation": "taylor"},
     "none": {"window": 3, "compensation": "none"},
     "carried": {"window": 64, "history": "ema", "moments_every": 2, "moments_positions": None},
+    "new": {"history": "ema", "start": "empty", "moments_positions": None},
     "carried, none": {"window": 64, "history": "ema", "moments_every": 2, "compensation": "none"},
 }
 

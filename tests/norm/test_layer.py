@@ -21,7 +21,8 @@ from cbn_convert.norm import (
 
 RING = {"window": 4}
 CARRIED = {"window": 64, "history": "ema", "moments_every": 2}
-both_kinds = pytest.mark.parametrize("options", [RING, CARRIED], ids=["ring", "carried"])
+NEW = {"history": "ema", "start": "empty"}
+every_kind = pytest.mark.parametrize("options", [RING, CARRIED, NEW], ids=["ring", "carried", "new"])
 
 
 def bound(**options) -> nn.Sequential:
@@ -42,7 +43,7 @@ def train_steps(model: nn.Module, steps: int, seed: int = 0) -> torch.Tensor:
     return out.detach()
 
 
-@both_kinds
+@every_kind
 def test_eval_and_state_dict_are_batchnorms(options: dict) -> None:
     layer, plain = randomize_norms(CrossIterationBatchNorm2d(4, **options)), nn.BatchNorm2d(4)
     assert list(layer.state_dict()) == list(plain.state_dict())
@@ -88,7 +89,7 @@ def test_history_state_resumes_bit_identically(options: dict) -> None:
         load_history_state(nn.Sequential(model), history_state(model))
 
 
-@both_kinds
+@every_kind
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_share_nothing_and_are_bound_to_their_own_conv(duplicate, options: dict) -> None:
     model = bound(**options)
@@ -147,7 +148,7 @@ def test_a_ring_forgets_after_the_window_and_a_carried_one_does_not_grow() -> No
     assert torch.equal(*outputs)
 
 
-@both_kinds
+@every_kind
 def test_evaluation_keeps_no_activation(options: dict) -> None:
     model = bound(**options)
     model.eval()
@@ -234,7 +235,7 @@ def test_bind_checks_what_it_is_bound_to() -> None:
 
 
 @pytest.mark.parametrize("folded", [True, False])
-@both_kinds
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_statistics_in_float32(dtype: torch.dtype, options: dict, folded: bool) -> None:
     for producer, kind, shape in (
@@ -275,7 +276,7 @@ def test_a_batch_that_is_not_finite_counts_nowhere(options: dict, value: float) 
     assert torch.isfinite(train_steps(model, 4)).all()
 
 
-@both_kinds
+@every_kind
 def test_a_first_batch_that_is_not_finite_counts_nowhere(options: dict) -> None:
     model = bound(**options)
     before = copy.deepcopy(model.state_dict())
@@ -292,7 +293,7 @@ def test_another_number_of_channels_is_refused() -> None:
             norm(torch.randn(2, 8, 3, 3))
 
 
-@both_kinds
+@every_kind
 def test_fake_tensors_have_no_memory_to_look_at(options: dict) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -327,7 +328,7 @@ def test_training_goes_on_after_inference_mode_and_unfreezing(options: dict) -> 
     assert all(t.abs().max() < 100 for t in slots.values())
 
 
-@both_kinds
+@every_kind
 def test_a_trainable_bias_of_a_frozen_conv_is_compensated(options: dict) -> None:
     conv = nn.Conv2d(3, 4, 3)
     conv.weight.requires_grad_(False)
@@ -343,7 +344,7 @@ def test_a_trainable_bias_of_a_frozen_conv_is_compensated(options: dict) -> None
     torch.testing.assert_close(norm(conv(y)), expected, rtol=1e-4, atol=1e-4)
 
 
-@both_kinds
+@every_kind
 def test_module_flags_set_directly_and_keyword_calls(options: dict) -> None:
     conv, norm = bound(**options)
     norm.eval()

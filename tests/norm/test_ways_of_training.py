@@ -20,7 +20,8 @@ from cbn_convert.norm import CrossIterationBatchNorm2d, CrossIterationMixin, his
 # a ring, and carried windows that look at some of the batches of a short training, and so briefly that it matters
 RING = {"window": 4}
 CARRIED = {"history": "ema", "window": 64, "moments_every": 2, "moments_positions": 100}
-both_kinds = pytest.mark.parametrize("options", [RING, CARRIED], ids=["ring", "carried"])
+NEW = {"history": "ema", "start": "empty"}
+every_kind = pytest.mark.parametrize("options", [RING, CARRIED, NEW], ids=["ring", "carried", "new"])
 
 
 def bound(conv: nn.Module, options: dict, **more) -> CrossIterationBatchNorm2d:
@@ -35,7 +36,7 @@ def twin_of(norm: CrossIterationBatchNorm2d, conv: nn.Module, options: dict, **m
     return other
 
 
-@both_kinds
+@every_kind
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_changes_nothing(use_reentrant: bool, options: dict) -> None:
     plain, saving = converted(**options), converted(**options)
@@ -48,7 +49,7 @@ def test_activation_checkpointing_changes_nothing(use_reentrant: bool, options: 
         assert_same_state(plain, saving, rtol=0, atol=0)
 
 
-@both_kinds
+@every_kind
 def test_checkpointed_segments_that_part_conv_and_norm(options: dict) -> None:
     plain, saving = converted(**options), converted(**options)
     for part in (saving.stem, saving.body):
@@ -94,7 +95,7 @@ def test_gradient_accumulation_under_a_carried_window_is_the_gradient_of_the_who
             torch.testing.assert_close(value, parts.state_dict()[key])
 
 
-@both_kinds
+@every_kind
 def test_two_forward_passes_before_one_backward_pass(options: dict) -> None:
     """What a pass keeps for its gradient is not written to by the next one."""
     together, apart = converted(**options), converted(**options)
@@ -113,7 +114,7 @@ def test_two_forward_passes_before_one_backward_pass(options: dict) -> None:
     assert_same_state(together, apart)
 
 
-@both_kinds
+@every_kind
 def test_batch_and_image_size_may_change(options: dict) -> None:
     net = converted(**options)
     for i, (n, size) in enumerate([(2, 12), (5, 7), (1, 20), (3, 12), (1, 3), (2, 9)]):
@@ -121,7 +122,7 @@ def test_batch_and_image_size_may_change(options: dict) -> None:
     assert {s["sources"][0]["seen"] for s in history_state(net).values()} == {6}
 
 
-@both_kinds
+@every_kind
 def test_empty_batch_is_ignored(options: dict) -> None:
     net, twin = converted(**options), converted(**options)
     step(net, batch(0))
@@ -151,7 +152,7 @@ def test_weights_that_jump_leave_statistics_finite_and_positive(options: dict) -
             assert (layer.running_var > 0).all()
 
 
-@both_kinds
+@every_kind
 def test_update_bn_recalibrates(options: dict) -> None:
     """torch's recalibration must end near the statistics of the data, not of the weights trained with."""
     net = converted(**options)
@@ -194,7 +195,7 @@ def test_frozen_parts_get_no_gradient_and_the_rest_its_own(frozen: str, options:
     assert compensated == expected.get(frozen, own_weight)
 
 
-@both_kinds
+@every_kind
 def test_weight_decay_is_followed_exactly(options: dict) -> None:
     """Weights that only shrink change nothing: compensation is exact there."""
     conv = nn.Conv2d(3, 4, 3, bias=False).double()
@@ -207,7 +208,7 @@ def test_weight_decay_is_followed_exactly(options: dict) -> None:
             conv.weight *= 0.7
 
 
-@both_kinds
+@every_kind
 def test_two_optimizers_see_one_gradient(options: dict) -> None:
     one, two = converted(**options), converted(**options)
     single = torch.optim.SGD(one.parameters(), 0.1, momentum=0.9)
@@ -225,14 +226,14 @@ def test_two_optimizers_see_one_gradient(options: dict) -> None:
     assert_same_state(one, two)
 
 
-@both_kinds
+@every_kind
 def test_same_seed_same_run(options: dict) -> None:
     runs = [converted(seed=3, **options) for _ in range(2)]
     for i in range(5):
         assert torch.equal(*(step(net, batch(i)) for net in runs))
 
 
-@both_kinds
+@every_kind
 def test_channels_last_and_dtype_moves(options: dict) -> None:
     net, last = converted(double=False, **options), converted(double=False, **options)
     last.to(memory_format=torch.channels_last)
@@ -247,7 +248,7 @@ def test_channels_last_and_dtype_moves(options: dict) -> None:
     assert torch.isfinite(step(net, batch(9, dtype=torch.float32))).all()
 
 
-@both_kinds
+@every_kind
 def test_pure_bfloat16(options: dict) -> None:
     net, full = converted(double=False, **options), converted(double=False, **options)
     net.bfloat16()
@@ -261,7 +262,7 @@ def test_pure_bfloat16(options: dict) -> None:
         assert {t.dtype for t in state["sources"][0]["slots"].values()} == {torch.float32}
 
 
-@both_kinds
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_with_a_gradient_scaler(dtype: torch.dtype, options: dict) -> None:
     mixed, full = converted(double=False, **options), converted(double=False, **options)
@@ -287,7 +288,7 @@ def test_autocast_with_a_gradient_scaler(dtype: torch.dtype, options: dict) -> N
         assert {t.dtype for t in state["sources"][0]["slots"].values()} == {torch.float32}
 
 
-@both_kinds
+@every_kind
 def test_a_mean_of_a_thousand_standard_deviations(options: dict) -> None:
     """Input patches and outputs far from zero: float32 must stay near float64."""
     conv = nn.Conv2d(4, 6, 3, bias=False)
@@ -315,7 +316,7 @@ def test_a_mean_of_a_thousand_standard_deviations(options: dict) -> None:
             conv.weight += 0.01 * torch.randn_like(conv.weight) * conv.weight.std()
 
 
-@both_kinds
+@every_kind
 def test_functional_call_uses_the_weights_it_is_given(options: dict) -> None:
     net, twin = converted(**options), converted(seed=1, **options)
     step(net, batch(0), lr=0)
@@ -360,7 +361,7 @@ def test_without_running_statistics(options: dict) -> None:
     torch.testing.assert_close(norm.eval()(x), F.batch_norm(x, None, None, training=True))
 
 
-@both_kinds
+@every_kind
 def test_what_acts_between_conv_and_norm_in_training_is_refused(options: dict) -> None:
     """DropPath is nothing in evaluation; its output is not the conv's."""
     from timm.layers import DropPath
@@ -381,7 +382,7 @@ def test_what_acts_between_conv_and_norm_in_training_is_refused(options: dict) -
         inplace(batch(0, dtype=torch.float32))
 
 
-@both_kinds
+@every_kind
 def test_a_copy_of_the_conv_output_is_its_output(options: dict) -> None:
     conv = nn.Conv2d(3, 4, 3)
     norm = bound(conv, options)
@@ -392,7 +393,7 @@ def test_a_copy_of_the_conv_output_is_its_output(options: dict) -> None:
     assert norm.history_state()["sources"][0]["seen"] == 2
 
 
-@both_kinds
+@every_kind
 def test_rows_in_another_order_are_refused(options: dict) -> None:
     """At batch size 1 a sequence-first layout looks like the right one; training shows the difference."""
     linear = nn.Linear(5, 6)
@@ -402,7 +403,7 @@ def test_rows_in_another_order_are_refused(options: dict) -> None:
         norm(linear(torch.randn(7, 3, 5)).permute(1, 2, 0))
 
 
-@both_kinds
+@every_kind
 def test_an_input_that_the_conv_skips_may_be_infinite(options: dict) -> None:
     net = randomize_norms(nn.Sequential(nn.Conv2d(16, 8, 1, stride=2), nn.BatchNorm2d(8))).train()
     cbn.convert(net, example_input=torch.randn(1, 16, 8, 8), **options)
