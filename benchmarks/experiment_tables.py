@@ -126,22 +126,25 @@ def studies() -> dict[str, str]:
 
 
 def from_scratch() -> str:
-    """Rings from random weights, beside statistics that are never out of date."""
+    """New layers' average and rings from random weights, beside statistics that are never out of date."""
     report = json.loads((RESULTS / "from_scratch.json").read_text())
     labels = {
-        "bn": "BN", "ring-2": "CBN, ring of 2 (default for new layers)",
-        **{f"ring-{k}": f"CBN, ring of {k}" for k in (8, 32)},
+        "bn": "BN", "cbn": "CBN: the newest batch half (default for new layers)",
+        "quarter": "CBN: the newest batch a quarter", "none": "CBN, not following the weights",
+        **{f"ring-{k}": f"CBN, ring of {k}" for k in (2, 8)},
         **{f"window-{k}": f"exponential window of {k} (gone)" for k in (2, 8, 32)},
         "fresh-all": "BN's statistics of these and 14 more images, never out of date",
         "fresh-own": "the same, the gradient of the 14 for the layer's own weights only",
     }  # fmt: skip
-    lines = ["| | top-1 [%] of each seed | mean |", "|---|---|---|"]
+    lrs = sorted({c["lr"] for c in report["cells"]})
+    head = " | ".join(f"{lr:g}" for lr in lrs)
+    lines = [f"| top-1 [%] of each seed, at rate | {head} |", "|---|" + "---|" * len(lrs)]
     for row, label in labels.items():
-        values = [c["top1"] for c in sorted(report["cells"], key=lambda c: c["seed"]) if c["row"] == row]
-        if not values:
-            continue
-        shown = "" if None in values else f"{mean(values):.1f}"
-        lines.append(f"| {label} | {', '.join('failed' if v is None else f'{v:.1f}' for v in values)} | {shown} |")
+        cells = sorted((c for c in report["cells"] if c["row"] == row), key=lambda c: c["seed"])
+        values = [[c["top1"] for c in cells if c["lr"] == lr] for lr in lrs]
+        shown = [", ".join("failed" if v is None else f"{v:.1f}" for v in of_rate) for of_rate in values]
+        if cells:
+            lines.append(f"| {label} | {' | '.join(shown)} |")
     source = f"*validation; `{report['command']}`, [JSON](BASE/benchmarks/results/from_scratch.json)*"
     return "\n".join([*lines, "", source])
 

@@ -1,8 +1,8 @@
-"""Why long windows do not train from scratch: lengths of a ring, beside statistics that are never out of date.
+"""What new layers normalise by, from scratch: their own average, rings, and statistics that are never out of date.
 
     python benchmarks/from_scratch.py --data ../shared/data
 
-A small ResNet from random weights on the hands, 2,000 updates of two images, SGD at one rate. In the rows "fresh" the
+A small ResNet from random weights on the hands, 2,000 updates of two images, SGD at two rates. In the rows "fresh" the
 loss is that of two images, and BatchNorm's statistics are those of the same two and 14 others under today's weights:
 what a window of 8 batches would be if nothing in it went out of date. With "own" the others give their gradient to the
 layer's own weights only, as the compensation does, and with "all" to earlier layers as well. Writes
@@ -15,6 +15,7 @@ import argparse
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from patched import measure, outcome
@@ -22,12 +23,17 @@ from report import RESULTS
 from study import DATA, FOLDERS, NETWORKS
 from torch import Tensor, nn
 
+from cbn_convert.norm import new_layer
+
 OUTPUT = RESULTS / "from_scratch.json"
-LR, STEPS, BATCH_SIZE, SEEDS = 0.03, 2000, 2, 2
-# settings of FinetuneConfig, or images of the statistics and who gets their gradient
+LRS, STEPS, BATCH_SIZE, SEEDS = (0.03, 0.00949), 2000, 2, 2
+# settings of FinetuneConfig; the share of the newest batch; or images of the statistics and who gets their gradient
 ROWS: dict[str, dict[str, Any]] = {
     "bn": {"norm": "bn"},
-    **{f"ring-{k}": {"window": k} for k in (2, 8, 32)},  # the default is the first
+    "cbn": {},
+    "quarter": {"newest": 0.25},
+    "none": {"compensation": "none"},
+    **{f"ring-{k}": {"window": k} for k in (2, 8)},
     "fresh-all": {"fresh": (16, "all")},
     "fresh-own": {"fresh": (16, "own")},
 }
@@ -50,6 +56,11 @@ def first_two(gradient: str) -> None:
     learner.Learner._loss = of_first  # type: ignore[method-assign]
 
 
+def newest(share: float) -> None:
+    """Makes new layers of this process give the newest batch such a share."""
+    mock.patch.object(new_layer, "NEWEST", share).start()
+
+
 def rest_detached(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """The conv's input, of which only the images that count for the loss reach earlier layers."""
     return torch.cat([inputs[0][:BATCH_SIZE], inputs[0][BATCH_SIZE:].detach()])
@@ -65,8 +76,11 @@ def main() -> None:
     def run(cell: dict[str, Any]) -> dict[str, Any]:
         settings = dict(ROWS[cell["row"]])
         images, gradient = settings.pop("fresh", (BATCH_SIZE, ""))
+        change: list[Any] | None = ["from_scratch", "first_two", gradient] if gradient else None
         if gradient:
             settings["norm"] = "bn"
+        if "newest" in settings:
+            change = ["from_scratch", "newest", settings.pop("newest")]
         config = {
             "data": str(folder), "model": NETWORKS["new"]["model"], "pretrained": False,
             "img_size": DATA["hands"]["img-size"], "hflip": 0.0, "min_scale": DATA["hands"]["min-scale"],
@@ -74,13 +88,13 @@ def main() -> None:
             "seed": cell["seed"],
             **settings,
         }  # fmt: skip
-        found = outcome(config, ["from_scratch", "first_two", gradient] if gradient else None)
+        found = outcome(config, change)
         return {"top1": None if "error" in found else round(found["last_top1"], 2)}
 
     todo = [
-        {"row": row, "lr": LR, "seed": seed}
-        for seed, row in product(range(SEEDS), ROWS)
-        if seed == 0 or "fresh" not in ROWS[row]  # whose steps take four times as long
+        {"row": row, "lr": lr, "seed": seed}
+        for seed, lr, row in product(range(SEEDS), LRS, ROWS)
+        if (seed == 0 and lr == LRS[0]) or "fresh" not in ROWS[row]  # whose steps take four times as long
     ]
     measure(OUTPUT, "python benchmarks/from_scratch.py --data ../shared/data", todo, run, given.jobs)
 

@@ -3,7 +3,7 @@
 python examples/monai_unet3d.py                            # --norm bn to compare
 
 The one line stands before the optimizer; with pretrained weights, behind them. Here are none, so every layer is a new
-one and averages two batches: this shows where the line goes. CBN is made for pretrained weights.
+one and averages its batches: this shows where the line goes. CBN is made for pretrained weights.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 python examples/smp_unet.py                                # --norm bn or frozen (the encoder) to compare
 
 The one line stands behind encoder_weights and before the optimizer. It takes encoder and decoder: the encoder's layers
-carry their ImageNet statistics, the new ones of the decoder average two batches. --data holds CamVid's street scenes.
+carry their ImageNet statistics, the new ones of the decoder average their batches. --data holds CamVid's street scenes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ python examples/ultralytics_yolo.py                        # --norm bn to compar
 
 The one line is the mixin: it converts once the trainer has its weights, before compile, DDP, optimizer and EMA. last.pt
 and best.pt are of the plain network; last.cbn beside them resumes to the bit. With pretrained weights, such as
-YOLO("yolo11n.pt"), layers carry their statistics; here the network is new, and they average two batches.
+YOLO("yolo11n.pt"), layers carry their statistics; here the network is new, and they average their batches.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def convert(
             moments_every, moments_positions.
 
     Whether a layer has statistics to carry is decided when training begins, and again after load_state_dict; until
-    there are some, it averages two batches. Raises ConversionError for a model without BatchNorm, for an unknown
+    there are some, it averages its own, the newest half. Raises ConversionError for a model without BatchNorm, for an
     subclass of BatchNorm that is not excluded, for running statistics that are not finite or a variance below zero, for
     an argument out of range, or if the model cannot run; the model is then left as it was.
     """

@@ -63,7 +63,7 @@ def decide(facts: LayerFacts, window: Window) -> Decision:
     if against is not None:
         return Decision(status, f"{reason}, not folded: {against}", window)
     new = facts.is_new and not window.is_fixed
-    when = "new: two batches, folded once it has statistics" if new else "trains folded"
+    when = "new: averages its batches, folded once it has statistics" if new else "trains folded"
     return Decision(status, f"{reason}, {when}", window, True)
 
 
