@@ -29,13 +29,13 @@ test-integrations: $(INTEGRATIONS)/.installed
 
 # the recipes, with CBN and with what it replaces
 examples: $(INTEGRATIONS)/.installed
-	$(INTEGRATIONS)/bin/python benchmarks/examples.py --data ../shared/data
+	$(INTEGRATIONS)/bin/python -m benchmarks.coverage.examples --data ../shared/data
 
 # models of other libraries; facenet-pytorch runs with any torch, but asks for one of 2024
 third-party: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --editable '.[integrations,third-party]'
 	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps facenet-pytorch
-	$(INTEGRATIONS)/bin/python benchmarks/third_party.py
+	$(INTEGRATIONS)/bin/python -m benchmarks.coverage.third_party
 
 # on a machine with a GPU: the kernels compiled instead of interpreted, and the layer on CUDA
 test-gpu: $(STAMP)
@@ -72,69 +72,69 @@ format: $(STAMP)
 
 # about 25 minutes on a machine that does nothing else; README's and docs/performance.md's tables come from the JSON
 bench-cpu: $(STAMP)
-	$(PY) benchmarks/step_time.py --again
-	$(PY) benchmarks/bounds.py
-	$(PY) benchmarks/readme.py
+	$(PY) -m benchmarks.speed.step_time --again
+	$(PY) -m benchmarks.speed.bounds
+	$(PY) -m benchmarks.documents.readme
 
 bench-gpu: $(STAMP)
-	$(PY) benchmarks/step_time.py --device cuda --again
-	$(PY) benchmarks/readme.py
+	$(PY) -m benchmarks.speed.step_time --device cuda --again
+	$(PY) -m benchmarks.documents.readme
 
 # all that needs a GPU, in less than nine minutes; no environment is made, since the machine may have no package index:
 # `pip install --no-deps --no-build-isolation -e .` comes first. GPU_REPORT is where the JSON goes
 GPU_PYTHON ?= python3
 GPU_REPORT ?= benchmarks/results/gpu.json
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py --output $(GPU_REPORT)
+	$(GPU_PYTHON) -m benchmarks.speed.gpu --output $(GPU_REPORT)
 
 # images and weights of the figures from their public sources; what is there already is left alone
 data: $(STAMP)
-	$(PY) benchmarks/data.py --to ../shared/data
+	$(PY) -m benchmarks.data.fetch --to ../shared/data
 
 # long studies on ../shared/data, whose JSON is committed: about two hours and ten minutes of one core
 stability: $(STAMP)
-	$(PY) benchmarks/stability.py --data ../shared/data
-	$(PY) benchmarks/readme.py
+	$(PY) -m benchmarks.study.stability --data ../shared/data
+	$(PY) -m benchmarks.documents.readme
 
 # every timm architecture with BatchNorm through tests/helpers/promises.py: an hour and a half on two cores that do nothing else
-# (an estimate); it goes on where it was stopped, so that `python benchmarks/sweep.py --failed` is enough after a change
+# (an estimate); it goes on where it was stopped, so that `python -m benchmarks.coverage.sweep --failed` is enough after a change
 sweep: $(STAMP)
-	$(PY) benchmarks/sweep.py
-	$(PY) benchmarks/sweep.py --onnx
-	$(PY) benchmarks/coverage.py
+	$(PY) -m benchmarks.coverage.sweep
+	$(PY) -m benchmarks.coverage.sweep --onnx
+	$(PY) -m benchmarks.documents.coverage
 
 # runs that are killed and resumed, and damaged files
 chaos: $(STAMP)
-	$(PY) benchmarks/chaos.py
-	$(PY) benchmarks/reliability.py
+	$(PY) -m benchmarks.robustness.chaos
+	$(PY) -m benchmarks.documents.reliability
 
 # what docs/training.md and examples/README.md say
 training: $(STAMP)
-	$(PY) benchmarks/auto_lr.py --data ../shared/data
-	$(PY) benchmarks/statistics_shift.py --data ../shared/data
-	$(PY) benchmarks/loader.py --data ../shared/data/clothing
-	$(VENV)/bin/torchrun --nproc-per-node 2 benchmarks/communication.py
-	$(PY) benchmarks/recipes.py --data ../shared/data
-	$(PY) benchmarks/training.py
+	$(PY) -m benchmarks.study.auto_lr --data ../shared/data
+	$(PY) -m benchmarks.study.statistics_shift --data ../shared/data
+	$(PY) -m benchmarks.speed.loader --data ../shared/data/clothing
+	$(VENV)/bin/torchrun --nproc-per-node 2 -m benchmarks.speed.communication
+	$(PY) -m benchmarks.coverage.recipes --data ../shared/data
+	$(PY) -m benchmarks.documents.training
 
 # docs/results.md and tables of docs/experiments.md: hundreds of runs, most of a day on two cores; it goes on where it
 # was stopped
 study: $(STAMP)
-	$(PY) benchmarks/study.py --data ../shared/data --work study
-	$(PY) benchmarks/time_to_accuracy.py --data ../shared/data
-	$(PY) benchmarks/study_report.py
-	$(PY) benchmarks/from_scratch.py --data ../shared/data
-	$(PY) benchmarks/carried_forms.py --data ../shared/data
-	$(PY) benchmarks/readme.py
+	$(PY) -m benchmarks.study.comparisons --data ../shared/data --work study
+	$(PY) -m benchmarks.study.time_to_accuracy --data ../shared/data
+	$(PY) -m benchmarks.documents.results
+	$(PY) -m benchmarks.study.from_scratch --data ../shared/data
+	$(PY) -m benchmarks.study.carried_forms --data ../shared/data
+	$(PY) -m benchmarks.documents.readme
 
 # detection and segmentation, in the environment of the integrations: about two hours of one core for each task
 dense: $(INTEGRATIONS)/.installed
 	for task in camvid-unet camvid-deeplab bccd-fcos bccd-faster-rcnn; do \
-		OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python benchmarks/dense/run.py --data ../shared/data --task $$task || exit; done
-	$(INTEGRATIONS)/bin/python benchmarks/dense/report.py
+		OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m benchmarks.dense.run --data ../shared/data --task $$task || exit; done
+	$(INTEGRATIONS)/bin/python -m benchmarks.dense.report
 
 estimation: $(STAMP)
-	$(PY) benchmarks/estimation.py --data ../shared/data
+	$(PY) -m benchmarks.study.estimation --data ../shared/data
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) build *.egg-info demo

@@ -69,5 +69,5 @@ def top1(model: nn.Module, args: argparse.Namespace) -> float:
 
 
 def say(args: argparse.Namespace, what: str, value: float, where: str) -> None:
-    """The recipe's figure; benchmarks/examples.py reads it."""
+    """The recipe's figure; benchmarks/coverage/examples.py reads it."""
     print(f"{args.norm}: {what} {value:.1f} on {where}", flush=True)

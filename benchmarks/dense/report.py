@@ -1,22 +1,18 @@
-"""python benchmarks/dense/report.py: writes the tables of docs/results.md from results/dense/*.json."""
+"""python -m benchmarks.dense.report: writes the tables of docs/results.md from results/dense/*.json."""
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from readme import NOT_YET, ROOT, fill
-from report import RESULTS
-
+from benchmarks.dense.norms import parsed
+from benchmarks.dense.plan import DenseColumn, results
+from benchmarks.documents.readme import NOT_YET, fill
+from benchmarks.provenance import RESULTS, ROOT
 from cbn_convert.comparison.plan import score
 from cbn_convert.comparison.summary import Row, difference, exceeds
-from dense.norms import parsed
-from dense.plan import DenseColumn, results
 
 TITLES = {
     "camvid-unet": "Street scenes, Unet",

@@ -1,6 +1,6 @@
 """Trains detectors and segmentation networks with every treatment of `dense.norms`; a run that is stopped goes on.
 
-    python benchmarks/dense/run.py --data ../shared/data --task camvid-unet [--budget-minutes 60]
+    python -m benchmarks.dense.run --data ../shared/data --task camvid-unet [--budget-minutes 60]
 
 SGD with momentum 0.9 and weight decay 1e-4, warm-up over 5 % of the steps, cosine decay, gradients clipped to a norm of
 5; the encoder learns at 0.3 of the rate. Images are flipped at random. Every run sees the same number of images.
@@ -24,16 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from report import RESULTS, provenance
-
+from benchmarks.dense import norms
+from benchmarks.dense.data import Pairs, batches
+from benchmarks.dense.plan import DenseColumn, results, runs
+from benchmarks.dense.tasks import TASKS, WEIGHTS, Task, pretrained, scaled
+from benchmarks.provenance import RESULTS, provenance
 from cbn_convert.comparison.plan import Cell, score
 from cbn_convert.files import replaced_file
-from dense import norms
-from dense.data import Pairs, batches
-from dense.plan import DenseColumn, results, runs
-from dense.tasks import TASKS, WEIGHTS, Task, pretrained, scaled
 
 OUTPUT = RESULTS / "dense"
 TREATMENTS = {
@@ -173,7 +170,7 @@ class Study:
         """Replaces the file at once, one run per line."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         sizes = ",".join(str(size) for size in dict.fromkeys(r["batch"] for r in self.records))
-        command = f"python benchmarks/dense/run.py --data ../shared/data --task {self.name} --batch-sizes {sizes}"
+        command = f"python -m benchmarks.dense.run --data ../shared/data --task {self.name} --batch-sizes {sizes}"
         report = {**provenance(command), "task": self.name, "settings": self.settings, "runs": self.records}
         text = json.dumps(report).replace('"runs": [{', '"runs": [\n{').replace('}, {"task"', '},\n{"task"')
         with replaced_file(self.output) as file:
@@ -211,7 +208,7 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Task] = TAS
     except ValueError as error:
         parser.error(str(error))
     if missing := [name for name in (task.folder, WEIGHTS) if not (given.data / name).exists()]:
-        parser.error(f"--data {given.data} has no {missing[0]}; benchmarks/data.py gets it")
+        parser.error(f"--data {given.data} has no {missing[0]}; benchmarks/data/fetch.py gets it")
     output = given.output or OUTPUT / f"{given.task}.json"
     study = Study(given.task, task, given.data, output, pretrained(given.data))
     complete = study.go_on(wanted, 60 * given.budget_minutes)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import http.server
-import importlib
 import io
 import json
 import re
-import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -24,15 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import nn
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("data", "data_sources"):  # other folders may have modules of these names
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("data")
+from benchmarks.data import fetch as data
 
 
 def picture(width: int, height: int, *channels: int) -> bytes:
@@ -50,7 +40,7 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
 
 
 @pytest.fixture
-def fake(data: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script with one data set, whose source is a file, and whose sum is recorded."""
     splits = ("train", "validation", "test")
     files = {f"{split}/hat/{n}.jpg": picture(200 + n, 320, 3) for split in splits for n in (1, 2)}
@@ -209,14 +199,14 @@ def test_what_cannot_be_made(fake: ModuleType, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("options", [["--to", "x", "--only", "hats"], ["--check", "x", "--from", "y"], []])
-def test_wrong_options(options: list[str], data: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         data.main(options)
     assert ": error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("size", [(400, 822), (400, 797), (742, 400)])
-def test_the_bytes_are_those_of_one_step_of_pillow_13(size: tuple[int, int], data: ModuleType, tmp_path: Path) -> None:
+def test_the_bytes_are_those_of_one_step_of_pillow_13(size: tuple[int, int], tmp_path: Path) -> None:
     """Which measured images were made with; others begin tall images with the other side."""
     content = picture(*size, 3)
     source = write_zip(tmp_path / "s.zip", {"train/hat/a.jpg": content})
@@ -230,7 +220,7 @@ def test_the_bytes_are_those_of_one_step_of_pillow_13(size: tuple[int, int], dat
     assert (tmp_path / "made/train/hat/a.jpg").read_bytes() == expected.getvalue()
 
 
-def test_hands_by_number(data: ModuleType, tmp_path: Path) -> None:
+def test_hands_by_number(tmp_path: Path) -> None:
     photos = {f"Dataset/{digit}/IMG_{1000 + n}.JPG": picture(100, 100, 3) for digit in (0, 7) for n in range(20)}
     data.ITEMS[1].prepare([write_zip(tmp_path / "s.zip", photos)], tmp_path / "hands")
     for split, numbers in {"train": range(14), "val": range(14, 17), "test": range(17, 20)}.items():
@@ -238,7 +228,7 @@ def test_hands_by_number(data: ModuleType, tmp_path: Path) -> None:
         assert names(tmp_path / "hands" / split) == expected
 
 
-def test_cells_in_the_format_of_coco(data: ModuleType, tmp_path: Path) -> None:
+def test_cells_in_the_format_of_coco(tmp_path: Path) -> None:
     def box(name: str, *corners: int) -> str:
         sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
         return f"<object><name>{name}</name><bndbox>{sides}</bndbox></object>"
@@ -258,7 +248,7 @@ def test_cells_in_the_format_of_coco(data: ModuleType, tmp_path: Path) -> None:
     ]
 
 
-def test_streets(data: ModuleType, tmp_path: Path) -> None:
+def test_streets(tmp_path: Path) -> None:
     files = {"CamVid/val/a_1.png": picture(480, 360, 3), "CamVid/valannot/a_1.png": picture(480, 360)}
     data.ITEMS[3].prepare([write_zip(tmp_path / "s.zip", files)], tmp_path / "streets")
     assert names(tmp_path / "streets") == ["val/a_1.jpg", "val_labels/a_1.png"]
@@ -267,7 +257,7 @@ def test_streets(data: ModuleType, tmp_path: Path) -> None:
     assert set(np.unique(np.asarray(label))) <= set(range(12))
 
 
-def test_weights_of_keras(data: ModuleType, tmp_path: Path) -> None:
+def test_weights_of_keras(tmp_path: Path) -> None:
     """A network of timm's, written as TensorFlow.js has it, comes back."""
     model = timm.create_model("mobilenetv2_035", num_classes=0)
     entries: list[dict[str, Any]] = []
@@ -298,7 +288,7 @@ def test_weights_of_keras(data: ModuleType, tmp_path: Path) -> None:
     torch.testing.assert_close(made, dict(model.state_dict()), rtol=1e-6, atol=1e-6)
 
 
-def test_the_sum_of_weights(data: ModuleType, tmp_path: Path) -> None:
+def test_the_sum_of_weights(tmp_path: Path) -> None:
     """Neither the order of the header counts, which is left to chance, nor is anything else passed over."""
     content = save({"w": torch.arange(4.0)}, {"a": "1", "b": "2"})
     first, second = b'"a":"1","b":"2"', b'"b":"2","a":"1"'  # one of which is there
@@ -319,8 +309,8 @@ def test_the_sum_of_weights(data: ModuleType, tmp_path: Path) -> None:
     assert len(set(sums.values())) == 6
 
 
-def test_every_item_is_pinned_and_recorded(data: ModuleType) -> None:
-    assert list(json.loads((BENCHMARKS / "data.json").read_text())) == [item.path for item in data.ITEMS]
+def test_every_item_is_pinned_and_recorded() -> None:
+    assert list(json.loads(data.SUMS.read_text())) == [item.path for item in data.ITEMS]
     for item in data.ITEMS:
         assert item.licence
         assert (item.prepare is None) == bool(item.lost)
@@ -329,7 +319,7 @@ def test_every_item_is_pinned_and_recorded(data: ModuleType) -> None:
 
 
 def test_the_folder_that_the_figures_were_made_with(
-    data: ModuleType, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert data.main(["--check", str(shared_data)]) == 0
     assert capsys.readouterr().out == "".join(f"{item.path} ok\n" for item in data.ITEMS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,17 +25,12 @@ from cbn_convert.norm import CrossIterationMixin
 pytest.importorskip("segmentation_models_pytorch")
 pytest.importorskip("pycocotools")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def dense() -> Iterator[Any]:
+def dense() -> Any:
     """The modules of benchmarks/dense, by their names."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        patch.delitem(sys.modules, "report", raising=False)  # other folders may have one
-        names = ("data", "metrics", "norms", "plan", "report", "run", "tasks")
-        yield SimpleNamespace(**{name: importlib.import_module(f"dense.{name}") for name in names})
+    names = ("data", "metrics", "norms", "plan", "report", "run", "tasks")
+    return SimpleNamespace(**{name: importlib.import_module(f"benchmarks.dense.{name}") for name in names})
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ NORMS = ["bn", "frozen", "tune", "cbn"]
 
 def test_the_script_writes_all_of_its_parts(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", "benchmarks.speed.gpu", "--device", "cpu", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     parts = json.loads(output.read_text())["parts"]
     assert parts["tests"]["exit_code"] == 0
@@ -27,9 +27,9 @@ def test_the_script_writes_all_of_its_parts(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--output", str(tmp_path / "gpu.json")]
+    command = [sys.executable, "-m", "benchmarks.speed.gpu", "--output", str(tmp_path / "gpu.json")]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={"CUDA_VISIBLE_DEVICES": ""}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env={"CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 1
     assert "torch sees no GPU here" in done.stderr.splitlines()[-1]

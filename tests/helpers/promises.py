@@ -1,6 +1,6 @@
 """What is promised for every timm architecture with BatchNorm, checked on one architecture at a time.
 
-`tests/conversion/test_matrix.py` checks a small one of every kind, `benchmarks/sweep.py` all of them.
+`tests/conversion/test_matrix.py` checks a small one of every kind, `benchmarks/coverage/sweep.py` all of them.
 """
 
 from __future__ import annotations

@@ -11,21 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS)]
-
-from chaos import planned_damage, planned_kill  # noqa: E402
-from fuzz import DAMAGES, EDITS, TARGETS, changes, damage, snapshot  # noqa: E402
-from kills import KILLS  # noqa: E402
-from reliability import document  # noqa: E402
-from supervised import CheckError, Command, check_no_litter, difference  # noqa: E402
+from benchmarks.documents.reliability import document
+from benchmarks.provenance import ROOT
+from benchmarks.robustness.chaos import planned_damage, planned_kill
+from benchmarks.robustness.fuzz import DAMAGES, EDITS, TARGETS, changes, damage, snapshot
+from benchmarks.robustness.kills import KILLS
+from benchmarks.robustness.supervised import CheckError, Command, check_no_litter, difference
 
 
 def test_a_few_kills_and_damaged_files(tmp_path: Path) -> None:
     """In a process of its own: it forks, which a process with torch's threads must not."""
     options = ["--kills", "2", "--fuzz", str(len(TARGETS)), "--output", tmp_path / "chaos.json"]
-    command = [sys.executable, BENCHMARKS / "chaos.py", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    command = [sys.executable, "-m", "benchmarks.robustness.chaos", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "chaos.json").read_text())
     assert report["failures"] == []

@@ -1,0 +1,306 @@
+"""The tables of docs/experiments.md, which readme.py writes."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from statistics import mean, median, stdev
+from typing import Any
+
+from benchmarks.provenance import RESULTS
+from benchmarks.study import carried_forms
+from benchmarks.study.estimation import ESTIMATES
+
+NOT_YET = "*Not measured yet.*"
+NAMES = {
+    "cbn": "CBN (default)",
+    "images": "CBN, following the images only",
+    "taylor": "Taylor, full gradient, ring of 8",
+    "published": "as published: Taylor, current gradient, ring of 8",
+    "averaging": "averaging only, ring of 8",
+    "bn": "BN",
+    "frozen": "frozen BN",
+    **{f"ring-{k}": f"CBN, ring of {k}" for k in (1, 2, 4, 8, 16, 32)},
+    "unbound-1": "BN there, CBN elsewhere",
+    "unbound-2": "ring of 2, whole gradient (default for new layers)",
+    **{f"unbound-{k}": f"ring of {k}, whole gradient" for k in (4, 16)},
+    "unbound-current-16": "ring of 16, gradient's share 1/16",
+}
+# of the exponential window with C, which is gone; these cells are in results/former
+FORMER = {
+    "cbn": "CBN, moments every step, exact where small",
+    "cbn-turns-8-512": "CBN, window 16, moments in turns",
+    "cbn-ring8": "CBN, ring of 8",
+    "cbn-no-exact": "CBN, moments every step, all positions",
+    "cbn-turns-1-512": "every step, about 512 positions",
+    "cbn-turns-4-all": "every 4th step, all positions",
+    "cbn-turns-4-512": "every 4th step, about 512 positions",
+    "cbn-turns-16-128": "every 16th step, about 128 positions",
+    "taylor-full": "Taylor, full gradient",
+    "published": "as published: Taylor, current gradient, ring of 8",
+    "none": "averaging only",
+    "none-w2": "averaging only, window 2",
+    "bn": "BN",
+    "frozen": "frozen BN",
+    **{f"cbn-w{k}": f"CBN, window {k}" for k in (1, 2, 4, 8, 32, 64)},
+    "unbound-bn": "BN there, CBN elsewhere",
+    "unbound-straight-2": "window 2, whole gradient (default for new layers)",
+    "unbound-straight-4": "window 4, whole gradient",
+    "unbound-straight-16": "window 16, whole gradient",
+    "unbound-current": "window 16, gradient's share 1/16",
+}
+FORMER_AXES = "former/axes_accuracy.json"
+FORMER_SOURCE = "stability.py of commit b23ef7d, [JSON](BASE/benchmarks/results/former/stability.json)"
+
+
+def stability(
+    task: str, columns: list[str], keys: list[tuple[int, str, float | None]], lrs: list[float], former: bool = False
+) -> str:
+    """One row per column of the study and (batch, optimizer, clip); cells are means over seeds."""
+    file = RESULTS / ("former/stability.json" if former else "stability.json")
+    if not file.is_file():
+        return NOT_YET
+    report, names = json.loads(file.read_text()), FORMER if former else NAMES
+    several = len({k[0] for k in keys}) > 1
+    lines = ["| top-1 [%] at lr | " + ("batch | " if several else "") + " | ".join(f"{lr:g}" for lr in lrs) + " |"]
+    lines.append("|---|" + ("---|" if several else "") + "---|" * len(lrs))
+    seeds = set()
+    for key in keys:
+        for column in columns:
+            own = [
+                c
+                for c in report["cells"]
+                if (c["task"], c["column"], c["batch"], c["opt"], c["clip"]) == (task, column, *key) and c["lr"] in lrs
+            ]
+            if not own:
+                continue
+            row = []
+            for lr in lrs:
+                values = [c["top1"] for c in own if c["lr"] == lr]
+                seeds.add(len(values))
+                row.append("" if not values else "NaN" if None in values else f"{sum(values) / len(values):.1f}")
+            lines.append(f"| {names[column]} | " + (f"{key[0]} | " if several else "") + " | ".join(row) + " |")
+    count = "one seed" if seeds <= {0, 1} else f"mean of up to {max(seeds)} seeds"
+    source = FORMER_SOURCE if former else f"`{report['command']}`, [JSON](BASE/benchmarks/results/stability.json)"
+    return "\n".join([*lines, "", f"*{count}; {source}*"])
+
+
+def studies() -> dict[str, str]:
+    """Tables of stability.py: of today's windows, and of the former one."""
+    tuned, rates, sizes = [3e-4, 1e-3, 3e-3, 1e-2], [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], (1, 2, 8, 32)
+    scratch = ["cbn", "ring-8", "taylor", "published", "averaging", "bn"]
+    fine = ["cbn", "images", "ring-8", "taylor", "published", "averaging", "bn", "frozen"]
+    unbound = [name for name in NAMES if name.startswith("unbound")]
+    rings = [f"ring-{k}" for k in (1, 2, 4, 8, 16, 32)]
+    today = {
+        "From scratch, six convolutions on 8x8 digits, no clipping:": stability(
+            "digits", scratch, [(b, "sgd", None) for b in sizes], rates
+        ),
+        "The same with AdamW:": stability("digits", scratch, [(2, "adamw", None)], [1e-4, 1e-3, 1e-2]),
+        "With rings of other lengths:": stability("digits", rings, [(2, "sgd", None)], rates[1::2]),
+        "From scratch, a small pre-activation network, of which some layers have no weight of their own:": stability(
+            "digits-residual", [*unbound, "bn"], [(b, "sgd", None) for b in (1, 2, 32)], rates[1::2]
+        ),
+    }
+    for task, photos in (("sign_digits", "photos of hands"), ("clothing", "clothing photos")):
+        for how, clip in (("without clipping", None), ("the gradient's norm clipped at 5", 5.0)):
+            today[f"From ImageNet weights (MobileNetV2-0.35) on {photos}, {how}:"] = stability(
+                task, fine, [(2, "sgd", clip), (32, "sgd", clip)], tuned
+            )
+    measured = {caption: table for caption, table in today.items() if table != NOT_YET}
+
+    main = ["cbn-turns-8-512", "cbn", "cbn-ring8", "taylor-full", "published", "none", "bn"]
+    windows = [*(f"cbn-w{k}" for k in (1, 2, 4, 8)), "cbn", "cbn-w32", "cbn-w64"]
+    unbound = [*(f"unbound-straight-{k}" for k in (2, 4, 16)), "unbound-current", "unbound-bn", "bn"]
+    former = {
+        "scratch": stability("digits", main, [(b, "sgd", None) for b in sizes], rates, True),
+        "scratch-adamw": stability("digits", main, [(2, "adamw", None)], [1e-4, 1e-3, 1e-2], True),
+        "scratch-windows": stability("digits", windows, [(2, "sgd", None)], rates[1::2], True),
+        "unbound": stability("digits-residual", unbound, [(b, "sgd", None) for b in (1, 2, 32)], rates[1::2], True),
+    }
+    columns = [*main[:-1], "cbn-no-exact", "none-w2", "bn", "frozen"]
+    for task in ("sign_digits", "clothing"):
+        for name, clip in (("clip", 5.0), ("free", None)):
+            former[f"{task}-{name}"] = stability(task, columns, [(2, "sgd", clip), (32, "sgd", clip)], tuned, True)
+    return {"rates-today": "\n\n".join(part for pair in measured.items() for part in pair) or NOT_YET, **former}
+
+
+def from_scratch() -> str:
+    """New layers' average and rings from random weights, beside statistics that are never out of date."""
+    report = json.loads((RESULTS / "from_scratch.json").read_text())
+    labels = {
+        "bn": "BN", "cbn": "CBN: the newest batch half (default for new layers)",
+        "quarter": "CBN: the newest batch a quarter", "none": "CBN, not following the weights",
+        **{f"ring-{k}": f"CBN, ring of {k}" for k in (2, 8)},
+        **{f"window-{k}": f"exponential window of {k} (gone)" for k in (2, 8, 32)},
+        "fresh-all": "BN's statistics of these and 14 more images, never out of date",
+        "fresh-own": "the same, the gradient of the 14 for the layer's own weights only",
+    }  # fmt: skip
+    lrs = sorted({c["lr"] for c in report["cells"]})
+    head = " | ".join(f"{lr:g}" for lr in lrs)
+    lines = [f"| top-1 [%] of each seed, at rate | {head} |", "|---|" + "---|" * len(lrs)]
+    for row, label in labels.items():
+        cells = sorted((c for c in report["cells"] if c["row"] == row), key=lambda c: c["seed"])
+        values = [[c["top1"] for c in cells if c["lr"] == lr] for lr in lrs]
+        shown = [", ".join("failed" if v is None else f"{v:.1f}" for v in of_rate) for of_rate in values]
+        if cells:
+            lines.append(f"| {label} | {' | '.join(shown)} |")
+    source = f"*validation; `{report['command']}`, [JSON](BASE/benchmarks/results/from_scratch.json)*"
+    return "\n".join([*lines, "", source])
+
+
+def carried() -> str:
+    """Top-1 of the carried window with length, gradient, looks, positions and d of other kinds."""
+    if not carried_forms.OUTPUT.is_file():
+        return NOT_YET
+    report = json.loads(carried_forms.OUTPUT.read_text())
+    labels = {
+        "default": "default: 8,192 images, looks in the first 32 steps and every 8th, about 512 positions",
+        "late": "looks in turns from the second step on",
+        **{f"window-{size}": f"{size:,} images" for size in (1024, 4096, 16384, 65536)},
+        "current": "no gradient through M and S", "every-2": "a look every 2 steps",
+        "every-32": "a look every 32 steps", "positions-128": "about 128 positions", "positions-all": "all positions",
+        "diagonal": "no axes", "even": "no axes, d = 1: S grows with the square of the filter's length",
+    }  # fmt: skip
+    lines = [f"| top-1 [%] | {' | '.join(carried_forms.DATA)} |", "|---|" + "---|" * len(carried_forms.DATA)]
+    for form, label in labels.items():
+        row = []
+        for images in carried_forms.DATA:
+            values = [cell["test_top1"] for cell in carried_forms.results(form, images) if "test_top1" in cell]
+            shown = f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) == carried_forms.SEEDS else "-"
+            row.append(shown)
+        lines.append(f"| {label} | {' | '.join(row)} |")
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/carried_forms.json)"
+    budget = (
+        f"test split; {carried_forms.IMAGES} images per run, batch {carried_forms.BATCH_SIZE}, lr {carried_forms.LR:g}"
+    )
+    seeds = f"mean ± standard deviation of {carried_forms.SEEDS} seeds"
+    return "\n".join([*lines, "", f"*{budget}, {seeds}; {source}, version {report['commit'][:7]}*"])
+
+
+def estimates() -> str:
+    """Mean error of each estimate of a layer's statistics, by rate."""
+    report = json.loads((RESULTS / "estimation.json").read_text())
+    rates = sorted({row["rate"] for row in report["rows"]})
+    lines = [f"| mean over the run, μ [σ] / log σ² | {' | '.join(f'rate {rate:g}' for rate in rates)} |"]
+    lines.append("|---|" + "---|" * len(rates))
+    for estimate, label in ESTIMATES.items():
+        row = []
+        for rate in rates:
+            errors = [row["errors"][estimate] for row in report["rows"] if row["rate"] == rate]
+            row.append(" / ".join(f"{mean(e[of] for e in errors):.3f}" for of in ("mean", "var")))
+        lines.append(f"| {label} | {' | '.join(row)} |")
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/estimation.json), version {report['commit'][:7]}"
+    what = "mean absolute error over all channels and layers; gradient norm clipped at 5"
+    return "\n".join([*lines, "", f"*{what}; {source}*"])
+
+
+def covariance() -> str:
+    """How much of the covariance of patches a diagonal and axes know, by network."""
+    report = json.loads((RESULTS / "patch_covariance.json").read_text())
+    labels = {
+        "0": "diagonal alone", **{str(k): f"and {k} principal ax{'i' if k == 1 else 'e'}s" for k in (1, 2, 4, 8, 16)},
+        "found": f"and the {report['axes']} axes that 32 looks have found",
+    }  # fmt: skip
+    networks = report["networks"]
+    lines = [f"| | {' | '.join(f'{n}, {len(rows)} convs' for n, rows in networks.items())} |"]
+    lines.append("|---|" + "---|" * len(networks))
+    for key, label in labels.items():
+        row = [" / ".join(f"{median(r[key][i] for r in rows):.2f}" for i in (0, 1)) for rows in networks.values()]
+        lines.append(f"| {label} | {' | '.join(row)} |")
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/patch_covariance.json)"
+    return "\n".join([*lines, "", f"*cosine / relative error, medians over convs of medians over filters; {source}*"])
+
+
+def axes() -> str:
+    """Top-1 of a network with dense convs, with axes, with a diagonal alone and with the exponential window."""
+    report, former = (json.loads((RESULTS / name).read_text()) for name in ("axes_accuracy.json", FORMER_AXES))
+    labels = {"default": "eight axes (default)", "axes-2": "two axes", "diagonal": "diagonal alone"}
+    own = [{**cell, "lr": 0.00949, "form": former["form"]} for cell in former["cells"]]
+    labels[former["form"]] = f"{former['form']}, gone, version {former['commit']}"
+    by_cell = {(c["form"], c["lr"], c["seed"]): c for c in [*report["cells"], *own]}
+    lines = ["| top-1 [%] | rate | seeds | validation | beside the default, median | test | beside the default |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for lr, form in product(sorted({lr for _, lr, _ in by_cell}), labels):
+        seeds = [seed for f, rate, seed in by_cell if (f, rate) == (form, lr)]
+        if len(seeds) < 2:
+            continue
+        row = [labels[form], f"{lr:.2g}", str(len(seeds))]
+        for split in ("top1", "test_top1"):
+            pairs = [[by_cell[f, lr, seed].get(split) for f in (form, "default")] for seed in seeds]
+            if None in (value for pair in pairs for value in pair):
+                row += ["", ""]
+                continue
+            apart = [a - b for a, b in pairs]
+            row.append(f"{mean(a for a, _ in pairs):.1f} ± {stdev(a for a, _ in pairs):.1f}")
+            error = f"{mean(apart):+.1f} ± {stdev(apart) / len(apart) ** 0.5:.1f}"
+            middle = f", {median(apart):+.1f}" if split == "top1" else ""
+            row.append("" if form == "default" else error + middle)
+        lines.append(f"| {' | '.join(row)} |")
+    source = (
+        f"`{report['command']}`, [JSON](BASE/benchmarks/results/axes_accuracy.json), version {report['commit'][:7]}"
+    )
+    what = "mean ± standard deviation; mean of the differences by seed ± its standard error"
+    return "\n".join([*lines, "", f"*{what}; {source}; [JSON](BASE/benchmarks/results/{FORMER_AXES}) of the former*"])
+
+
+def without_axes() -> str:
+    """CBN at the best rate of each cell of MobileNetV2-0.35, as it is and by a diagonal alone."""
+    former = json.loads((RESULTS / "former" / "without_axes.json").read_text())
+    lines = [
+        "| top-1 [%] | batch | with axes, validation | diagonal | with axes, test | diagonal |",
+        "|---|---|---|---|---|---|",
+    ]
+    apart: dict[str, list[float]] = {"top1": [], "test_top1": []}
+    for name in ("hands-v2-short", "clothing-v2-short"):
+        now = json.loads((RESULTS / "study" / f"{name}.json").read_text())["cells"]
+        sides = [[c for c in now if c["norm"] == "cbn"], [c for c in former["cells"] if c["comparison"] == name]]
+        for size in (1, 2, 4):
+            row = [name.split("-")[0], str(size)]
+            best = [_chosen([c for c in cells if c["batch_size"] == size]) for cells in sides]
+            for split, found in apart.items():
+                values = [[c[split] for c in cells] for cells in best]
+                row += [f"{mean(v):.1f} ± {stdev(v):.1f}" for v in values]
+                found.append(mean(values[0]) - mean(values[1]))
+            lines.append(f"| {' | '.join(row)} |")
+    errors = {split: f"{mean(v):+.1f} ± {stdev(v) / len(v) ** 0.5:.1f}" for split, v in apart.items()}
+    what = f"with axes ahead by {errors['top1']} in validation, {errors['test_top1']} on test, means over cells"
+    source = f"[JSON](BASE/benchmarks/results/former/without_axes.json) of version {former['commit'][:7]}"
+    return "\n".join([*lines, "", f"*{what}; diagonal: {source}*"])
+
+
+def _chosen(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells at the rate that ran with several seeds."""
+    rates = [c["lr"] for c in cells]
+    return [c for c in cells if rates.count(c["lr"]) > 1]
+
+
+def resume() -> str:
+    """What is lost in a resume without history, by the carried window and the one before."""
+    report = json.loads((RESULTS / "resume_without_history.json").read_text())
+    names = {"carried": "carried window", "former": "exponential window with C (gone)"}
+    kinds = {"without history": "without history", "last bit": "with it, weights rounded otherwise"}
+    columns = {
+        "outputs": "outputs", "loss": "training loss", "mean": "mean [σ], median layer", "mean_worst": "worst",
+        "var": "variance, median layer", "var_worst": "worst",
+    }  # fmt: skip
+    lines = [f"| difference [%] in | lr | {' | '.join(columns.values())} |", "|---|---|" + "---|" * len(columns)]
+    lrs = sorted({row["lr"] for row in report["carried"]["rows"]})
+    for lr, label, kind in product(lrs, names, kinds):
+        rows = [row for row in report[label]["rows"] if (row["lr"], row["resume"]) == (lr, kind)]
+        cells = []
+        for column in columns:
+            values = [100 * row[column] for row in rows]
+            cells.append(f"{sum(values) / len(values):.2g} ({min(values):.2g} to {max(values):.2g})")
+        lines.append(f"| {names[label]}, {kinds[kind]} | {lr:g} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} of version {report[label]['commit'][:7]}" for label, name in names.items())
+    source = f"`{report['carried']['command']}`, [JSON](BASE/benchmarks/results/resume_without_history.json)"
+    return "\n".join([*lines, "", f"*mean (lowest to highest) of {len(rows)} seeds; {source}; {versions}*"])
+
+
+def tables() -> dict[str, str]:
+    """All of them, by name."""
+    return {
+        **studies(), "from-scratch": from_scratch(), "carried": carried(), "resume": resume(),
+        "covariance": covariance(), "estimates": estimates(), "axes": axes(), "without-axes": without_axes(),
+    }  # fmt: skip

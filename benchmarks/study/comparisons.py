@@ -1,0 +1,213 @@
+"""The comparisons behind docs/results.md, each a run of `cbn compare`.
+
+    python -m benchmarks.study.comparisons --data ../shared/data --work FOLDER [--only NAME,..] [--again NORM]
+
+FOLDER keeps the comparisons, which go on where they were stopped, and the networks that are trained first. What it
+lacks is taken from benchmarks/results/study/NAME.json, of which the documentation is made; --again runs what is there
+of some norms once more. One thread for a run of a comparison, so that times of runs side by side are comparable and no
+more than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import RESULTS, ROOT, provenance
+from cbn_convert.norm import Window
+from cbn_convert.norm.functional import AXES
+
+HERE = Path(__file__).parent
+STUDY = RESULTS / "study"
+PUBLISHED = "cbn:taylor:current:ring:window=8"
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "v2": {
+        "model": "mobilenetv2_035", "checkpoint": "mobilenetv2_035_keras.timm.safetensors",
+        "model-kwargs": "pad_type=same", "mean": "0.5", "std": "0.5",
+    },
+    "v1": {"model": "mobilenetv1_025", "checkpoint": "mobilenetv1_025_retinaface.timm.safetensors"},
+    "v2-100": {
+        "model": "mobilenetv2_100", "checkpoint": "mobilenetv2_100_tf2ptq.timm.safetensors",
+        "model-kwargs": "pad_type=same", "mean": "0.5", "std": "0.5",
+    },
+    "resnet": {"model": "resnet10t", "checkpoint": "FROM-CLOTHING"},
+    "preact": {"model": "resnetv2_18", "model-kwargs": "width_factor=0.5", "checkpoint": "FROM-CLOTHING"},
+    "densenet": {
+        "model": "densenet121", "model-kwargs": "{'growth_rate': 16, 'block_config': (3, 4, 6, 4)}",
+        "checkpoint": "FROM-CLOTHING",
+    },
+    "convmixer": {"model": "convmixer_96_6", "checkpoint": "FROM-CLOTHING"},
+    "new": {"model": "test_resnet", "no-pretrained": True},
+}  # fmt: skip
+# How the weights FROM-CLOTHING are trained, from random ones.
+SOURCE = {"norm": "bn", "batch-size": 32, "lr": 0.05, "epochs": 10, "weight-decay": 5e-4, "seed": 0}
+DATA = {"clothing": {"img-size": 96, "min-scale": 0.5}, "hands": {"img-size": 96, "hflip": 0, "min-scale": 0.5}}
+FOLDERS = {"clothing": "clothing", "hands": "sign_digits"}
+ALL = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "1,2,4", "seeds": 3, "reference": 32}
+SHORT = {"images": 1000}
+RIVALS = {"norms": "frozen,cbn", "batch-sizes": "2", "seeds": 3, "reference": 32}
+EIGHT = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "8", "seeds": 3, "reference": 0}
+# at the rates of the search without recalibration, beside which these runs are set
+RECALIBRATED = {
+    "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "seeds": 3, "reference": 0,
+    "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
+}  # fmt: skip
+LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
+SETTINGS = {
+    "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:ring:taylor,cbn:none,cbn:empty",
+    "batch-sizes": "2", "seeds": 3, "reference": 0,
+}  # fmt: skip
+NEW = {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}
+
+# name: data, network, settings
+COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "hands-v2-short": ("hands", "v2", {**ALL, **SHORT}),
+    "clothing-v2-short": ("clothing", "v2", {**ALL, **SHORT}),
+    "clothing-v1-short": ("clothing", "v1", {**ALL, **SHORT}),
+    "hands-v1-short": ("hands", "v1", {**ALL, **SHORT}),
+    "clothing-v2-long": ("clothing", "v2", {**RIVALS, "images": 4000}),
+    "clothing-v2-batch8": ("clothing", "v2", {**EIGHT, **SHORT}),
+    "hands-v2-batch8": ("hands", "v2", {**EIGHT, **SHORT}),
+    "clothing-v2-longest": ("clothing", "v2", {**RIVALS, **LONGEST}),
+    "clothing-v2-recalibrated": ("clothing", "v2", {**RECALIBRATED, **SHORT}),
+    "hands-v2-recalibrated": ("hands", "v2", {**RECALIBRATED, **SHORT}),
+    "clothing-v2-adamw": ("clothing", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
+    "hands-v2-adamw": ("hands", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
+    "clothing-v2-settings": ("clothing", "v2", {**SETTINGS, **SHORT}),
+    "hands-v2-settings": ("hands", "v2", {**SETTINGS, **SHORT}),
+    "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
+    "clothing-v2-large": ("clothing", "v2", {**RIVALS, **SHORT, "img-size": 160}),
+    "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
+    "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
+    "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
+    "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
+    "hands-convmixer": (
+        "hands",
+        "convmixer",
+        {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn,cbn:ring:window=2", "batch-sizes": "1,2"},
+    ),
+    "hands-new": ("hands", "new", {**NEW, "batch-sizes": "1,2,4"}),
+    "clothing-new": ("clothing", "new", NEW),
+}
+# Of exponential windows of iterations, which are gone: only shown, from the JSON that there is.
+FORMER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "clothing-v2-forms": ("clothing", "v2", {**SHORT, "batch-sizes": "2", "seeds": 3}),
+    "hands-v2-forms": ("hands", "v2", {**SHORT, "batch-sizes": "2", "seeds": 3}),
+    "clothing-v2-windows": ("clothing", "v2", {**SHORT, "batch-sizes": "2", "seeds": 3}),
+    "hands-v1-windows": ("hands", "v1", {**SHORT, "batch-sizes": "4", "seeds": 3}),
+}
+
+
+def arguments(name: str, data: Path, work: Path, jobs: int) -> list[str]:
+    """What `cbn compare` is called with, but for the output."""
+    images, network, settings = COMPARISONS[name]
+    flags = {**NETWORKS[network], **DATA[images], **settings}
+    if "checkpoint" in flags:
+        flags["checkpoint"] = weights(network, data, work, jobs)
+    return [str(data / FOLDERS[images]), *as_flags(flags)]
+
+
+def weights(network: str, data: Path, work: Path, jobs: int) -> Path:
+    """The file that a network's runs start from."""
+    file = NETWORKS[network]["checkpoint"]
+    return source(network, data, work, jobs) if file == "FROM-CLOTHING" else data / "weights" / file
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """As words of a command line."""
+    return [part for k, v in settings.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def cbn(command: str, words: list[str], threads: int = 1) -> None:
+    """Runs a command of the tool."""
+    path = os.pathsep.join([str(HERE / "more_models"), str(ROOT)])
+    subprocess.run(
+        [sys.executable, "-m", "cbn_convert.cli", command, *words, "--device", "cpu", "--workers", "0"],
+        check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
+    )  # fmt: skip
+
+
+def source(network: str, data: Path, work: Path, jobs: int) -> Path:
+    """Weights that our own tool trains on the clothing, with BN at batch size 32."""
+    folder, unfinished = work / "sources" / network, work / "sources" / f"{network}-unfinished"
+    if not folder.is_dir():
+        flags = {k: v for k, v in NETWORKS[network].items() if k != "checkpoint"}
+        words = as_flags({**flags, "no-pretrained": True, **DATA["clothing"], **SOURCE, "output": unfinished})
+        cbn("finetune", [str(data / FOLDERS["clothing"]), *words, "--overwrite"], threads=jobs)
+        unfinished.rename(folder)
+    return folder / "best" / "model.safetensors"
+
+
+def restore(name: str, folder: Path, data: Path, work: Path, jobs: int, again: set[str]) -> None:
+    """Makes of the committed JSON a comparison that can go on, without the runs of the norms in `again`."""
+    stored = json.loads((STUDY / f"{name}.json").read_text())
+    run, network = stored["config"]["run"], COMPARISONS[name][1]
+    run |= {"data": str(data / run["data"]), "output": str(folder)}
+    if run["checkpoint"] is not None:
+        run["checkpoint"] = str(weights(network, data, work, jobs))
+    if "source" in stored and stored["source"]["top1"] != source_top1(network, work):
+        raise SystemExit(f"{name}: training {network} anew gave another network; delete its JSON to start anew")
+    if unknown := again - {"", *(cell["norm"] for cell in stored["cells"])}:
+        raise SystemExit(f"{name} has no runs of {', '.join(unknown)}; see --again")
+    cells = [cell for cell in stored["cells"] if cell["norm"] not in again]
+    kept = {key: stored[key] for key in ("images", "versions")}
+    unfinished = folder.with_name(f"{name}-unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    (unfinished / "results.json").write_text(json.dumps({"config": stored["config"], "cells": cells, **kept}))
+    unfinished.rename(folder)
+
+
+def source_top1(network: str, work: Path) -> float:
+    """Validation top-1 of a network that `source` has trained."""
+    return float(json.loads((work / "sources" / network / "results.json").read_text())["top1"])
+
+
+def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
+    """Runs a comparison to its end, and writes its JSON."""
+    folder = work / name
+    if again != {""} and folder.exists():
+        raise SystemExit(f"{folder} is there already; --again begins with the committed JSON, in another --work")
+    if not folder.exists() and (STUDY / f"{name}.json").is_file():
+        restore(name, folder, data, work, jobs, again)
+    if (folder / "results.json").is_file():
+        grid = {
+            k: v for k, v in COMPARISONS[name][2].items() if k in ("norms", "batch-sizes", "lrs", "seeds", "reference")
+        }
+        words = [str(data / FOLDERS[COMPARISONS[name][0]]), "--resume", str(folder), *as_flags(grid)]
+    else:
+        words = [*arguments(name, data, work, jobs), "--output", str(folder)]
+    cbn("compare", [*words, "--jobs", str(jobs)])
+    stored = json.loads((folder / "results.json").read_text())
+    for key in ("data", "checkpoint", "output"):  # folders of this machine
+        if stored["config"]["run"][key] is not None:
+            stored["config"]["run"][key] = Path(stored["config"]["run"][key]).name
+    network = COMPARISONS[name][1]
+    if NETWORKS[network].get("checkpoint") == "FROM-CLOTHING":
+        stored["source"] = {"data": "clothing", **SOURCE, "top1": source_top1(network, work)}
+    if again != {""} or not (STUDY / f"{name}.json").is_file():
+        stored["window"] = f"{Window()}, {AXES} axes"  # CBN's, to tell runs of another default from these
+    text = json.dumps({**provenance("python -m benchmarks.study.comparisons --data ../shared/data"), **stored})
+    STUDY.mkdir(exist_ok=True)
+    (STUDY / f"{name}.json").write_text(text.replace('}, {"norm"', '},\n{"norm"') + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with clothing/, sign_digits/ and weights/")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the comparisons")
+    parser.add_argument("--only", default=",".join(COMPARISONS))
+    parser.add_argument("--again", default="", help="norms of which runs that the JSON has are run once more")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    for name in given.only.split(","):
+        run(name, given.data.resolve(), given.work.resolve(), given.jobs, set(given.again.split(",")))
+
+
+if __name__ == "__main__":
+    main()
