@@ -3,7 +3,7 @@
     python -m benchmarks.study.time_to_accuracy --data ../shared/data
 
 MobileNetV2-0.35 (ImageNet) on clothing photos at 96 px, 4,000 images, evaluated every 320; the rates of CBN, frozen
-BN and BN at 32 are the best of the comparison clothing-v2-long of comparisons.py, BN's at 2 is that of clothing-v2-short. One
+BN and BN at 32 are the best of the comparison clothing-v2-long, BN's at 2 is that of clothing-v2-short. One
 thread for a run, two runs side by side. Seconds are those of training, without evaluation. Writes
 benchmarks/results/time_to_accuracy.json.
 """
