@@ -22,7 +22,7 @@ NAMES = {
     "frozen": "frozen BN",
     **{f"ring-{k}": f"CBN, ring of {k}" for k in (1, 2, 4, 8, 16, 32)},
     "unbound-1": "BN there, CBN elsewhere",
-    "unbound-2": "ring of 2, whole gradient (default for new layers)",
+    "unbound-2": "ring of 2, whole gradient",
     **{f"unbound-{k}": f"ring of {k}, whole gradient" for k in (4, 16)},
     "unbound-current-16": "ring of 16, gradient's share 1/16",
 }
@@ -44,7 +44,7 @@ FORMER = {
     "frozen": "frozen BN",
     **{f"cbn-w{k}": f"CBN, window {k}" for k in (1, 2, 4, 8, 32, 64)},
     "unbound-bn": "BN there, CBN elsewhere",
-    "unbound-straight-2": "window 2, whole gradient (default for new layers)",
+    "unbound-straight-2": "window 2, whole gradient",
     "unbound-straight-4": "window 4, whole gradient",
     "unbound-straight-16": "window 16, whole gradient",
     "unbound-current": "window 16, gradient's share 1/16",

@@ -2,8 +2,8 @@
 
     python -m benchmarks.study.axes_accuracy --data ../shared/data --work FOLDER [--only diagonal] [--jobs 2]
 
-The ResNet-10-T that comparisons.py trains on clothing (FOLDER has or gets it), moved to the hands at batch size 2, as in
-the comparison hands-resnet, at its best rate and at a lower one, with nine seeds. Writes
+The ResNet-10-T that comparisons.py trains on clothing (FOLDER has or gets it), moved to the hands at batch size 2, as
+in the comparison hands-resnet, at its best rate and at a lower one, with nine seeds. Writes
 benchmarks/results/axes_accuracy.json after every run; runs that are there already are not made again.
 benchmarks/documents/readme.py makes the table of docs/experiments.md of it.
 """

@@ -40,8 +40,8 @@ OUTPUT = RESULTS / "stability.json"
 IMAGES = {"digits": 1437, "digits-residual": 1437, "sign_digits": 1000, "clothing": 1000}
 SIZES = {"sign_digits": 64, "clothing": 96}
 
-# Options of `convert`, or the name of another norm. The default is a ring of two in networks from scratch, and the
-# carried window in the others.
+# Options of `convert`, or the name of another norm. The default is an average of batches in networks from scratch, and
+# the carried window in the others.
 COLUMNS: dict[str, Any] = {
     "cbn": {},
     "images": {"compensation": "none"},

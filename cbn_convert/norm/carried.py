@@ -50,6 +50,7 @@ PATCH_TURNS = 4  # looks of which one looks at patches, too, later on: these cos
 PATCH_LOOKS = 8  # such looks that the moments of patches remember
 # `Carried.table` and the rest of it, by their names in checkpoints
 _ROWS, PATCHES = ("mean", "var", "anchor", "spread", "square"), ("patch_mean", "patch_rest", "patch_axes")
+SLOTS = (*_ROWS, *PATCHES)
 
 
 class Carried(NamedTuple):
@@ -82,8 +83,7 @@ class Carried(NamedTuple):
     def moved(self, theta: Tensor | None, bias: Tensor | None) -> Carried:
         """The statistics at θ [C, F] and b [C]; may be differentiated with respect to both.
 
-        Where weights were zero, and are no more, what x
-        was says nothing: the patches say all that is known.
+        Where weights were zero, and are no more, what x was says nothing: the patches say all that is known.
         """
         if theta is None or self.patch_mean is None:
             return self
@@ -157,6 +157,7 @@ class CarriedWindow:
     """
 
     compensated = property(lambda self: self.state is not None and self.state.patch_mean is not None)
+    slots, counts = SLOTS, _COUNTS  # of a state_dict
 
     def __init__(self, window: Window, phase: int = 0) -> None:
         self.window = window

@@ -35,6 +35,11 @@ from .source import Source
 from .tap import InputTap, writes_to
 from .window import Window, WindowKeywords, window_of
 
+# what a source remembers, by its name in checkpoints
+KINDS: dict[str, type[CarriedWindow | NewLayerWindow | Ring]] = {
+    "ema": CarriedWindow, "new": NewLayerWindow, "ring": Ring
+}  # fmt: skip
+
 
 class CrossIterationMixin(_BatchNorm):
     """Turns the BatchNorm class that follows it into a cross-iteration one.
@@ -173,7 +178,7 @@ class CrossIterationMixin(_BatchNorm):
         if kind == "ema":
             return CarriedWindow(self.window, self.phase)
         if kind == "new":
-            return NewLayerWindow(self.window, source.tap is None)
+            return NewLayerWindow(self.window, source.tap is None and self.window.compensation != "none")
         return Ring(self.window if source.tap is not None else self.window.without_weight())
 
     def reset_history(self) -> None:
@@ -272,12 +277,10 @@ class CrossIterationMixin(_BatchNorm):
             raise ValueError(f"history is of a layer fed by {len(saved)} modules, this one by {len(self._sources)}")
         for source, own in zip(self._sources, saved, strict=True):
             channels = len(range(self.num_features)[source.channels or slice(None)])
-            if own is not None and (
-                (own["kind"] == "ring") == self.window.is_carried or (own["kind"] == "ema" and "patch_looks" not in own)
-            ):
-                raise ValueError("history is of another version of the windows; train with that one")
+            if own is not None:
+                self._check_complete(own)
             for name, value in ({} if own is None else own["slots"]).items():
-                if name in ("mean", "var") and value.shape[-1] != channels:
+                if name not in PATCHES and name != "covariance" and value.shape[-1] != channels:
                     raise ValueError(f"history is of a layer with {value.shape[-1]} channels, this one has {channels}")
                 if name in PATCHES and own["kind"] != "ring" and source.tap is not None:
                     shapes = patch_shapes(groups_of(source.tap.module), fan_in(source.tap.module))
@@ -296,6 +299,16 @@ class CrossIterationMixin(_BatchNorm):
                 source.state = self._new_state(source, own["kind"])
                 source.state.load_state_dict(own)
         self._leave()
+
+    def _check_complete(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError where something lacks in what a source of such a layer saves."""
+        kind = KINDS.get(saved.get("kind", ""))
+        if kind is None or (kind is Ring) == self.window.is_carried or not saved.keys() >= {*kind.counts, "slots"}:
+            raise ValueError("history is of another version of the windows, or damaged; train with that one")
+        names = saved["slots"].keys()
+        if names and names not in ({"mean", "var"}, set(kind.slots)):
+            lacking = ", ".join(sorted(set(kind.slots) - names)) or "nothing"
+            raise ValueError(f"history holds a part of what it should, without {lacking}; it is damaged")
 
     def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .carried import PATCH_LOOKS, Carried, state_bytes
+from .carried import PATCH_LOOKS, SLOTS, Carried, state_bytes
 from .distributed import JoinedMoments, joined_patches, joined_statistics
 from .functional import is_known, pooled
 from .kernels import select
@@ -34,6 +34,8 @@ class NewLayerWindow:
         weightless: whether no weight made x, so that the past says nothing of its gradient: that of the batch is whole.
     """
 
+    slots, counts = SLOTS, ("seen", "uncertainty")  # of a state_dict
+
     def __init__(self, window: Window, weightless: bool = False) -> None:
         self.window = window
         self.weightless = weightless
@@ -43,7 +45,8 @@ class NewLayerWindow:
         """Forgets all batches."""
         self.seen = 0
         self._past: Carried | None = None
-        self._current: tuple[Carried, Tensor | bool] | None = None
+        self._uncertainty: float | Tensor = 0.0  # one over the number of values that the past is worth
+        self._current: tuple[Carried, float | Tensor, Tensor | bool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"window": self.window, "weightless": self.weightless}
@@ -65,16 +68,20 @@ class NewLayerWindow:
         positions, mean, var = joined_statistics(batch.x, batch.ranks)
         past, at = self._known(batch, mean), None
         share = 1.0 if past is None else NEWEST
-        batch.measured(positions / share, mean.detach(), var.detach())
+        uncertainty = share**2 / positions + (1 - share) ** 2 * self._uncertainty
+        batch.measured(1 / uncertainty, mean.detach(), var.detach())
         M, S = mean, var
         if past is not None:
             with torch.no_grad():
                 at = past.moved(batch.theta, batch.bias)
             seen = at.connected(batch.theta, batch.bias) if self.window.gradient == "full" else at
             M, S = pooled(seen.mean, seen.var, mean, var, share)
+            batch.finite = batch.finite & torch.isfinite(M.detach() + S.detach()).all()  # of what is far from the past
         if not batch.recomputing:
             with torch.no_grad():
-                self._current = self._joined(batch, at, torch.stack([M.detach(), S.detach()]))
+                table = torch.stack([M.detach(), S.detach()])
+                new, finite = self._joined(batch, Carried(table) if at is None else at, table)
+            self._current = new, uncertainty, finite
         if not self.weightless or self.window.gradient != "full":
             return M, S
         # the values of the window, with the derivatives that the batch alone would give it
@@ -103,31 +110,32 @@ class NewLayerWindow:
         """Makes the current batch a part of the past, unless it was not finite."""
         if self._current is None:
             return
-        (new, finite), self._current = self._current, None
-        if not isinstance(finite, Tensor) or is_known(finite):
-            if not finite:
+        (new, uncertainty, finite), self._current = self._current, None
+        if self._past is None or not isinstance(finite, Tensor) or is_known(finite):
+            # waits for a device where there is no past; what only stands for a tensor cannot be looked at
+            if type(finite) in (bool, Tensor) and not finite:
                 return
-        elif type(finite) is Tensor and self._past is not None:
+        elif type(finite) is Tensor:
             new = new.where(finite, self._past)
-        self._past = new
+        self._past, self._uncertainty = new, uncertainty
         self.seen += 1
 
-    def _joined(self, batch: Batch, at: Carried | None, table: Tensor) -> tuple[Carried, Tensor | bool]:
-        """The window with the batch in it, whose M and S are the table's, and whether all of it is finite."""
+    def _joined(self, batch: Batch, at: Carried, table: Tensor) -> tuple[Carried, Tensor | bool]:
+        """The past at today's weights with the batch in it, and whether that is finite.
+
+        Without a past, `at` has the batch's own. table: M and S of both, all there is where no weight is followed.
+        """
         if batch.theta is None or batch.input is None:
             return Carried(table), batch.finite
         assert batch.mean is not None
         assert batch.var is not None
         theta, bias = batch.theta.detach(), None if batch.bias is None else batch.bias.detach()
-        patches = batch.patches(self.window.positions, self.seen)
-        before = Carried(table) if at is None else at
-        found = joined_patches(patches, before, batch.ranks)
-        if at is None:
-            state = before.with_patches(found, 1.0, theta, bias)
+        found = joined_patches(batch.patches(self.window.positions, self.seen), at, batch.ranks)
+        if at.patch_mean is None:
+            state = at.with_patches(found, 1.0, theta, bias)
             return state, batch.finite & torch.isfinite(state.table.sum())
-        share_of_patches = 1 / min(self.seen + 1, PATCH_LOOKS)
         joined = JoinedMoments(batch.mean, batch.var, 0.0, found)
-        return select(theta).join(before, theta, bias, joined, (NEWEST, share_of_patches))
+        return select(theta).join(at, theta, bias, joined, (NEWEST, 1 / min(self.seen + 1, PATCH_LOOKS)))
 
     def tensors(self) -> list[Tensor]:
         """The tensors of the state, to account for their memory."""
@@ -140,12 +148,15 @@ class NewLayerWindow:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit-identically, as copied tensors and numbers; for training checkpoints."""
         after = NewLayerWindow(self.window, self.weightless)
-        after.seen, after._past, after._current = self.seen, self._past, self._current
+        after.seen, after._past, after._uncertainty, after._current = (
+            self.seen, self._past, self._uncertainty, self._current
+        )  # fmt: skip
         after._commit()
-        return {"kind": "new", "seen": after.seen, "slots": {} if after._past is None else after._past.slots()}
+        slots = {} if after._past is None else after._past.slots()
+        return {"kind": "new", "seen": after.seen, "uncertainty": float(after._uncertainty), "slots": slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.clear()
-        self.seen = int(state["seen"])
+        self.seen, self._uncertainty = int(state["seen"]), float(state["uncertainty"])
         self._past = Carried.of_slots(state["slots"]) if state["slots"] else None

@@ -74,6 +74,8 @@ class Ring:
     activation checkpointing does, finds the same past. Nothing recorded is ever written to.
     """
 
+    slots, counts = Iteration._fields, ("seen",)  # of a state_dict
+
     def __init__(self, window: Window) -> None:
         self.window = window
         self.clear()

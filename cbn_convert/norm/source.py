@@ -71,7 +71,8 @@ class Source(OfNorm):
         """What a full window takes in float32, for a layer of so many channels."""
         count = len(range(channels)[self.channels or slice(None)])
         window = self.norm.window
-        state = self.state or (CarriedWindow(window) if window.is_carried else Ring(window))
+        carried = NewLayerWindow if self.norm.is_new and not window.is_fixed else CarriedWindow
+        state = self.state or (carried(window) if window.is_carried else Ring(window))
         if self.tap is None or not self.tap.followed:
             return state.bytes(count, 0, 1)
         return state.bytes(count, fan_in(self.tap.module), groups_of(self.tap.module))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cbn_convert as cbn
 from cbn_convert import CrossIterationBatchNorm2d
-from cbn_convert.norm import Window, history_state, load_history_state
+from cbn_convert.norm import Window, history_state, load_history_state, new_layer
 from cbn_convert.norm.carried import PATCH_LOOKS, CarriedWindow
 from cbn_convert.norm.functional import LEAST_VARIANCE
 from cbn_convert.norm.new_layer import NewLayerWindow
@@ -137,10 +137,70 @@ def test_a_ring_of_the_version_before_is_refused() -> None:
 
 def test_what_it_says_it_keeps_is_what_it_keeps() -> None:
     net = converted(double=False, history="ema", start="empty")
+    said = [layer.history_bytes for layer in layers(net)]  # before it is known what they remember
     for i in range(3):
         step(net, batch(i, dtype=torch.float32))
-    for layer in layers(net):
+    for layer, told in zip(layers(net), said, strict=True):
+        assert layer.history_bytes == told
         assert sum(t.numel() * t.element_size() for t in layer.history_tensors()) == layer.history_bytes
+
+
+def test_a_bad_first_batch_on_a_device_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There conditions are not looked at; stood in for by a CPU on which they are not."""
+    monkeypatch.setattr(new_layer, "is_known", lambda condition: False)
+    net = converted(history="ema", start="empty")
+    with torch.no_grad():
+        net(batch(9) * float("nan"))
+    assert all(bool(torch.isfinite(step(net, batch(i))).all()) for i in range(3))
+
+
+def test_a_finite_batch_that_is_too_far_away_is_left_out() -> None:
+    torch.manual_seed(0)
+    norm = CrossIterationBatchNorm2d(3, window=EVERY_POSITION)
+    for x in (batch(0), torch.full((2, 3, 4, 4), 4e19), batch(1)):
+        y = norm(x.float())
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(norm.running_var).all()
+
+
+def test_running_variance_has_no_bias() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 256, 1).double()
+    norm = CrossIterationBatchNorm2d(256, window=EVERY_POSITION, momentum=0.01).double().bind(conv)
+    for _ in range(1200):
+        with torch.no_grad():
+            norm(conv(torch.randn(2, 2, 1, 1, dtype=torch.float64)))
+    true = conv.weight.flatten(1).square().sum(1)
+    assert 0.9 < (norm.running_var / true).mean() < 1.05  # 1.1 with the values of two batches instead of three
+
+
+def test_nobody_follows_weights_that_are_not_to_be_followed() -> None:
+    """Bound or not, the batch has its share of the gradient."""
+    gradients = []
+    for bound in (True, False):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 1).double()
+        norm = CrossIterationBatchNorm2d(4, window=Window(start="empty", compensation="none")).double()
+        if bound:
+            norm.bind(conv)
+        norm(conv(batch(0)))
+        x = batch(1).requires_grad_()
+        gradients.append(torch.autograd.grad(norm(conv(x)).pow(3).sum(), x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("start", ["empty", "running"])
+@pytest.mark.parametrize("lacking", ["patch_rest", "anchor", "mean", "patch_axes"])
+def test_a_history_that_lacks_something_is_refused(start: str, lacking: str) -> None:
+    net = converted(history="ema", start=start)
+    step(net, batch(0))
+    state = history_state(net)
+    for layer in state.values():
+        layer["sources"][0]["slots"].pop(lacking, None)
+    before = history_state(net)
+    with pytest.raises(ValueError, match=f"without {lacking}.*; it is damaged"):
+        load_history_state(net, state)
+    assert before.keys() == history_state(net).keys()
 
 
 def test_it_ends_where_there_are_statistics() -> None:
