@@ -252,21 +252,20 @@ def _check_weights(model: nn.Module, source: str) -> None:
 
 
 def _check_loaded(model: nn.Module, path: Path) -> None:
-    """Raises ModelError if not one tensor is what the file says: timm trusts an architecture to load its weights."""
+    """Raises ModelError if most weights are not what the file says: timm trusts an architecture to load them."""
     if not path.is_file():  # timm takes others, too
         return
-    own = model.state_dict()
-    with safe_open(path, "pt") as file:
-        compared = False
-        for name in own.keys() & set(file.keys()):
-            stored = file.get_tensor(name)
-            # ones and zeros are what a new layer has, too
-            if stored.shape != own[name].shape or not stored.dim() or bool((stored == stored.flatten()[:1]).all()):
-                continue
-            if torch.equal(own[name], stored.to(own[name].dtype)):
-                return
-            compared = True
-    if compared:
+    own, loaded = dict(model.named_parameters()), []
+    try:
+        with safe_open(path, "pt") as file:
+            for name in own.keys() & set(file.keys()):
+                stored = file.get_tensor(name)
+                # ones and zeros are what a new layer has, too
+                if stored.shape == own[name].shape and stored.dim() and bool((stored != stored.flatten()[:1]).any()):
+                    loaded.append(torch.equal(own[name], stored.to(own[name].dtype)))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged ({error}); fetch or export the weights again") from error
+    if 2 * sum(loaded) < len(loaded):
         raise ModelError(
             f"{path} was not loaded: {type(model).__name__}, as it is registered with timm, ignores pretrained=True; "
             "let its function build it by timm.models.build_model_with_cfg"

@@ -217,9 +217,13 @@ def test_a_registered_architecture_that_ignores_its_weights(tmp_path: Path) -> N
     @register_model
     def forgetful_resnet(pretrained: bool = False, **kwargs: Any) -> Any:
         model = timm.create_model("test_resnet", num_classes=kwargs.get("num_classes", 10))
+        model.register_buffer("positions", torch.arange(8.0).sin())  # which every model of the kind has alike
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": "forgetful_resnet"}
         return model
 
     export(timm.create_model("forgetful_resnet"), tmp_path / "out")
     with pytest.raises(ModelError, match=r"model\.safetensors was not loaded: ResNet, .* ignores pretrained=True"):
+        create_model(ModelSpec(f"local-dir:{tmp_path / 'out'}"))
+    (tmp_path / "out/model.safetensors").write_bytes(b"xx")
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
         create_model(ModelSpec(f"local-dir:{tmp_path / 'out'}"))

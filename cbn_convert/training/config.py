@@ -31,15 +31,7 @@ FROZEN_LR = 10**-0.5  # what frozen BN can bear of it (docs/results.md)
 
 @dataclass
 class Places:
-    """What every run is given.
-
-    Args:
-        data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without
-            val/; or "hfds/NAME", a data set of Hugging Face with images of one label; or "wds/FOLDER", tar files of
-            WebDataset.
-        model: timm name, hf-hub:OWNER/NAME, local-dir:DIR, or a .safetensors file.
-        output: run folder.
-    """
+    """What every run is given."""
 
     data: str
     model: str
@@ -51,7 +43,17 @@ class Places:
 class FinetuneConfig(
     RunSettings, SpeedSettings, DataSettings, OptimizerSettings, TrainingSettings, MethodSettings, ModelSettings, Places
 ):
-    """Arguments of `finetune`; `cbn finetune --help` describes each."""
+    """Arguments of `finetune`: those of all parts; `cbn finetune --help` describes each.
+
+    Args:
+        data: folder with train/ and val/, one subfolder per class in each; or, with `val_fraction`, a folder without
+            val/; or "hfds/NAME", a data set of Hugging Face with images of one label; or "wds/FOLDER", tar files of
+            WebDataset.
+        model: timm name, hf-hub:OWNER/NAME, local-dir:DIR, or a .safetensors file.
+        output: run folder.
+        lr: None is a rule, see `peak_lr`.
+        window: this to burn_in are as in CrossIterationBatchNorm2d.
+    """
 
     def check(self) -> None:
         """Raises RunError for the first argument that is of another type or out of range."""

@@ -335,7 +335,8 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"the checkpoint in {self.folder} is damaged, or of another model or version "
-                f"({str(error).splitlines()[0]}); start again with --overwrite"
+                f"({str(error).splitlines()[0]}); start again with --overwrite, or delete {self.folder} if a "
+                "comparison is to train it again"
             ) from error
 
     def _resume_with_other_ranks(self, before: int, updates: int) -> None:

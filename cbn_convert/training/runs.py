@@ -44,7 +44,7 @@ def resume(
     """Goes on with a run of `finetune` that was interrupted, from its newest checkpoint and with its own settings.
 
     On a CPU it ends in the same weights as without the interruption. Raises what `finetune` does; RunError also for a
-    folder that is no run, and for other images than it began with.
+    folder that is no run, and for other classes or numbers of images than it began with.
 
     Args:
         run_folder: what `finetune` wrote.

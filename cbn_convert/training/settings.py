@@ -44,7 +44,7 @@ class ModelSettings:
     model_kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "For timm.create_model, e.g. pad_type=same.",
+            "help": "For timm.create_model: k=v,k=v, e.g. pad_type=same.",
             "metavar": "K=V,..",
             "type": str,
         },
