@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.documents.readme import fill
 from benchmarks.provenance import RESULTS, ROOT
-from benchmarks.study.comparisons import COMPARISONS, FORMER, PUBLISHED, STUDY
+from benchmarks.study.comparisons import COMPARISONS, FORMER, NEW_LAYERS, PUBLISHED, STUDY
 from cbn_convert.comparison.config import VARIANTS, ComparisonConfig
 from cbn_convert.comparison.plan import Cell, Results, score
 from cbn_convert.comparison.plots import draw
@@ -235,6 +235,8 @@ def title(name: str, study: Study) -> str:
     more += f", {settings['img-size']} px" if "img-size" in settings else ""
     if name in FORMER:
         more += ", former"
+    elif REPORTED[name][1] == "new":
+        more += "" if study.report.get("window") == NEW_LAYERS else ", CBN: former ring of two"
     elif "cbn" in study.comparison.config.norms:
         window = study.report.get("window", "former default")
         more += "" if "axes" in window else ", CBN: former default" if "former" in window else ", CBN: without axes"

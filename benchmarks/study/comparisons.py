@@ -24,6 +24,7 @@ from cbn_convert.norm.functional import AXES
 
 HERE = Path(__file__).parent
 STUDY = RESULTS / "study"
+NEW_LAYERS = "average of batches, the newest half"
 PUBLISHED = "cbn:taylor:current:ring:window=8"
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -191,7 +192,8 @@ def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     if NETWORKS[network].get("checkpoint") == "FROM-CLOTHING":
         stored["source"] = {"data": "clothing", **SOURCE, "top1": source_top1(network, work)}
     if again != {""} or not (STUDY / f"{name}.json").is_file():
-        stored["window"] = f"{Window()}, {AXES} axes"  # CBN's, to tell runs of another default from these
+        # CBN's, to tell runs of another default from these
+        stored["window"] = NEW_LAYERS if network == "new" else f"{Window()}, {AXES} axes"
     text = json.dumps({**provenance("python -m benchmarks.study.comparisons --data ../shared/data"), **stored})
     STUDY.mkdir(exist_ok=True)
     (STUDY / f"{name}.json").write_text(text.replace('}, {"norm"', '},\n{"norm"') + "\n")
