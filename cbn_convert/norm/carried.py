@@ -90,7 +90,7 @@ class Carried(NamedTuple):
         return self._replace(table=select(theta).move(self, theta, bias))
 
     def connected(self, theta: Tensor | None, bias: Tensor | None) -> Carried:
-        """The same to the bit, of which it is at θ and b, connected to these by autograd."""
+        """The same values to the bit, of statistics that are at θ and b, with the derivatives by both."""
         table = self.moved(theta, bias).table
         return self._replace(table=self.table + (table - table.detach())) if table.requires_grad else self
 
