@@ -17,7 +17,7 @@ from unittest import mock
 
 from benchmarks.provenance import RESULTS
 from benchmarks.study.comparisons import DATA, FOLDERS, NETWORKS, weights
-from benchmarks.study.patched import measure, outcome
+from benchmarks.study.patched import accuracies, measure
 from cbn_convert import FinetuneConfig
 from cbn_convert.norm import carried, functional
 from cbn_convert.training.splits import read_splits
@@ -60,11 +60,7 @@ def run(cell: dict[str, Any], data: Path, work: Path) -> dict[str, Any]:
         img_size=shown["img-size"], hflip=shown["hflip"], min_scale=shown["min-scale"], norm="cbn", lr=cell["lr"],
         batch_size=BATCH_SIZE, seed=cell["seed"], max_steps=steps, epochs=1 + -(-steps // per_epoch),
     )  # fmt: skip
-    settings = config.to_dict()
-    for name in ("output", "workers", "device"):
-        del settings[name]
-    found = outcome(settings, FORMS[cell["form"]], tested=True)
-    return {k: v for k, v in found.items() if k in ("error", "top1", "test_top1", "steps")}
+    return accuracies(config, FORMS[cell["form"]])
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.provenance import RESULTS
 from benchmarks.study.comparisons import DATA, FOLDERS
-from benchmarks.study.patched import measure, outcome
+from benchmarks.study.patched import accuracies, measure
 from cbn_convert import FinetuneConfig
 
 OUTPUT = RESULTS / "high_rates.json"
@@ -46,11 +46,7 @@ def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
         output="-", hflip=shown.get("hflip", 0.5), min_scale=shown["min-scale"], norm=cell["norm"], lr=cell["lr"],
         batch_size=BATCH_SIZE, seed=cell["seed"], epochs=1,
     )  # fmt: skip
-    settings = config.to_dict()
-    for name in ("output", "workers", "device"):
-        del settings[name]
-    found = outcome(settings, tested=True)
-    return {k: v for k, v in found.items() if k in ("error", "top1", "test_top1", "steps")}
+    return accuracies(config)
 
 
 def main() -> None:

@@ -50,6 +50,13 @@ def outcome(config: dict[str, Any], change: Sequence[Any] | None = None, tested:
     return result
 
 
+def accuracies(config: FinetuneConfig, change: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Those of a run with a test split, by `outcome`; where the config says it runs and writes counts for nothing."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("output", "workers", "device")}
+    found = outcome(settings, change, tested=True)
+    return {k: v for k, v in found.items() if k in ("error", "top1", "test_top1", "steps")}
+
+
 def measure(
     output: Path, command: str, todo: list[dict[str, Any]], run: Callable[[dict[str, Any]], dict[str, Any]], jobs: int
 ) -> None:
