@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 
 INTEGRATIONS := .venv-integrations
 
-.PHONY: data docs package test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu stability estimation study dense sweep chaos training clean
+.PHONY: data docs package test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu estimation study dense sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -90,11 +90,6 @@ gpu:
 # images and weights of the figures from their public sources; what is there already is left alone
 data: $(STAMP)
 	$(PY) -m benchmarks.data.fetch --to ../shared/data
-
-# long studies on ../shared/data, whose JSON is committed: about two hours and ten minutes of one core
-stability: $(STAMP)
-	$(PY) -m benchmarks.study.stability --data ../shared/data
-	$(PY) -m benchmarks.documents.readme
 
 # every timm architecture with BatchNorm through tests/helpers/promises.py: an hour and a half on two cores that do nothing else
 # (an estimate); it goes on where it was stopped, so that `python -m benchmarks.coverage.sweep --failed` is enough after a change

@@ -8,121 +8,45 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.provenance import RESULTS
-from benchmarks.study import carried_forms
+from benchmarks.study import carried_forms, high_rates
 from benchmarks.study.estimation import ESTIMATES
 
 NOT_YET = "*Not measured yet.*"
-NAMES = {
-    "cbn": "CBN (default)",
-    "images": "CBN, following the images only",
-    "taylor": "Taylor, full gradient, ring of 8",
-    "published": "as published: Taylor, current gradient, ring of 8",
-    "averaging": "averaging only, ring of 8",
-    "bn": "BN",
-    "frozen": "frozen BN",
-    **{f"ring-{k}": f"CBN, ring of {k}" for k in (1, 2, 4, 8, 16, 32)},
-    "unbound-1": "BN there, CBN elsewhere",
-    "unbound-2": "ring of 2, whole gradient",
-    **{f"unbound-{k}": f"ring of {k}, whole gradient" for k in (4, 16)},
-    "unbound-current-16": "ring of 16, gradient's share 1/16",
-}
-# of the exponential window with C, which is gone; these cells are in results/former
-FORMER = {
-    "cbn": "CBN, moments every step, exact where small",
-    "cbn-turns-8-512": "CBN, window 16, moments in turns",
-    "cbn-ring8": "CBN, ring of 8",
-    "cbn-no-exact": "CBN, moments every step, all positions",
-    "cbn-turns-1-512": "every step, about 512 positions",
-    "cbn-turns-4-all": "every 4th step, all positions",
-    "cbn-turns-4-512": "every 4th step, about 512 positions",
-    "cbn-turns-16-128": "every 16th step, about 128 positions",
-    "taylor-full": "Taylor, full gradient",
-    "published": "as published: Taylor, current gradient, ring of 8",
-    "none": "averaging only",
-    "none-w2": "averaging only, window 2",
-    "bn": "BN",
-    "frozen": "frozen BN",
-    **{f"cbn-w{k}": f"CBN, window {k}" for k in (1, 2, 4, 8, 32, 64)},
-    "unbound-bn": "BN there, CBN elsewhere",
-    "unbound-straight-2": "window 2, whole gradient",
-    "unbound-straight-4": "window 4, whole gradient",
-    "unbound-straight-16": "window 16, whole gradient",
-    "unbound-current": "window 16, gradient's share 1/16",
-}
 FORMER_AXES = "former/axes_accuracy.json"
-FORMER_SOURCE = "stability.py of commit b23ef7d, [JSON](BASE/benchmarks/results/former/stability.json)"
 
 
-def stability(
-    task: str, columns: list[str], keys: list[tuple[int, str, float | None]], lrs: list[float], former: bool = False
-) -> str:
-    """One row per column of the study and (batch, optimizer, clip); cells are means over seeds."""
-    file = RESULTS / ("former/stability.json" if former else "stability.json")
-    if not file.is_file():
+def rates() -> str:
+    """Top-1 at every learning rate of the grid, network by network."""
+    if not high_rates.OUTPUT.is_file():
         return NOT_YET
-    report, names = json.loads(file.read_text()), FORMER if former else NAMES
-    several = len({k[0] for k in keys}) > 1
-    lines = ["| top-1 [%] at lr | " + ("batch | " if several else "") + " | ".join(f"{lr:g}" for lr in lrs) + " |"]
-    lines.append("|---|" + ("---|" if several else "") + "---|" * len(lrs))
-    seeds = set()
-    for key in keys:
-        for column in columns:
-            own = [
-                c
-                for c in report["cells"]
-                if (c["task"], c["column"], c["batch"], c["opt"], c["clip"]) == (task, column, *key) and c["lr"] in lrs
-            ]
-            if not own:
-                continue
+    report, parts = json.loads(high_rates.OUTPUT.read_text()), []
+    names = {
+        "cbn": "CBN",
+        "bn": "BN",
+        "brn": "Batch Renorm",
+        "frozen": "frozen BN",
+        "tune": "frozen BN, trained folded",
+    }
+    for subject, (title, _, settings, norms, lrs) in high_rates.SUBJECTS.items():
+        cells = [c for c in report["cells"] if c["subject"] == subject]
+        if not cells:
+            continue
+        lines = [f"| {title}, at rate | {' | '.join(f'{lr:g}' for lr in lrs)} |"]
+        lines.append("|---|" + "---|" * len(lrs))
+        for norm in norms:
             row = []
             for lr in lrs:
-                values = [c["top1"] for c in own if c["lr"] == lr]
-                seeds.add(len(values))
-                row.append("" if not values else "NaN" if None in values else f"{sum(values) / len(values):.1f}")
-            lines.append(f"| {names[column]} | " + (f"{key[0]} | " if several else "") + " | ".join(row) + " |")
-    count = "one seed" if seeds <= {0, 1} else f"mean of up to {max(seeds)} seeds"
-    source = FORMER_SOURCE if former else f"`{report['command']}`, [JSON](BASE/benchmarks/results/stability.json)"
-    return "\n".join([*lines, "", f"*{count}; {source}*"])
-
-
-def studies() -> dict[str, str]:
-    """Tables of stability.py: of today's windows, and of the former one."""
-    tuned, rates, sizes = [3e-4, 1e-3, 3e-3, 1e-2], [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], (1, 2, 8, 32)
-    scratch = ["cbn", "ring-8", "taylor", "published", "averaging", "bn"]
-    fine = ["cbn", "images", "ring-8", "taylor", "published", "averaging", "bn", "frozen"]
-    unbound = [name for name in NAMES if name.startswith("unbound")]
-    rings = [f"ring-{k}" for k in (1, 2, 4, 8, 16, 32)]
-    today = {
-        "From scratch, six convolutions on 8x8 digits, no clipping:": stability(
-            "digits", scratch, [(b, "sgd", None) for b in sizes], rates
-        ),
-        "The same with AdamW:": stability("digits", scratch, [(2, "adamw", None)], [1e-4, 1e-3, 1e-2]),
-        "With rings of other lengths:": stability("digits", rings, [(2, "sgd", None)], rates[1::2]),
-        "From scratch, a small pre-activation network, of which some layers have no weight of their own:": stability(
-            "digits-residual", [*unbound, "bn"], [(b, "sgd", None) for b in (1, 2, 32)], rates[1::2]
-        ),
-    }
-    for task, photos in (("sign_digits", "photos of hands"), ("clothing", "clothing photos")):
-        for how, clip in (("without clipping", None), ("the gradient's norm clipped at 5", 5.0)):
-            today[f"From ImageNet weights (MobileNetV2-0.35) on {photos}, {how}:"] = stability(
-                task, fine, [(2, "sgd", clip), (32, "sgd", clip)], tuned
-            )
-    measured = {caption: table for caption, table in today.items() if table != NOT_YET}
-
-    main = ["cbn-turns-8-512", "cbn", "cbn-ring8", "taylor-full", "published", "none", "bn"]
-    windows = [*(f"cbn-w{k}" for k in (1, 2, 4, 8)), "cbn", "cbn-w32", "cbn-w64"]
-    unbound = [*(f"unbound-straight-{k}" for k in (2, 4, 16)), "unbound-current", "unbound-bn", "bn"]
-    former = {
-        "scratch": stability("digits", main, [(b, "sgd", None) for b in sizes], rates, True),
-        "scratch-adamw": stability("digits", main, [(2, "adamw", None)], [1e-4, 1e-3, 1e-2], True),
-        "scratch-windows": stability("digits", windows, [(2, "sgd", None)], rates[1::2], True),
-        "unbound": stability("digits-residual", unbound, [(b, "sgd", None) for b in (1, 2, 32)], rates[1::2], True),
-    }
-    columns = [*main[:-1], "cbn-no-exact", "none-w2", "bn", "frozen"]
-    for task in ("sign_digits", "clothing"):
-        for name, clip in (("clip", 5.0), ("free", None)):
-            former[f"{task}-{name}"] = stability(task, columns, [(2, "sgd", clip), (32, "sgd", clip)], tuned, True)
-    return {"rates-today": "\n\n".join(part for pair in measured.items() for part in pair) or NOT_YET, **former}
+                tops = [c.get("test_top1") for c in cells if (c["norm"], c["lr"]) == (norm, lr)]
+                good = [top for top in tops if top is not None]
+                shown = "failed" if not good else f"{mean(good):.1f}" + (f" ± {stdev(good):.1f}" if good[1:] else "")
+                failed = f" ({len(tops) - len(good)} of {len(tops)} failed)" if good and len(good) < len(tops) else ""
+                row.append(shown + failed if tops else "")
+            lines.append(f"| {names[norm]} | {' | '.join(row)} |")
+        seeds = len({c["seed"] for c in cells})
+        lines += ["", f"*{settings['max_steps']} steps, {settings['img_size']} px, up to {seeds} seeds*"]
+        parts.append("\n".join(lines))
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/high_rates.json), version {report['commit'][:7]}"
+    return "\n\n".join([*parts, f"*test split, mean ± standard deviation; {source}*"])
 
 
 def from_scratch() -> str:
@@ -301,6 +225,6 @@ def resume() -> str:
 def tables() -> dict[str, str]:
     """All of them, by name."""
     return {
-        **studies(), "from-scratch": from_scratch(), "carried": carried(), "resume": resume(),
+        "rates": rates(), "from-scratch": from_scratch(), "carried": carried(), "resume": resume(),
         "covariance": covariance(), "estimates": estimates(), "axes": axes(), "without-axes": without_axes(),
     }  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.documents.readme import fill
 from benchmarks.provenance import RESULTS, ROOT
-from benchmarks.study.comparisons import COMPARISONS, FORMER, NEW_LAYERS, PUBLISHED, STUDY
-from cbn_convert.comparison.config import VARIANTS, ComparisonConfig
+from benchmarks.study.comparisons import COMPARISONS, NEW_LAYERS, PUBLISHED, STUDY
+from cbn_convert.comparison.config import ComparisonConfig
 from cbn_convert.comparison.plan import Cell, Results, score
 from cbn_convert.comparison.plots import draw
 from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
@@ -19,20 +19,9 @@ LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
     PUBLISHED: "CBN as published", f"{PUBLISHED}:burn_in=100": "CBN as published, burn-in of 100 iterations",
     "cbn:ring": "CBN, ring of 8", "cbn:ring:taylor": "CBN, ring of 8, Taylor's step",
-    "cbn:current": "CBN, no gradient through what follows the weights",
-    "cbn:none": "CBN, following the images only", "cbn:empty": "CBN, every layer as a new one: ring of 2",
-    "cbn:ring:window=2": "CBN, ring of 2", "cbn:window=2": "CBN, window of 2 iterations",
-    **{f"cbn:ema:window={k}": f"CBN, window of {k} images" for k in (1024, 4096, 16384, 65536)},
+    "cbn:ring:window=2": "CBN, ring of 2", "cbn:none": "CBN, following the images only",
+    "cbn:empty": "CBN, every layer as a new one",
 }  # fmt: skip
-FORMER_LABELS = {
-    **LABELS, "cbn:taylor": "CBN, Taylor's step",
-    "cbn:current": "CBN, no gradient through the compensation",
-    "cbn:none:straight_through:window=4096": "averaging only, window 4096, whole gradient to the current batch",
-    "cbn:none:current:window=4096": "averaging only, window 4096, gradient's share 1/4096",
-    "cbn:empty:window=32": "CBN, window 32 that starts empty",
-    **{f"cbn:window={k}": f"CBN, window {k}" for k in (1, 4, 16, 64, 256, 1024)},
-}  # fmt: skip
-REPORTED = {**COMPARISONS, **FORMER}
 NETWORKS = {
     "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",
     "resnet": "ResNet-10-T from clothing", "preact": "half as wide pre-activation ResNet-18 from clothing",
@@ -55,17 +44,12 @@ class Study(NamedTuple):
         return {(row.norm, row.batch_size): row for row in self.comparison.rows}
 
 
-# What runs of former versions are called, beside what runs of this one are.
-VARIANTS["gradient"] = ("full", "current", "straight_through")
-
-
 def read() -> dict[str, Study]:
-    """The comparisons that there are, in the order of comparisons.py, those of former algorithms last."""
+    """The comparisons that there are, in the order of comparisons.py."""
     studies = {}
-    for name in REPORTED:
+    for name in COMPARISONS:
         if (STUDY / f"{name}.json").is_file():
             report = json.loads((STUDY / f"{name}.json").read_text())
-            # unchecked: some have forms of CBN that are gone
             config, results = ComparisonConfig.from_dict(report["config"]), {}
             for entry in report["cells"]:
                 cell = Cell(*(entry.pop(field) for field in Cell._fields))
@@ -79,7 +63,6 @@ def table(name: str, study: Study) -> str:
     config = study.comparison.config
     sizes = [*config.batch_sizes, *([config.reference] if config.reference else [])]
     best = {id(row) for row in study.comparison.best().values()}
-    labels = FORMER_LABELS if name in FORMER else LABELS
     lines = [
         f"| top-1 [%] at best lr | {' | '.join(f'batch {size}' for size in sizes)} |",
         "|---|" + "---|" * len(sizes),
@@ -98,11 +81,9 @@ def table(name: str, study: Study) -> str:
                     row.failed > 0
                 )
                 cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}{marks}")
-        lines.append(f"| {labels[norm]} | {' | '.join(cells)} |")
+        lines.append(f"| {LABELS[norm]} | {' | '.join(cells)} |")
     runs = len(study.results)
     made = f"`{study.report['command']} --only {name}`"
-    if name in FORMER:
-        made = f"study.py of commit {study.report['commit'][:7]}"
     budget = f"{config.images} images" if config.images else f"{config.run.epochs} epochs"
     source = (
         f"{budget} per run, {config.run.opt}, {config.run.img_size} px, {runs} runs, {config.seeds} seeds; "
@@ -188,13 +169,13 @@ def headline(studies: dict[str, Study]) -> str:
             f"{_shown(rival)} ({LABELS[rival.norm]})",
         ]
         cells.append("" if reference is None else _shown(reference))
-        lines.append(f"| {REPORTED[name][0]} | {size} | {' | '.join(cells)} |")
+        lines.append(f"| {COMPARISONS[name][0]} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def outcome(studies: dict[str, Study], starts: tuple[str, ...] = ("pretrained", "random")) -> str:
     """How often CBN is ahead, in words; runs that are done over with recalibration and single seeds do not count."""
-    settings = {name: REPORTED[name][2] for name in studies}
+    settings = {name: COMPARISONS[name][2] for name in studies}
     every = [v for v in judged(studies) if "recalibrate" not in settings[v.name] and settings[v.name]["seeds"] > 1]
     said = []
     for weights in starts:
@@ -228,14 +209,12 @@ def _difference(own: Row, other: Row) -> str:
 
 def title(name: str, study: Study) -> str:
     """What a comparison is called."""
-    data, network, settings = REPORTED[name]
+    data, network, settings = COMPARISONS[name]
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
-    more += next((f", {kind}" for kind in ("windows", "forms", "settings") if name.endswith(kind)), "")
+    more += ", other windows" if name.endswith("settings") else ""
     more += ", batch size 8" if settings["batch-sizes"] == "8" else ""
     more += f", {settings['img-size']} px" if "img-size" in settings else ""
-    if name in FORMER:
-        more += ", former"
-    elif REPORTED[name][1] == "new":
+    if COMPARISONS[name][1] == "new":
         more += "" if study.report.get("window") == NEW_LAYERS else ", CBN: former ring of two"
     elif "cbn" in study.comparison.config.norms:
         window = study.report.get("window", "former default")

@@ -96,13 +96,6 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-new": ("hands", "new", {**NEW, "batch-sizes": "1,2,4"}),
     "clothing-new": ("clothing", "new", NEW),
 }
-# Of exponential windows of iterations, which are gone: only shown, from the JSON that there is.
-FORMER: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "clothing-v2-forms": ("clothing", "v2", {**SHORT, "batch-sizes": "2", "seeds": 3}),
-    "hands-v2-forms": ("hands", "v2", {**SHORT, "batch-sizes": "2", "seeds": 3}),
-    "clothing-v2-windows": ("clothing", "v2", {**SHORT, "batch-sizes": "2", "seeds": 3}),
-    "hands-v1-windows": ("hands", "v1", {**SHORT, "batch-sizes": "4", "seeds": 3}),
-}
 
 
 def arguments(name: str, data: Path, work: Path, jobs: int) -> list[str]:

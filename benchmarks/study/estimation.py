@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import cbn_convert as cbn
 from benchmarks.provenance import RESULTS, ROOT, provenance
-from benchmarks.study import stability
+from benchmarks.study.photos import crops, images, mobilenet
 from cbn_convert.norm import CrossIterationMixin, Window, carried, functional
 from cbn_convert.norm.batch import Batch, RunningStatistics
 from cbn_convert.norm.carried import Carried, CarriedWindow
@@ -34,6 +34,7 @@ from cbn_convert.norm.kernels import batch_statistics, forced
 from cbn_convert.norm.ring import Ring
 
 OUTPUT = RESULTS / "estimation.json"
+SIZE = 96
 STEPS, MEASURED = 400, (*range(10, 100, 15), *range(100, 400, 30))
 RATES = (1e-3, 1e-2)  # with the gradient's norm clipped at 5
 ESTIMATES = {
@@ -127,21 +128,20 @@ def measure(model: nn.Module, probes: dict[str, Probe], images: Tensor) -> dict[
     return errors
 
 
-def train(rate: float) -> list[dict[str, Any]]:
+def train(rate: float, data: Path) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    x, y = stability.images("clothing", "train")
-    size = stability.SIZES["clothing"]
-    model = stability.build("clothing")
-    cbn.convert(model, example_input=stability.crops(x[:1], size, None))
+    x, y = images(data / "clothing" / "train", SIZE)
+    model = mobilenet(data)
+    cbn.convert(model, example_input=crops(x[:1], SIZE, None))
     probes = {n: Probe(m) for n, m in model.named_modules() if isinstance(m, CrossIterationMixin)}
     generator = torch.Generator().manual_seed(0)
-    fixed = stability.crops(x[torch.randperm(len(x), generator=generator)[:96]], size, generator)
+    fixed = crops(x[torch.randperm(len(x), generator=generator)[:96]], SIZE, generator)
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True)
     order = torch.randperm(len(x), generator=generator)
     rows = []
     for step in range(-16, STEPS):
         chosen = order[2 * (step + 16) :][:2]
-        inputs = stability.crops(x[chosen], size, generator)
+        inputs = crops(x[chosen], SIZE, generator)
         if step < 0:  # fills the rings
             with torch.no_grad():
                 model.train()(inputs)
@@ -189,10 +189,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/ and weights/")
     parser.add_argument("--draw-only", action="store_true", help="draw the figure from the JSON")
-    stability.ARGUMENTS = arguments = parser.parse_args()
+    arguments = parser.parse_args()
     if not arguments.draw_only:
         torch.set_num_threads(1)
-        rows = [row for rate in RATES for row in train(rate)]
+        rows = [row for rate in RATES for row in train(rate, arguments.data)]
         report = {**provenance("python -m benchmarks.study.estimation --data ../shared/data"), "rows": rows}
         OUTPUT.write_text(json.dumps(report, indent=1) + "\n")
     draw(json.loads(OUTPUT.read_text())["rows"])

@@ -1,18 +1,19 @@
-"""Over which learning rates do networks train with CBN, BN, Batch Renorm and frozen BN, two images per step?
+"""Over which learning rates do networks train with CBN and with other norms, two images per step?
 
     python -m benchmarks.study.high_rates --data ../shared/data [--only resnet56] [--jobs 2]
 
-ResNet-56 with CIFAR-10's weights on the hands, where two images per step are enough for BN, and MobileNetV2-0.35 with
-ImageNet's on the hands and the clothing, 1,400 and 1,000 images, gradients clipped at 5 as `cbn finetune` does; every
-rate with every seed. Writes benchmarks/results/high_rates.json after every run; runs that are there already are not
-made again. benchmarks/documents/readme.py makes the table of docs/experiments.md of it.
+ResNet-56 with CIFAR-10's weights on the hands, where two images per step are enough for BN; and MobileNetV2-0.35 with
+ImageNet's on the hands and the clothing, at rates a factor of two apart, with the gradient's norm clipped at 5, as
+`cbn finetune` does, and without. Every rate with every seed. Writes benchmarks/results/high_rates.json after every run;
+runs that are there already are not made again. benchmarks/documents/readme.py makes the table of docs/experiments.md of
+it.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.provenance import RESULTS
 from benchmarks.study.comparisons import DATA, FOLDERS
@@ -21,7 +22,7 @@ from cbn_convert import FinetuneConfig
 
 OUTPUT = RESULTS / "high_rates.json"
 COMMAND = "python -m benchmarks.study.high_rates --data ../shared/data"
-NORMS, BATCH_SIZE, SEEDS = ("cbn", "bn", "brn", "frozen"), 2, 3
+BATCH_SIZE, SEEDS = 2, 3
 _V2 = {
     "model": "mobilenetv2_035", "checkpoint": "mobilenetv2_035_keras.timm.safetensors",
     "model_kwargs": {"pad_type": "same"}, "mean": (0.5,) * 3, "std": (0.5,) * 3, "max_steps": 500, "img_size": 96,
@@ -29,21 +30,37 @@ _V2 = {
 _RESNET = {
     "model": "resnet56_cifar", "checkpoint": "resnet56_cifar10.safetensors", "max_steps": 700, "img_size": 48
 }  # fmt: skip
-# name: data, what the network is, rates
-SUBJECTS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "resnet56": ("hands", _RESNET, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
-    "hands": ("hands", _V2, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "clothing": ("clothing", _V2, (1e-3, 3e-3, 1e-2, 3e-2)),
+
+
+class Subject(NamedTuple):
+    """A network on one set of photos, and the norms and rates that it is trained with."""
+
+    title: str
+    data: str
+    settings: dict[str, Any]  # of FinetuneConfig
+    norms: tuple[str, ...] = ("cbn", "frozen", "tune")
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+
+
+_RATES = {"norms": ("cbn", "bn", "brn", "frozen"), "rates": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+SUBJECTS = {
+    "resnet56": Subject("ResNet-56 with CIFAR-10's weights, hands", "hands", _RESNET, **_RATES),
+    "hands": Subject("MobileNetV2-0.35 with ImageNet's, hands", "hands", _V2),
+    "clothing": Subject("MobileNetV2-0.35, clothing", "clothing", _V2),
+    "hands-unclipped": Subject("MobileNetV2-0.35, hands, without clipping", "hands", {**_V2, "clip_grad": 0.0}),
+    "clothing-unclipped": Subject(
+        "MobileNetV2-0.35, clothing, without clipping", "clothing", {**_V2, "clip_grad": 0.0}
+    ),
 }
 
 
 def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
     """One run; its accuracies."""
-    images, network, _ = SUBJECTS[cell["subject"]]
-    shown = DATA[images]
+    subject = SUBJECTS[cell["subject"]]
+    shown, weights = DATA[subject.data], data / "weights" / subject.settings["checkpoint"]
     config = FinetuneConfig(
-        **{**network, "checkpoint": str(data / "weights" / network["checkpoint"])}, data=str(data / FOLDERS[images]),
-        output="-", hflip=shown.get("hflip", 0.5), min_scale=shown["min-scale"], norm=cell["norm"], lr=cell["lr"],
+        **{**subject.settings, "checkpoint": str(weights)}, data=str(data / FOLDERS[subject.data]), output="-",
+        hflip=shown.get("hflip", 0.5), min_scale=shown["min-scale"], norm=cell["norm"], lr=cell["lr"],
         batch_size=BATCH_SIZE, seed=cell["seed"], epochs=1,
     )  # fmt: skip
     return accuracies(config)
@@ -57,10 +74,10 @@ def main() -> None:
     given = parser.parse_args()
     todo = [
         {"subject": subject, "norm": norm, "lr": lr, "seed": seed}
-        for subject in given.only.split(",")
         for seed in range(SEEDS)
-        for lr in SUBJECTS[subject][2]
-        for norm in NORMS
+        for subject in given.only.split(",")
+        for lr in SUBJECTS[subject].rates
+        for norm in SUBJECTS[subject].norms
     ]
     measure(OUTPUT, COMMAND, todo, lambda cell: run(cell, given.data.resolve()), given.jobs)
 
