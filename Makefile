@@ -118,6 +118,7 @@ study: $(STAMP)
 	$(PY) -m benchmarks.study.comparisons --data ../shared/data --work study
 	$(PY) -m benchmarks.study.time_to_accuracy --data ../shared/data
 	$(PY) -m benchmarks.documents.results
+	$(PY) -m benchmarks.documents.choose
 	$(PY) -m benchmarks.study.from_scratch --data ../shared/data
 	$(PY) -m benchmarks.study.carried_forms --data ../shared/data
 	$(PY) -m benchmarks.documents.readme

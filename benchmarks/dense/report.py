@@ -176,20 +176,6 @@ def verdicts(studies: list[Dense]) -> str:
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
-def outcome(studies: list[Dense]) -> str:
-    """What README says: by how much CBN everywhere is ahead of the best without."""
-    said = []
-    for study in studies:
-        for size in study.sizes:
-            without = [one for one in study.at(size) if not has_cbn(one[0])]
-            own = dict(study.at(size)).get("cbn")
-            if own is not None and without:
-                metric = {"miou": "mIoU", "map": "mAP"}[study.report["settings"]["metric"]]
-                ahead = _ahead(own.row, max(without, key=_test)[1].row).replace("*", "")
-                said.append(f"{TITLES[study.name]}, batch {size}: {ahead} {metric}")
-    return f"Detection and segmentation, CBN over the best other pair of norms: {'; '.join(said)}." if said else NOT_YET
-
-
 def _test(one: tuple[str, Entry]) -> float:
     return one[1].row.top1 or 0.0
 
@@ -217,4 +203,3 @@ def tables(studies: list[Dense]) -> dict[str, str]:
 
 if __name__ == "__main__":
     fill(ROOT / "docs" / "results.md", tables(read()))
-    fill(ROOT / "README.md", {"dense-outcome": outcome(read())})
