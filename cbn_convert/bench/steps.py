@@ -158,9 +158,22 @@ def bench_step(
 ) -> list[BenchResult]:
     """Times a training step (SGD with momentum, cross-entropy, random images) of a timm model for each column.
 
-    One round runs one step of every column; `steps` rounds count, after `untimed` that do not. "bn" is always among
-    the columns, as what `over_bn` refers to. Raises CbnError for an unknown column or architecture, or if a
-    layer gets one value per channel.
+    One round runs one step of every column. "bn" is always among the columns, as what `over_bn` refers to.
+
+    Args:
+        arch: timm's name of the model, which gets random weights.
+        columns: names in `COLUMNS`.
+        batch_size: images per step.
+        img_size: height and width of the images in pixels.
+        steps: rounds that count.
+        device: as torch.device takes it.
+        dtype: float32, or what autocast is to compute in.
+        channels_last: whether models and images are in that memory format.
+        compile: whether models go through torch.compile.
+        memory: whether `BenchResult.memory` is measured; it is None otherwise.
+        untimed: rounds before those that count.
+
+    Raises CbnError for an unknown column or architecture, or if a layer gets one value per channel.
     """
     unknown = [c for c in columns if c not in COLUMNS]
     if unknown:
@@ -207,7 +220,12 @@ def bench_step(
 def bench_inference(
     arch: str, *, batch_size: int = 2, img_size: int = 224, steps: int = 20, device: str = "cpu"
 ) -> tuple[float, float]:
-    """Median ms of timm's own model in eval, and the median ratio of the same model converted and folded into convs."""
+    """Median ms of timm's own model in eval, and the median ratio of the same model converted and folded into convs.
+
+    Args:
+        arch, batch_size, img_size, device: as in `bench_step`.
+        steps: forward passes of each that count, after three that do not.
+    """
     plain, converted = _model(arch).eval(), _model(arch).eval()
     x = torch.randn(batch_size, 3, img_size, img_size)
     convert(converted, example_input=x)

@@ -80,7 +80,14 @@ class ComparisonConfig:
         return columns if not self.reference or reference in columns else [*columns, reference]
 
     def cell(self, norm: str, batch_size: int, lr: float | None, seed: int) -> FinetuneConfig:
-        """The settings of one run, but for its folder. Raises RunError for an unknown norm or variant."""
+        """The settings of one run, but for its folder. Raises RunError for an unknown norm or variant.
+
+        Args:
+            norm: a name as in `norms`.
+            batch_size: images per step.
+            lr: the peak rate; None is a rule, as in `FinetuneConfig`.
+            seed: that of the run.
+        """
         settings = {f.name: getattr(self.run, f.name) for f in fields(FinetuneConfig)}
         settings |= {**read_norm(norm), "batch_size": batch_size, "lr": lr, "seed": seed}
         return FinetuneConfig(**settings)

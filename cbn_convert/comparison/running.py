@@ -57,8 +57,15 @@ def compare(
 
     Every run sees the same number of images, but for the incomplete last step of an epoch. A rate is chosen by
     validation top-1; where the data are a folder with train/ and test/, and the latter does not serve for validation,
-    the accuracies reported are of test/. `resume` goes on with what `config.run.output` holds; norms, batch sizes,
-    rates and seeds may be others. Raises RunError, DataError or ModelError, ComparisonInterrupted after a signal.
+    the accuracies reported are of test/.
+
+    Args:
+        config: the grid, and the settings that all runs share.
+        resume: goes on with what `config.run.output` holds; norms, batch sizes, rates and seeds may be others.
+        overwrite: whether a comparison that is in the folder may be replaced.
+        quiet: shows no progress.
+
+    Raises RunError, DataError or ModelError, ComparisonInterrupted after a signal.
     """
     output = Path(config.run.output)
     images = check(config, resume=resume, overwrite=overwrite)

@@ -27,7 +27,14 @@ Cells = dict[Cell, dict[str, Any]]
 
 
 def write(output: Path, config: ComparisonConfig, images: dict[str, Any], results: Cells) -> None:
-    """Writes results.json; `images` is what `data.counts` says of the data."""
+    """Writes results.json; `images` is what `data.counts` says of the data.
+
+    Args:
+        output: folder of the comparison.
+        config: its settings.
+        images: `Images.counts` of running.py.
+        results: what is known of each finished cell.
+    """
     cells = [{**cell._asdict(), **results[cell]} for cell in sorted(results)]
     versions = {"cbn_convert": __version__, "torch": torch.__version__, "timm": timm.__version__}
     write_json(output / RESULTS, {"config": config.to_dict(), "images": images, "versions": versions, "cells": cells})
@@ -76,7 +83,13 @@ def check_same(config: ComparisonConfig, stored: ComparisonConfig, output: Path)
 
 
 def check_same_images(images: dict[str, Any], stored: dict[str, Any], data: str, output: Path) -> None:
-    """Raises RunError if the data are not those that the finished cells have seen."""
+    """Raises RunError if the data are not those that the finished cells have seen.
+
+    Args:
+        images: `Images.counts` of the data as they are.
+        stored: those in results.json.
+        data, output: the data and the folder of the comparison, for the message.
+    """
     if images != stored:
         raise RunError(f"{data} has other images than the comparison in {output}; resume with the data it began with")
 

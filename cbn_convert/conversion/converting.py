@@ -91,6 +91,7 @@ def convert(
     subclass of their class. Layers that are converted already stay as they are, and lazy ones get their shapes.
 
     Args:
+        model: changed in place.
         window: a `Window`; by default the carried window of 8192 images: the running statistics, following weights and
             images. A number is the paper's window of so many iterations (1 is BatchNorm), or with history="ema" a
             carried one of so many images.

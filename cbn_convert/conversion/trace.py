@@ -221,9 +221,13 @@ def trace_norms(
 ) -> dict[str, NormCall]:
     """Runs the model once without gradients; returns a NormCall per name in `norms`.
 
-    In eval mode, or with `training` in training mode for all but the layers with running statistics. `example_input` as
-    in `on_example`. Parameters, buffers, modes and random state are left as they were. Raises ConversionError if the
-    model cannot run.
+    Parameters, buffers, modes and random state are left as they were. Raises ConversionError if the model cannot run.
+
+    Args:
+        model: what is run.
+        norms: those of its modules whose inputs are followed, by name.
+        example_input: as in `on_example`.
+        training: training mode for all but the layers with running statistics; eval mode otherwise.
     """
     with _mode(model, training):
         return on_example(model, example_input, lambda arguments: _trace(model, norms, arguments))[0]

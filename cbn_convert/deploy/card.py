@@ -37,8 +37,13 @@ def write_card(
 ) -> None:
     """Writes folder/README.md for the folder that will be called `name`.
 
-    `config` is the exported config.json, `about` the metadata of the safetensors file, `features` the out_indices of a
-    features_only backbone, `conversion` what a folder is for that was not trained yet.
+    Args:
+        folder: where the card goes; graphs that are there already are named in it.
+        name: what the folder will be called.
+        config: the exported config.json.
+        about: the metadata of the safetensors file; version, architecture and fold must be among them.
+        features: the out_indices of a features_only backbone; None for other models.
+        conversion: what a folder is for that was not trained yet; None for others.
     """
     about = dict(about)
     version, architecture, fold = about.pop("version"), about.pop("architecture"), about.pop("fold")

@@ -46,17 +46,27 @@ def export(
 ) -> Path:
     """Writes `output`/model.safetensors, config.json and README.md, a model card; returns the folder.
 
-    timm.create_model("local-dir:OUTPUT", pretrained=True) loads it. With fold "affine" or "conv" the BatchNorm keys
-    stay, as identities. A backbone of features_only=True gets the keys of the architecture that it was cut from:
-    timm loads it with features_only=True or another num_classes. `model_args` are the keyword arguments the model was
-    created with beside num_classes, for what timm has not recorded itself. `data_config` overrides input_size, mean,
-    std, interpolation, crop_pct and crop_mode; other sizes and crops that timm would evaluate with then go. With
-    `class_names`, by default those in the model's pretrained_cfg, there is class_map.txt, by which timm's reader of
-    image folders takes the classes in this order, unless such a file cannot hold the names, as the card then says.
-    `metadata` is added to the safetensors metadata and shown in the card. `conversion` adds conversion.json, and to
-    the card what can be done with a model that is yet to be trained. `onnx` adds model.onnx and `torch_export`
-    model.pt2 (torch.export.load), for any number of images of the input size; both are folded into the convs whatever
-    `fold` says, and their outputs are checked. The folder appears complete or not at all.
+    timm.create_model("local-dir:OUTPUT", pretrained=True) loads it. A backbone of features_only=True gets the keys of
+    the architecture that it was cut from: timm loads it with features_only=True or another num_classes. The folder
+    appears complete or not at all.
+
+    Args:
+        model: a model of an architecture that timm registers; it does not change.
+        output: the folder.
+        fold: `into` of `cbn_convert.fold`; with "affine" or "conv" the BatchNorm keys stay, as identities.
+        class_names: by default those in the model's pretrained_cfg. With names there is class_map.txt, by which timm's
+            reader of image folders takes the classes in this order, unless such a file cannot hold the names, as the
+            card then says.
+        model_args: the keyword arguments the model was created with beside num_classes, for what timm has not recorded
+            itself.
+        data_config: overrides input_size, mean, std, interpolation, crop_pct and crop_mode; other sizes and crops that
+            timm would evaluate with then go.
+        metadata: added to the safetensors metadata and shown in the card.
+        conversion: adds conversion.json, and to the card what can be done with a model that is yet to be trained.
+        onnx: adds model.onnx, for any number of images of the input size, folded into the convs whatever `fold` says;
+            its outputs are checked.
+        torch_export: adds model.pt2 (torch.export.load), likewise.
+        overwrite: whether an export that is in the folder may be replaced.
 
     Raises ExportError if the model is not one that timm registers, holds values that are not finite, is not as
     `model_args` or `class_names` say or has no such graph, or if `onnx` lacks its packages; RunError if the folder is

@@ -56,21 +56,25 @@ def fold(
 ) -> nn.Module:
     """Returns a copy of the model, in eval mode, with its norm layers folded; the model itself does not change.
 
-    into: "bn" gives plain BatchNorm with the running statistics, the same outputs to the bit. "affine" replaces each
-    layer by `ChannelAffine`. "conv" multiplies it into the weight and bias of the conv or linear layers that feed it,
-    after timm's reparameterize_model has merged the branches of those blocks that know how to (RepVGG, MobileOne, ...).
-    A layer whose input is not the output of such modules, or is also read elsewhere, stays BatchNorm, as does one
-    behind a standardised or parametrised weight or a grouped transposed conv. So does one whose place another norm, or
-    whose conv's place another conv, may take in another call: one of as many channels that the example does not reach,
-    as with norms for several domains. Their names are logged, with the reason. drop and act of BatchNormAct2d stay. The
-    new weights are computed in float64.
+    With "conv", a layer whose input is not the output of conv or linear layers, or is also read elsewhere, stays
+    BatchNorm, as does one behind a standardised or parametrised weight or a grouped transposed conv. So does one whose
+    place another norm, or whose conv's place another conv, may take in another call: one of as many channels that the
+    example does not reach, as with norms for several domains. Their names are logged, with the reason. drop and act of
+    BatchNormAct2d stay. The new weights are computed in float64.
 
-    keep_bn: with "affine" and "conv", leave BatchNorm modules as identities (mean 0, var 1 - eps, γ 1, β what has no
-    other place) and branches as they are, so that state_dict keys are those of the original architecture. Without it,
-    `load_folded` takes the state_dict into a new model of the architecture.
+    Args:
+        model: any model with norm layers, converted or not.
+        into: "bn" gives plain BatchNorm with the running statistics, the same outputs to the bit. "affine" replaces
+            each layer by `ChannelAffine`. "conv" multiplies it into the weight and bias of the conv or linear layers
+            that feed it, after timm's reparameterize_model has merged the branches of those blocks that know how to
+            (RepVGG, MobileOne, ...).
+        keep_bn: with "affine" and "conv", leave BatchNorm modules as identities (mean 0, var 1 - eps, γ 1, β what has
+            no other place) and branches as they are, so that state_dict keys are those of the original architecture.
+            Without it, `load_folded` takes the state_dict into a new model of the architecture.
+        example_input: as in `convert`; what the outputs of model and copy are compared on, but for "bn".
 
-    Raises FoldError if a folded tensor would not be finite, if the copy's outputs on `example_input` (as in `convert`)
-    are not the model's, or for another `into`; ConversionError if the model cannot run on it.
+    Raises FoldError if a folded tensor would not be finite, if the copy's outputs on `example_input` are not the
+    model's, or for another `into`; ConversionError if the model cannot run on it.
     """
     if into not in FOLD_TARGETS:
         raise FoldError(f"fold must be one of {', '.join(FOLD_TARGETS)}, got {into!r}")

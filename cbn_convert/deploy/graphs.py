@@ -37,9 +37,15 @@ def check_onnx_installed() -> None:
 def write_graphs(model: nn.Module, folder: Path, config: dict[str, Any], *, onnx: bool, torch_export: bool) -> None:
     """Writes folder/model.onnx and folder/model.pt2 in float32, folded into the convs, for any number of images.
 
-    `config` is the exported config.json; it gives the size of the images, and what the ONNX metadata says. Raises
-    ExportError if the model cannot be traced or converted, or if a written file's outputs on random images are not the
-    model's, and what `fold` raises.
+    Args:
+        model: any model that `fold` takes; it does not change.
+        folder: where the files go.
+        config: the exported config.json; it gives the size of the images, and what the ONNX metadata says.
+        onnx: whether model.onnx is written.
+        torch_export: whether model.pt2 is written.
+
+    Raises ExportError if the model cannot be traced or converted, or if a written file's outputs on random images are
+    not the model's, and what `fold` raises.
     """
     size = config["pretrained_cfg"]["input_size"]
     plain = fold(model, "bn").to("cpu", torch.float32)

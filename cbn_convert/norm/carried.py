@@ -99,11 +99,22 @@ class Carried(NamedTuple):
         return self._replace(table=torch.cat([torch.stack([mean, var]), self.table[2:]]))
 
     def placed(self, mean: Tensor, var: Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
-        """Other statistics [C] at θ and b that respond in the same way."""
+        """Other statistics [C] at θ and b that respond in the same way.
+
+        Args:
+            mean, var: M and S [C].
+            theta, bias: θ [C, F], and b [C] or None.
+        """
         return self._replace(table=torch.stack([mean, var, mean, var, var])).moved(theta, bias).of(mean, var)
 
     def with_patches(self, found: PatchMoments, share: float | Tensor, theta: Tensor, bias: Tensor | None) -> Carried:
-        """Patches joined with what a look found of them; statistics as they are, anchored at θ and b."""
+        """Patches joined with what a look found of them; statistics as they are, anchored at θ and b.
+
+        Args:
+            found: the moments of the patches that were looked at.
+            share: their weight, from 0 to 1; of no meaning where no patches were known.
+            theta, bias: θ [C, F], and b [C] or None.
+        """
         own, along = found.var, found.along
         if self.patch_mean is None or self.patch_rest is None or self.patch_axes is None:
             mean, total = found.mean, _at_least(own)
@@ -188,7 +199,10 @@ class CarriedWindow:
     def begin(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None, images: int) -> Carried:
         """Counts a step with so many images; returns the statistics that are to be taken to its θ [C, F] and b [C].
 
-        θ is None where it is not followed.
+        Args:
+            running: those of the norm layer, where the window begins.
+            theta, bias: None where the weight is not followed; b also where there is none.
+            images: of this process.
         """
         known = self._known(running, theta, bias)
         self.seen += 1
@@ -262,7 +276,13 @@ class CarriedWindow:
         self, running: RunningStatistics, theta: OptTensor, bias: OptTensor, iteration: int, images: int,
         batch: Callable[[], Batch],
     ) -> Carried:  # fmt: skip
-        """Takes a step; returns what it normalises by at θ and b. `batch` makes what it looks at, if it does."""
+        """Takes a step; returns what it normalises by at θ and b. `batch` makes what it looks at, if it does.
+
+        Args:
+            running, theta, bias, images: as in `begin`.
+            iteration: as in `Batch`.
+            batch: called in a step that looks.
+        """
         carried = self.begin(running, theta, bias, images).moved(theta, bias)
         self.arrive(carried, folded=False)
         if self.is_due(iteration, theta is not None):

@@ -90,7 +90,11 @@ class JoinedMoments(NamedTuple):
 def joined_moments(batch: Batch, patches: InputPatches | None, about: Carried, images: int) -> JoinedMoments:
     """The moments of a batch, joined by one sum over the ranks, of distances to what is known already (`about`).
 
-    images: those of this rank that the batch stands for. Patches are looked at along the axes that are known.
+    Args:
+        batch: that of this rank.
+        patches: those of its input, looked at along the axes that are known; None in a look at none.
+        about: what is known already.
+        images: those of this rank that the batch stands for.
     """
     count, nothing = batch.x.numel() // batch.x.shape[1], about.mean.new_zeros(len(about.mean))
     mean, var = select(batch.x).statistics(batch.x) if count or batch.ranks == 1 else (nothing, nothing)

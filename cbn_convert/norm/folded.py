@@ -117,7 +117,11 @@ class FoldedStep(FoldedLayer):
         return not (self.looks or self.scales_output)
 
     def begin(self, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor) -> Folded:
-        """The norm layer as a part of this one, at the weights; with sθ where that is what is applied."""
+        """The norm layer as a part of this one, at the weights; with sθ where that is what is applied.
+
+        Args:
+            input, weight, bias, gamma, beta: as in `FoldedMap`.
+        """
         (theta, b), affine = self.rows(weight, bias), self.affine(gamma, beta)
         window, kernels, size = self.window, select(theta), theta.numel()
         # not in half precision, of which θ·p without s may leave the range
@@ -236,7 +240,13 @@ def plainly_folded(
     state: Carried,
     layer: FoldedLayer,
 ) -> Tensor:
-    """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes."""
+    """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes.
+
+    Args:
+        input, weight, bias, gamma, beta: as in `FoldedMap`.
+        state: as in `Kernels.fold`.
+        layer: the conv or linear layer.
+    """
     folded = KERNELS["plain"].fold(layer.ordered(state), *layer.rows(weight, bias), layer.affine(gamma, beta))
     assert folded.weight is not None
     return layer.apply(input, layer.of_rows(folded.weight).to(input.dtype), folded.shift.to(input.dtype))

@@ -74,7 +74,13 @@ def response(patch_mean: Tensor, theta: Tensor, bias: Tensor | None) -> Tensor:
 def pooled(
     mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor, share: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a mixture in which the new population has weight `share` (parallel variance formula)."""
+    """Mean and variance of a mixture in which the new population has weight `share` (parallel variance formula).
+
+    Args:
+        mean, var: those of the old population [C].
+        new_mean, new_var: those of the new one [C].
+        share: from 0 to 1.
+    """
     step = new_mean - mean
     return mean + share * step, torch.lerp(var, new_var, share) + share * (1 - share) * step.square()
 
@@ -90,7 +96,13 @@ def between_means(probes: Tensor, step: Tensor) -> Tensor:
 
 
 def probes_of(axes: Tensor | None, groups: int, width: int, like: Tensor) -> Tensor:
-    """Directions [G, K, F] of length 1, to look along: those of the axes, and any where there is none yet."""
+    """Directions [G, K, F] of length 1, to look along: those of the axes, and any where there is none yet.
+
+    Args:
+        axes: u [G, K, F]; None, or those of another shape, count as none.
+        groups, width: G and F.
+        like: a tensor of the dtype and on the device of the directions.
+    """
     # what is made for a FakeTensor is one itself, and of no use to others
     waves = _waves if type(like) is Tensor else _waves.__wrapped__
     any_ones = waves(min(AXES, width), width, like.dtype, like.device).expand(groups, -1, -1)
@@ -116,8 +128,13 @@ def principal_axes(probes: Tensor, along: Tensor, total: Tensor, least: Tensor) 
     """u [G, K, F] of a covariance Σ, from ΣV [G, K, F] along probes V: that of which Σ_k u_k u_kᵀ V = ΣV.
 
     Nyström's approximation, never above Σ. An axis is what those before leave of Σv, so that probes which are axes of
-    the time before converge to principal ones, as in the power method; none where they leave nothing but rounding. Of
-    the variance of an entry, `total` [G, F], the axes leave the least there is to be, [G, 1], whatever rounding does.
+    the time before converge to principal ones, as in the power method; none where they leave nothing but rounding.
+
+    Args:
+        probes: V [G, K, F], of length 1.
+        along: ΣV [G, K, F].
+        total: the variance of every entry [G, F].
+        least: what the axes leave of it at least [G, 1], whatever rounding does.
     """
     own, trace = (probes * along).sum(2), total.sum(1, keepdim=True)
     axes = []
@@ -148,6 +165,12 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: 
 
     As BatchNorm in evaluation with M and S as they are, whose γ and β carry the gradients of M and S: its passes are
     fast, keep x alone, and have second derivatives.
+
+    Args:
+        x: [N, C, ...], in any float dtype.
+        mean, var: M and S [C], in the dtype of statistics.
+        gamma, beta: γ and β [C], or None.
+        eps: as in BatchNorm.
     """
     M, S = mean.detach(), var.detach()
     if mean.requires_grad or var.requires_grad:

@@ -207,12 +207,25 @@ class LinearMap:
         return F.linear(y, weight, bias)
 
     def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool, dtype: torch.dtype) -> _Gradients:
-        """∂L/∂y (if wanted), ∂L/∂W and, in a dtype of its own, ∂L/∂b from ∂L/∂x."""
+        """∂L/∂y (if wanted), ∂L/∂W and, in a dtype of its own, ∂L/∂b from ∂L/∂x.
+
+        Args:
+            g: ∂L/∂x, of x's shape.
+            y, weight: as they were applied.
+            of_input: whether ∂L/∂y is wanted.
+            dtype: that of ∂L/∂b.
+        """
         rows = g.flatten(0, -2)
         return g @ weight if of_input else None, rows.T @ y.flatten(0, -2), rows.sum(0, dtype=dtype)
 
     def input_gradient(self, g: Tensor, y: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """∂L/∂y alone, of an output that was multiplied by scale [C]."""
+        """∂L/∂y alone, of an output that was multiplied by scale [C].
+
+        Args:
+            g: the gradient of that output.
+            y, weight: as they were applied.
+            scale: in the dtype of g.
+        """
         return (g * scale) @ weight
 
     def positions(self, y: Tensor) -> int:
@@ -239,7 +252,11 @@ class Convolution(NamedTuple):
         return torch.convolution(y, weight, bias, *self)
 
     def gradients(self, g: Tensor, y: Tensor, weight: Tensor, of_input: bool, dtype: torch.dtype) -> _Gradients:
-        """∂L/∂y (if wanted), ∂L/∂W and, in a dtype of its own, ∂L/∂b from ∂L/∂x."""
+        """∂L/∂y (if wanted), ∂L/∂W and, in a dtype of its own, ∂L/∂b from ∂L/∂x.
+
+        Args:
+            g, y, weight, of_input, dtype: as in `LinearMap.gradients`.
+        """
         # the operator sums for the bias in g's dtype, one by one where oneDNN does
         sizes = [g.shape[1]]
         own = g.dtype == dtype and g.numel() <= MOST_SUMMED * g.shape[1]
@@ -247,7 +264,11 @@ class Convolution(NamedTuple):
         return found[0], found[1], found[2] if own else g.sum([0, *range(2, g.dim())], dtype=dtype)
 
     def input_gradient(self, g: Tensor, y: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """∂L/∂y alone, of an output that was multiplied by scale [C]."""
+        """∂L/∂y alone, of an output that was multiplied by scale [C].
+
+        Args:
+            g, y, weight, scale: as in `LinearMap.input_gradient`.
+        """
         g = g * scale.view(-1, *[1] * (g.dim() - 2))
         found: Tensor = _convolution_backward(g, y, weight, None, *self, [True, False, False])[0]
         return found

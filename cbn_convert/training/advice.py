@@ -75,6 +75,12 @@ def measure(
 ) -> float | None:
     """`statistics_shift` on some training images, as evaluation sees them; the same ones for the same seed.
 
+    Args:
+        model: with the statistics that the images are compared with.
+        setup, config: those of the run.
+        device: that of the model.
+        interrupted: asked while images have to be waited for.
+
     Raises DataError where images have to be waited for and `interrupted()`.
     """
     generator = torch.Generator().manual_seed(config.seed)

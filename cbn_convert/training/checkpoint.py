@@ -36,8 +36,15 @@ def save(
 ) -> None:
     """Writes the checkpoint of `step`, then deletes the oldest ones, so that `keep` are left.
 
-    All processes call it. Each writes `own`, the first one `shared` too, which is None elsewhere. Raises RunError in
-    all of them if one cannot write; there is no new checkpoint then.
+    All processes call it. Raises RunError in all of them if one cannot write; there is no new checkpoint then.
+
+    Args:
+        run: the run folder.
+        step: updates of the weights so far.
+        shared: what the processes have in common, which the first one writes; None elsewhere.
+        own: what each process has of its own, and writes.
+        keep: checkpoints that are left, the new one included.
+        ranks: the processes; by default this one alone.
     """
     ranks = ranks or Ranks(alone=True)
     path = run / "checkpoints" / f"step-{step:08d}"

@@ -54,8 +54,14 @@ def accuracy(
 ) -> Evaluation | None:
     """Evaluates the model, put into eval mode, on all batches of the loaders of all processes together.
 
-    Images labelled IGNORED are not counted. Gives up, with None, as soon as `interrupted()`. Raises DataError if no
-    image is left.
+    Images labelled IGNORED are not counted. Raises DataError if no image is left.
+
+    Args:
+        model: on `device`.
+        loader: the batches of this process.
+        device: where batches are moved.
+        ranks: the processes; by default this one alone.
+        interrupted: asked at every batch; as soon as it says so, the evaluation is given up, and None is returned.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)

@@ -152,7 +152,17 @@ def seeded(seed: int | None) -> Iterator[None]:
 def training_loader(
     split: Split, data_config: dict[str, Any], config: FinetuneConfig, rank: int = 0, ranks: int = 1
 ) -> tuple[ImageLoader, StepSampler]:
-    """The loader of one process's share, and the sampler that says which epoch it is."""
+    """The loader of one process's share, and the sampler that says which epoch it is.
+
+    Raises DataError as `StepSampler` does, and for an augmentation that timm does not make; RunError for changes of
+    colours in images that have none.
+
+    Args:
+        split: the training images.
+        data_config: as timm's resolve_model_data_config gives it.
+        config: the settings of the run.
+        rank, ranks: which process it is, and of how many.
+    """
     weights = None
     if config.class_balance == "sample":
         counts = torch.tensor(split.counts(), dtype=torch.float64)
@@ -216,7 +226,16 @@ def plain_loader(
     ranks: int = 1,
     indices: list[int] | None = None,
 ) -> ImageLoader:
-    """Every image once, unchanged, in order; each of `ranks` processes gets every so many-th. `indices`: only those."""
+    """Every image once, unchanged, in order; each of `ranks` processes gets every so many-th. `indices`: only those.
+
+    Args:
+        split: the images.
+        data_config, rank, ranks: as in `training_loader`.
+        batch_size: images per batch.
+        workers: processes that load; 0 for none beside this one.
+        skip_bad: whether an image that cannot be read is labelled IGNORED, in place of a DataError.
+        indices: places in `split.samples`, in the order that is wanted; None for all.
+    """
     chosen = (range(len(split.samples)) if indices is None else indices)[rank::ranks]
     images = ImageList(split, PlainTransform(data_config), data_config["input_size"][0], skip_bad)
     return _loader(images, workers, batch_size=batch_size, sampler=[(i, None) for i in chosen])

@@ -72,7 +72,14 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, lr: float) -> 
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, lr: float, steps: int) -> Scheduler:
-    """timm's schedule over `steps` updates, the warm-up among them; `step_update(n)` sets the rate of update n."""
+    """timm's schedule over `steps` updates, the warm-up among them; `step_update(n)` sets the rate of update n.
+
+    Args:
+        optimizer: whose rates it sets.
+        settings: sched and warmup_ratio count.
+        lr: the peak rate.
+        steps: at least 1.
+    """
     warmup = min(round(settings.warmup_ratio * steps), steps - 1)
     common: dict[str, Any] = {
         "warmup_t": warmup, "warmup_lr_init": lr / max(warmup, 1), "warmup_prefix": True, "t_in_epochs": False,

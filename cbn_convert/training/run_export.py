@@ -32,8 +32,16 @@ def export_run(
     """Exports the best model of a run, or an exported folder again with another fold; `onnx` etc. as in `export`.
 
     Returns output, files, fold, classes and relative_difference: of the outputs of plain timm with the written folder
-    to those of the trained model, on random images. Raises ExportError for an unknown fold, for a GroupNorm run, or if
-    the difference is above TOLERANCE, and what `load_trained` and `export` raise.
+    to those of the trained model, on random images.
+
+    Args:
+        trained: a run folder or an exported folder.
+        output: the folder to write.
+        fold, onnx, torch_export, overwrite: as in `export`.
+        dry_run: writes nothing, so that there is no relative_difference.
+
+    Raises ExportError for an unknown fold, for a GroupNorm run, or if the difference is above TOLERANCE, and what
+    `load_trained` and `export` raise.
     """
     if fold not in FOLD_TARGETS:
         raise ExportError(f"fold must be one of {', '.join(FOLD_TARGETS)}, got {fold!r}")

@@ -30,7 +30,13 @@ def finetune(
     The first SIGINT or SIGTERM ends the run after the step that is under way, or before it where its images have to be
     waited for, with a checkpoint and TrainingInterrupted, a KeyboardInterrupt. Raises RunError, DataError, ModelError
     or ConversionError, each naming the argument or the file; RunError also if a gradient is not finite, the memory of
-    the GPU is not enough, or nothing can be written. `resume=True` is deprecated: call `resume`.
+    the GPU is not enough, or nothing can be written.
+
+    Args:
+        config: data, model, run folder and settings.
+        overwrite: whether a run that is in the folder may be replaced.
+        quiet: no progress bar.
+        resume: deprecated: call `resume`.
     """
     if resume:
         warnings.warn("finetune(config, resume=True) is now resume(run)", DeprecationWarning, stacklevel=2)
@@ -60,7 +66,13 @@ def resume(
 
 
 def run(config: FinetuneConfig, *, resumed: bool, overwrite: bool = False, quiet: bool = False) -> FinetuneResult:
-    """A run of `finetune`, from the beginning or from its newest checkpoint."""
+    """A run of `finetune`, from the beginning or from its newest checkpoint.
+
+    Args:
+        config: its settings.
+        resumed: from its newest checkpoint, or from the beginning if there is none.
+        overwrite, quiet: as in `finetune`.
+    """
     folder = Path(config.output)
     config.check()
     accelerator = make_accelerator(config)

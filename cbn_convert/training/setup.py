@@ -84,7 +84,15 @@ def total_steps(config: FinetuneConfig, sampler: StepSampler) -> int:
 
 
 def prepare_folder(run: Path, config: FinetuneConfig, setup: Setup, ranks: int) -> None:
-    """Writes the run's config.json, after deleting what an overwritten run has left."""
+    """Writes the run's config.json, after deleting what an overwritten run has left.
+
+    Raises RunError if either fails.
+
+    Args:
+        run: the run folder.
+        config, setup: what is stored of the run.
+        ranks: its processes.
+    """
     try:
         for name in ("config.json", "metrics.jsonl", "curves.png", "results.json"):
             (run / name).unlink(missing_ok=True)

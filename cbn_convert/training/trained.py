@@ -65,7 +65,15 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a run's best model, or an exported folder, on data/`split`.
 
-    By default that is the first of val/, valid/, validation/ and test/ that is there, else `data` itself.
+    Args:
+        trained: a run folder or an exported folder.
+        data: a folder of images, or a name, as in `FinetuneConfig`.
+        split: by default the first of val/, valid/, validation/ and test/ that is there, else `data` itself, unless it
+            has train/.
+        batch_size: images per batch.
+        workers: processes that load images.
+        device: "cpu", "cuda", "mps", or "auto" for a GPU where there is one.
+        skip_bad_images: whether files that cannot be read are left out, and named in the outcome.
 
     Raises RunError, ModelError or DataError, each naming the folder or file.
     """

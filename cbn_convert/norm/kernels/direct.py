@@ -23,13 +23,23 @@ class Direct(Kernels):
     def write_fold(
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, rows: OptTensor, running: Both | None
     ) -> Tensor:
-        """Returns [7, C]: the table at θ, if there are patches, then s and the shift; fills rows and running."""
+        """Returns [7, C]: the table at θ, if there are patches, then s and the shift; fills rows and running.
+
+        Args:
+            state, theta, bias, affine: as in `Kernels.fold`.
+            rows: memory for s θ, of θ's shape; None where it is not wanted.
+            running: memory for M and S [C]; None likewise.
+        """
         raise NotImplementedError
 
     def write_gradient(
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, g: Tensor, g_shift: Tensor
     ) -> Tensor:
-        """Makes of g the gradient of θ, in place; returns that of γ."""
+        """Makes of g the gradient of θ, in place; returns that of γ.
+
+        Args:
+            state, theta, bias, affine, g, g_shift: as in `Kernels.folded_gradient`.
+        """
         raise NotImplementedError
 
     def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:

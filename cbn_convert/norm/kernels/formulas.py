@@ -69,7 +69,11 @@ class Kernels:
     ) -> tuple[Carried, Tensor | bool]:
         """What a window at θ [C, F] and b is after a look, and whether that is finite.
 
-        shares: those of what was found of the batch and of its patches; a float, or a tensor on the device.
+        Args:
+            state: statistics at θ and b, before the look.
+            theta, bias: θ [C, F], and b [C] or None.
+            found: the moments of the batch and of its patches, which must be there.
+            shares: those of what was found of the batch and of its patches; a float, or a tensor on the device.
         """
         share, of_patches = shares
         assert found.patches is not None
@@ -108,7 +112,15 @@ class Kernels:
         self, state: Carried, theta: Tensor, bias: OptTensor, affine: Affine, running: Running = None,
         with_weight: bool = True,
     ) -> Folded:  # fmt: skip
-        """`state` at θ [C, ...] and b [C], and what normalises by it. M and S are written to `running`."""
+        """`state` at θ [C, ...] and b [C], and what normalises by it. M and S are written to `running`.
+
+        Args:
+            state: statistics at any weights; those without patches stay as they are.
+            theta, bias: the weights, and b where there is one.
+            affine: of the norm layer.
+            running: None where nothing is to be written.
+            with_weight: whether s θ is wanted, too.
+        """
         if state.patch_mean is not None:
             state = state._replace(table=self.move(state, theta, bias))
         if running is not None:
@@ -128,6 +140,13 @@ class Kernels:
         With t = θ·g + (b - M) g_shift, g_M = -s g_shift and g_S = -½ s t / (S + eps):
         ∂L/∂θ = s g + g_M (p̄ + (M - θ·p̄ - b) θ / |θ|²) + 2 g_S S (d θ + Σ_k (u_k·θ) u_k) / q. Without patches, M and S
         are fixed.
+
+        Args:
+            state: statistics at θ and b, as `fold` gives them.
+            theta, bias: θ [C, ...], and b [C] or None.
+            affine: of the norm layer; its β is of no meaning here.
+            g: [C, ...], as θ.
+            g_shift: [C].
         """
         inv_std = torch.rsqrt(state.var + affine.eps)
         scale = inv_std if affine.gamma is None else inv_std * affine.gamma
