@@ -54,15 +54,13 @@ def bench(
     with Session(as_json, debug, quiet) as session:
         import torch
 
-        from cbn_convert.bench import bench_step
+        from cbn_convert.bench import StepSettings, bench_step
         from cbn_convert.training.evaluation import resolve_device
 
         place = str(resolve_device(device))
-        results = bench_step(
-            arch, [n.strip() for n in norms.split(",") if n.strip()], batch_size=batch_size, img_size=img_size,
-            steps=steps, device=place, dtype=torch.bfloat16 if amp else torch.float32, channels_last=channels_last,
-            compile=compile,
-        )  # fmt: skip
+        dtype = torch.bfloat16 if amp else torch.float32
+        settings = StepSettings(batch_size, img_size, place, dtype, channels_last, compile)
+        results = bench_step(arch, [n.strip() for n in norms.split(",") if n.strip()], settings, steps=steps)
         rows = [r._asdict() for r in results]
         session.print(_table(rows))
         threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -80,9 +78,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(header, justify="right")
     for row in rows:
         times = [f"{row[k]:.1f}" for k in ("step", "forward", "backward", "optimizer")]
-        memory = "" if row["memory"] is None else f"{row['memory']:.0f}"
         kept = (f"{row['kept']:.1f}", f"{row['kept_over_bn']:.2f}")
         low, high = row["over_bn_quartiles"]
         ratio = f"{row['over_bn']:.2f} ({low:.2f}-{high:.2f})"
-        table.add_row(LABELS[row["column"]], *times, ratio, memory, *kept)
+        table.add_row(LABELS[row["column"]], *times, ratio, f"{row['memory']:.0f}", *kept)
     return table

@@ -25,7 +25,7 @@ from cbn_convert.cli.demo import write_digits
 
 import cbn_convert as cbn
 from benchmarks.provenance import RESULTS, ROOT, provenance
-from cbn_convert.bench import bench_step
+from benchmarks.speed import step_time
 from cbn_convert.bench.steps import COLUMNS, _model
 from cbn_convert.norm.carried import FIRST_LOOKS
 
@@ -34,7 +34,7 @@ BF16 = {"dtype": "bfloat16", "channels_last": True}
 
 
 def cells(tiny: bool) -> Iterator[tuple[dict[str, Any], int]]:
-    """Arguments of `bench_step`, and the seconds that it may take."""
+    """Cells of step_time.py, and the seconds that it may take."""
     if tiny:
         small = {"arch": "test_resnet", "batch_size": 2, "img_size": 32, "columns": NORMS, "steps": 2}
         yield small, 10
@@ -49,12 +49,6 @@ def cells(tiny: bool) -> Iterator[tuple[dict[str, Any], int]]:
     for size, batch in ((224, 2), (224, 8), (1024, 1)):
         yield {**first, **BF16, "img_size": size, "batch_size": batch, "columns": NORMS}, 30
     yield {**first, **BF16, "arch": "mobilenetv2_100", "columns": NORMS, "compile": True}, 120
-
-
-def timed(device: str, cell: dict[str, Any]) -> list[dict[str, Any]]:
-    """Training steps with each norm, side by side."""
-    options = {k: getattr(torch, v) if k == "dtype" else v for k, v in cell.items()}
-    return [row._asdict() for row in bench_step(device=device, **options)]
 
 
 def tests(device: str) -> dict[str, Any]:
@@ -122,7 +116,7 @@ def parts(device: str, folder: Path) -> Iterator[tuple[str, int, Callable[[], An
     """Name, seconds that it may take, and what to do for each part."""
     tiny = device == "cpu"
     steps = [
-        (json.dumps(cell), seconds, lambda c=cell: timed(device, c)) for cell, seconds in cells(tiny)
+        (json.dumps(cell), seconds, lambda c=cell: step_time.run(c, device)) for cell, seconds in cells(tiny)
     ]  # fmt: skip
     yield "tests", 60, lambda: tests(device)
     yield from steps[:2]  # what the bars are about

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import RESULTS, provenance
-from cbn_convert.bench import COLUMNS, bench_inference, bench_step
+from cbn_convert.bench import COLUMNS, StepSettings, bench_inference, bench_step
 
 SMALL = ["bn", "frozen", "tune", "cbn"]
 
@@ -58,13 +58,15 @@ def cuda_cells() -> Iterator[dict[str, Any]]:
 
 
 def run(cell: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    options = {k: v for k, v in cell.items() if k not in ("columns", "arch")}
-    if "dtype" in options:
-        options["dtype"] = getattr(torch, options["dtype"])
-    if cell["columns"] == "inference":
-        milliseconds, ratio = bench_inference(cell["arch"], device=device, **options)
+    """What a cell measures: training steps side by side, or inference."""
+    options = {"device": device, **cell}
+    options["dtype"] = getattr(torch, options.get("dtype", "float32"))
+    arch, columns, steps = (options.pop(name) for name in ("arch", "columns", "steps"))
+    settings = StepSettings(**options)
+    if columns == "inference":
+        milliseconds, ratio = bench_inference(arch, settings, steps=steps)
         return [{"plain_ms": milliseconds, "folded_over_plain": ratio}]
-    return [r._asdict() for r in bench_step(cell["arch"], cell["columns"], device=device, **options)]
+    return [r._asdict() for r in bench_step(arch, columns, settings, steps=steps)]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -50,6 +51,32 @@ COLUMNS: dict[str, Callable[[nn.Module, Tensor], object]] = {
 }
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """What all norms of a benchmark have in common.
+
+    Args:
+        batch_size: images per step.
+        img_size: height and width of the images in pixels.
+        device: as torch.device takes it.
+        dtype: float32, or what autocast is to compute in.
+        channels_last: whether models and images are in that memory format.
+        compile: whether models go through torch.compile.
+    """
+
+    batch_size: int = 2
+    img_size: int = 224
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    compile: bool = False
+
+    def images(self) -> Tensor:
+        """A batch of random images."""
+        x = torch.randn(self.batch_size, 3, self.img_size, self.img_size, device=self.device)
+        return x.to(memory_format=torch.channels_last) if self.channels_last else x
+
+
 class BenchResult(NamedTuple):
     """Medians over the steps of one column; times in ms, memory in MB (10^6 bytes)."""
 
@@ -60,32 +87,33 @@ class BenchResult(NamedTuple):
     optimizer: float
     over_bn: float  # median over rounds of the ratio to BN's step in the same round
     over_bn_quartiles: tuple[float, float]
-    memory: float | None  # what lives between steps, and on CUDA the peak beside it, else what the graph holds
+    memory: float  # what lives between steps, and on CUDA the peak beside it, else what the graph holds
     history: float
     kept: float  # what the graph holds for the backward pass beside parameters and buffers
     kept_over_bn: float  # kept and history together, over BN's
 
 
 class _Column:
-    def __init__(self, name: str, arch: str, example: Tensor, device: torch.device, options: dict[str, Any]) -> None:
+    def __init__(self, name: str, arch: str, settings: StepSettings) -> None:
         torch.manual_seed(0)
-        self.name, self.options = name, options
+        self.name, self.settings = name, settings
+        example = torch.randn(2, 3, settings.img_size, settings.img_size)
         self.times: list[tuple[float, float, float]] = []
         self.model = _model(arch).train()
-        COLUMNS[name](self.model, example.cpu())
+        COLUMNS[name](self.model, example)
         # what is timed is what goes on: not the first steps of the carried window, which all look at their batch
         if any(isinstance(m, CrossIterationMixin) and m.window.is_carried for m in self.model.modules()):
             side = min(64, example.shape[-1])
             warm_up(self.model, (torch.randn(2, 3, side, side) for _ in range(FIRST_LOOKS)))
-        self.model.to(device)
-        if options["channels_last"]:
+        self.model.to(settings.device)
+        if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9)
-        self.runner: Any = torch.compile(self.model) if options["compile"] else self.model
+        self.runner: Any = torch.compile(self.model) if settings.compile else self.model
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, float, float]:
         """Seconds of the forward pass, the backward pass and the optimizer's step."""
-        dtype = self.options["dtype"]
+        dtype = self.settings.dtype
         cast: AbstractContextManager[object] = (
             nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, dtype)
         )
@@ -143,18 +171,7 @@ def kept_bytes(model: nn.Module, x: Tensor, beside: Iterable[Tensor] = ()) -> in
 
 
 def bench_step(
-    arch: str,
-    columns: list[str],
-    *,
-    batch_size: int = 2,
-    img_size: int = 224,
-    steps: int = 10,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    compile: bool = False,
-    memory: bool = True,
-    untimed: int = 4,
+    arch: str, columns: list[str], settings: StepSettings, *, steps: int = 10, untimed: int = 4
 ) -> list[BenchResult]:
     """Times a training step (SGD with momentum, cross-entropy, random images) of a timm model for each column.
 
@@ -163,14 +180,8 @@ def bench_step(
     Args:
         arch: timm's name of the model, which gets random weights.
         columns: names in `COLUMNS`.
-        batch_size: images per step.
-        img_size: height and width of the images in pixels.
+        settings: of the step.
         steps: rounds that count.
-        device: as torch.device takes it.
-        dtype: float32, or what autocast is to compute in.
-        channels_last: whether models and images are in that memory format.
-        compile: whether models go through torch.compile.
-        memory: whether `BenchResult.memory` is measured; it is None otherwise.
         untimed: rounds before those that count.
 
     Raises CbnError for an unknown column or architecture, or if a layer gets one value per channel.
@@ -178,15 +189,11 @@ def bench_step(
     unknown = [c for c in columns if c not in COLUMNS]
     if unknown:
         raise CbnError(f"unknown norm {unknown[0]!r} for the benchmark; choose from {', '.join(COLUMNS)}")
-    place = torch.device(device)
     gc.collect()  # a model and its hooks refer to each other: what benchmarks before this one used waits to be found
-    x = torch.randn(batch_size, 3, img_size, img_size, device=place)
-    y = torch.arange(batch_size, device=place) % 10
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    options = {"dtype": dtype, "channels_last": channels_last, "compile": compile}
+    x = settings.images()
+    y = torch.arange(settings.batch_size, device=x.device) % 10
     order = ["bn", *(c for c in columns if c != "bn")]
-    running = [_Column(name, arch, torch.randn(2, 3, img_size, img_size), place, options) for name in order]
+    running = [_Column(name, arch, settings) for name in order]
     for i in range(untimed + steps):
         for column in running:
             try:
@@ -205,7 +212,7 @@ def bench_step(
         ratios = [t / b for t, b in zip(totals, base, strict=True)]
         low, ratio, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         step, history = 1000 * median(totals), _bytes(column.history()) / 1e6
-        most, kept = column.memory(x, y) if memory else None, column.kept(x)
+        most, kept = column.memory(x, y), column.kept(x)
         base_kept = kept if column.name == "bn" else results[0].kept
         results.append(
             BenchResult(
@@ -217,20 +224,16 @@ def bench_step(
 
 
 @torch.no_grad()
-def bench_inference(
-    arch: str, *, batch_size: int = 2, img_size: int = 224, steps: int = 20, device: str = "cpu"
-) -> tuple[float, float]:
+def bench_inference(arch: str, settings: StepSettings, *, steps: int = 20) -> tuple[float, float]:
     """Median ms of timm's own model in eval, and the median ratio of the same model converted and folded into convs.
 
-    Args:
-        arch, batch_size, img_size, device: as in `bench_step`.
-        steps: forward passes of each that count, after three that do not.
+    `steps` forward passes of each count, after three that do not. Of the settings size and device count.
     """
     plain, converted = _model(arch).eval(), _model(arch).eval()
-    x = torch.randn(batch_size, 3, img_size, img_size)
-    convert(converted, example_input=x)
-    folded = fold(converted, into="conv", example_input=x)
-    plain, folded, x = plain.to(device), folded.to(device).eval(), x.to(device)
+    x = settings.images()
+    convert(converted, example_input=x.cpu())
+    folded = fold(converted, into="conv", example_input=x.cpu())
+    plain, folded = plain.to(x.device), folded.to(x.device).eval()
     times: list[tuple[float, float]] = []
     for i in range(steps + 3):
         pair = []

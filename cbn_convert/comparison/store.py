@@ -27,7 +27,7 @@ Cells = dict[Cell, dict[str, Any]]
 
 
 def write(output: Path, config: ComparisonConfig, images: dict[str, Any], results: Cells) -> None:
-    """Writes results.json; `images` is what `data.counts` says of the data.
+    """Writes results.json.
 
     Args:
         output: folder of the comparison.

@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -222,22 +222,20 @@ def plain_loader(
     workers: int,
     *,
     skip_bad: bool = False,
-    rank: int = 0,
-    ranks: int = 1,
-    indices: list[int] | None = None,
+    indices: Iterable[int] | None = None,
 ) -> ImageLoader:
-    """Every image once, unchanged, in order; each of `ranks` processes gets every so many-th. `indices`: only those.
+    """Images once each, unchanged, in order.
 
     Args:
         split: the images.
-        data_config, rank, ranks: as in `training_loader`.
+        data_config: as in `training_loader`.
         batch_size: images per batch.
         workers: processes that load; 0 for none beside this one.
         skip_bad: whether an image that cannot be read is labelled IGNORED, in place of a DataError.
         indices: places in `split.samples`, in the order that is wanted; None for all.
     """
-    chosen = (range(len(split.samples)) if indices is None else indices)[rank::ranks]
     images = ImageList(split, PlainTransform(data_config), data_config["input_size"][0], skip_bad)
+    chosen = range(len(split.samples)) if indices is None else indices
     return _loader(images, workers, batch_size=batch_size, sampler=[(i, None) for i in chosen])
 
 

@@ -69,7 +69,8 @@ class Trainer:
         self.loader, self.sampler = training_loader(setup.training, setup.data_config, config, ranks.rank, ranks.count)
         self.val_loader = plain_loader(
             setup.validation, setup.data_config, evaluation_batch(config.batch_size, setup.data_config), config.workers,
-            skip_bad=config.skip_bad_images, rank=ranks.rank, ranks=ranks.count,
+            skip_bad=config.skip_bad_images,
+            indices=range(ranks.rank, len(setup.validation.samples), ranks.count),
         )  # fmt: skip
         self.steps = total_steps(config, self.sampler)
         self.eval_every = config.eval_every or self.sampler.updates

@@ -155,7 +155,7 @@ def _warn(text: str) -> None:
 
 
 def evaluation_split(data: str, classes: list[str], split: str | None) -> Split:
-    """Images to evaluate on: data/`split`, by default the validation images as `read_splits` has them, else `data`."""
+    """Images to evaluate on: data/`split`, by default the validation images, else `data`, unless it has train/."""
     if named.is_name(data):
         return _named_split(data, named.VALIDATION if split is None else (split,), classes)
     root = _folder(data)

@@ -75,7 +75,7 @@ def evaluate(
         device: "cpu", "cuda", "mps", or "auto" for a GPU where there is one.
         skip_bad_images: whether files that cannot be read are left out, and named in the outcome.
 
-    Raises RunError, ModelError or DataError, each naming the folder or file.
+    Raises RunError, ModelError or DataError, each naming the folder, file or argument.
     """
     if batch_size < 1:
         raise RunError(f"batch_size must be at least 1, got {batch_size}")

@@ -11,7 +11,7 @@ from helpers.reference import ReferenceCBN
 from torch import nn
 
 import cbn_convert as cbn
-from cbn_convert.bench import COLUMNS, bench_inference, bench_step
+from cbn_convert.bench import COLUMNS, StepSettings, bench_inference, bench_step
 from cbn_convert.bench.published import PublishedBatchNorm2d
 from cbn_convert.bench.steps import _model
 from cbn_convert.errors import CbnError
@@ -42,7 +42,7 @@ def test_the_published_baseline_is_the_paper() -> None:
 
 
 def test_every_column_runs_and_bn_is_the_measure() -> None:
-    results = bench_step("test_resnet", list(COLUMNS), batch_size=2, img_size=32, steps=2, untimed=1)
+    results = bench_step("test_resnet", list(COLUMNS), StepSettings(img_size=32), steps=2, untimed=1)
     assert [r.column for r in results] == list(COLUMNS)
     by_name = {r.column: r for r in results}
     assert by_name["bn"].over_bn == 1
@@ -53,7 +53,7 @@ def test_every_column_runs_and_bn_is_the_measure() -> None:
     assert by_name["cbn-paper"].history == pytest.approx(3 * weights, rel=0.3)
     # μ, ν, two derivatives of the weights' size and the weights, for each of 3 steps so far
     assert by_name["published"].history == pytest.approx(3 * 3 * weights, rel=0.3)
-    assert all(r.memory is not None and r.memory > 0 for r in results)
+    assert all(r.memory > 0 for r in results)
 
 
 def test_the_layers_are_those_of_fine_tuning() -> None:
@@ -74,20 +74,20 @@ def cbn_convs() -> list[nn.Parameter]:
 
 
 def test_folded_inference_is_compared_with_timm() -> None:
-    milliseconds, ratio = bench_inference("test_resnet", img_size=32, steps=1)
+    milliseconds, ratio = bench_inference("test_resnet", StepSettings(img_size=32), steps=1)
     assert milliseconds > 0
     assert ratio > 0
 
 
 def test_unknown_norm_is_one_sentence() -> None:
     with pytest.raises(CbnError, match=r"unknown norm 'layernorm'.*choose from bn, frozen"):
-        bench_step("test_resnet", ["layernorm"], img_size=32, steps=1)
+        bench_step("test_resnet", ["layernorm"], StepSettings(img_size=32), steps=1)
 
 
 def test_one_value_per_channel_is_one_sentence() -> None:
     """test_resnet ends with one pixel at 32 px, of which one image has no variance."""
     with pytest.raises(CbnError, match=r"one value per channel.*; use a larger --batch-size"):
-        bench_step("test_resnet", ["cbn"], img_size=32, batch_size=1, steps=1)
+        bench_step("test_resnet", ["cbn"], StepSettings(batch_size=1, img_size=32), steps=1)
 
 
 def test_command(capsys) -> None:

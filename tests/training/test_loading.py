@@ -192,8 +192,9 @@ def test_plain_loader_shards_are_disjoint_and_complete(ranks: int, training: Spl
     split = Split(training.samples[10:23], training.classes)
     (whole,) = list(batches(plain_loader(split, DATA_CONFIG, 32, 0)))
     assert whole.labels.tolist() == [label for _, label in split.samples]
-    shares = [list(batches(plain_loader(split, DATA_CONFIG, 3, 0, rank=r, ranks=ranks))) for r in range(ranks)]
-    assert [sum(len(b.labels) for b in share) for share in shares] == [len(range(r, 13, ranks)) for r in range(ranks)]
+    parts = [range(rank, 13, ranks) for rank in range(ranks)]
+    shares = [list(batches(plain_loader(split, DATA_CONFIG, 3, 0, indices=part))) for part in parts]
+    assert [sum(len(b.labels) for b in share) for share in shares] == [len(part) for part in parts]
     found = pairs(chain(*shares))
     assert sorted(found) == sorted(pairs([whole]))
     assert len(set(found)) == 13
