@@ -225,18 +225,22 @@ Of new models; pretrained ones have the same layers there with longer windows ([
 
 
 def third_party(report: Record) -> str:
-    """A row for each model of another library, what fails, and why layers are not compensated; see third_party.py."""
+    """A row for each other library, what fails, and why layers are not compensated; see third_party.py."""
     records = [{"architecture": r["model"], "reasons": {}, **r} for r in report["records"].values()]
     rows = []
-    for r in records:
-        folded = r["compensated"] - r["unfolded"] if "unfolded" in r else ""
-        counts = [folded, r.get("unfolded", ""), r.get("window", ""), r.get("kept", "")]
-        trains = "" if "bn_error" not in r else "fails" if r["bn_error"] else "trains"
+    for library in dict.fromkeys(r["architecture"].partition("/")[0] for r in records):
+        own = [r for r in records if r["architecture"].startswith(f"{library}/")]
+        models = ", ".join(r["architecture"].partition("/")[2] for r in own)
+        counts = [total(own, name) for name in ("norms", "compensated", "unfolded", "window", "kept")]
+        fails = sum(bool(r.get("bn_error")) for r in own)
         rows.append(
-            [r["architecture"], r.get("batch", ""), r.get("norms", ""), *counts, trains]
-            + [passed([r], checks) for checks in THIRD_COLUMNS.values()]
+            [f"{library}: {models}", len(own), *counts, fails or ""]
+            + [passed(own, checks) for checks in THIRD_COLUMNS.values()]
         )
-    head = ["model", "input", "norms", "folded", "unfolded", "window", "kept", "plain BN", *THIRD_COLUMNS]
+    head = [
+        "library: models", "count", "norms", "compensated", "of these unfolded", "window", "kept", "BN fails",
+        *THIRD_COLUMNS,
+    ]  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     noisy = [r["architecture"] for r in records if 10 * r.get("noise", 0) > 1e-9]
     well = sum(all(c["ok"] for c in r["checks"].values()) for r in records)
@@ -246,7 +250,7 @@ def third_party(report: Record) -> str:
 
 Folds are compared in float64, at most 1e-9 relative, or ten times what other last bits of the inputs make
 ({", ".join(noisy) or "in none"}); models that do not run in float64, at most 1e-4. A resumed run is the same to
-the bit. "plain BN" is whether the model trains without CBN at this batch.
+the bit. "BN fails": models that do not train without CBN at one or two images per step.
 
 {table(head, rows)}
 
