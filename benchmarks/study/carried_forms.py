@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.provenance import RESULTS
 from benchmarks.study.comparisons import DATA, FOLDERS, NETWORKS
-from benchmarks.study.patched import measure, outcome
+from benchmarks.study.patched import lasting, measure, outcome
 from cbn_convert import FinetuneConfig
 from cbn_convert.comparison.config import ComparisonConfig
 from cbn_convert.files import read_json
@@ -70,7 +70,7 @@ def even() -> None:
     """Makes all windows of this process take every entry of a patch to vary alike: d = 1, and S grows with θ·θ."""
     diagonal()
     mock.patch.object(carried, "_at_least", torch.ones_like).start()
-    forced("plain").__enter__()  # compiled kernels have the formula of their own
+    lasting(forced("plain"))  # compiled kernels have the formula of their own
 
 
 def comparison(images: str, data: Path) -> ComparisonConfig:

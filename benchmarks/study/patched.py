@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -30,6 +31,14 @@ if change:
     getattr(importlib.import_module(f"benchmarks.study.{module}"), function)(*arguments)
 print(json.dumps(run(config, tested)))
 """
+
+
+_LASTING = ExitStack()
+
+
+def lasting(context: AbstractContextManager[Any]) -> None:
+    """Enters a context for the rest of the process; one that nobody keeps ends as soon as it is forgotten."""
+    _LASTING.enter_context(context)
 
 
 def outcome(config: dict[str, Any], change: Sequence[Any] | None = None, tested: bool = False) -> dict[str, Any]:

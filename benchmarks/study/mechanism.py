@@ -1,0 +1,257 @@
+"""Why is CBN ahead of frozen BN in fine-tuning? Its parts one by one, and what happens to the filters.
+
+    python -m benchmarks.study.mechanism --data ../shared/data [--only length,mean] [--jobs 2]
+    python -m benchmarks.study.mechanism --data ../shared/data --traces
+
+MobileNetV2-0.35 on both sets of photos, two images per step, as in high_rates.py: frozen BN, CBN, and what is between.
+Then single runs on the clothing in which lengths of filters, their turns and the spread of every layer's output are
+recorded. Writes benchmarks/results/mechanism.json after every run, and mechanism_traces.json; draws
+docs/mechanism-parts.png and mechanism-filters.png of them, as --draw does alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.provenance import RESULTS, ROOT, provenance
+from benchmarks.study.comparisons import DATA, FOLDERS
+from benchmarks.study.high_rates import BATCH_SIZE, SUBJECTS
+from benchmarks.study.patched import accuracies, lasting, measure
+from benchmarks.study.photos import crops, images, mobilenet
+from cbn_convert import FinetuneConfig, fold
+from cbn_convert.files import write_json
+from cbn_convert.norm.carried import Carried
+from cbn_convert.norm.functional import Affine
+from cbn_convert.norm.kernels import KERNELS, Kernels, forced
+from cbn_convert.training.alternatives import apply_norm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+OUTPUT, TRACED = RESULTS / "mechanism.json", RESULTS / "mechanism_traces.json"
+PARTS, FILTERS = ROOT / "docs" / "mechanism-parts.png", ROOT / "docs" / "mechanism-filters.png"
+COMMAND = "python -m benchmarks.study.mechanism --data ../shared/data"
+RATES, SEEDS = (1e-3, 3e-3, 9.49e-3), 3
+# label, norm, what is called in the process of a run before it begins
+FORMS: dict[str, tuple[str, str, list[Any] | None]] = {
+    "frozen": ("frozen BN", "frozen", None),
+    "images": ("CBN, following the images only", "cbn", ["carried_forms", "set_window", {"compensation": "none"}]),
+    "mean": ("only M follows the weights", "cbn", ["mechanism", "follow", "mean"]),
+    "variance": ("only S follows the weights", "cbn", ["mechanism", "follow", "variance"]),
+    "length": ("M and S follow the filter's length only", "cbn", ["mechanism", "follow", "length"]),
+    "current": ("CBN, no gradient through M and S", "cbn", ["carried_forms", "set_window", {"gradient": "current"}]),
+    "cbn": ("CBN", "cbn", None),
+}  # fmt: skip
+TRACES = (("frozen", 1e-3), ("frozen", 3e-3), ("length", 3e-3), ("cbn", 3e-3))
+STEPS, SIZE = 400, 96
+
+
+class Partly(Kernels):
+    """The plain formulas, of which M or S follows the weights in part; gradients are autograd's."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def move(self, state: Carried, theta: Tensor, bias: Tensor | None) -> Tensor:
+        """As `Kernels`, with M and S of another kind; the rest of the table stays that of the weights."""
+        assert bias is None, "of convs without a bias"
+        table = super().move(state, theta, bias)
+        then = state.table
+        growth = (table[4] / then[4]).sqrt()
+        first = {
+            "mean": (table[0], then[1]),
+            "variance": (then[0], table[1]),
+            "length": (then[0] * growth, then[1] * growth.square()),
+        }[self.part]
+        return torch.cat([torch.stack(first), table[2:]])
+
+    def folded_gradient(
+        self, state: Carried, theta: Tensor, bias: Tensor | None, affine: Affine, g: Tensor, g_shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `Kernels`."""
+        assert affine.gamma is not None
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (theta, affine.gamma)]
+            folded = self.fold(state, leaves[0], bias, affine._replace(gamma=leaves[1]))
+            assert folded.weight is not None
+            product = (folded.weight * g).sum() + (folded.shift * g_shift).sum()
+            found = torch.autograd.grad(product, leaves)
+        return found[0], found[1]
+
+
+def follow(part: str) -> None:
+    """Makes all layers of this process follow their weights in part."""
+    KERNELS["plain"] = Partly(part)
+    lasting(forced("plain"))
+
+
+def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
+    """One run; its accuracies."""
+    subject, (_, norm, change) = SUBJECTS[cell["data"]], FORMS[cell["form"]]
+    shown, weights = DATA[cell["data"]], data / "weights" / subject.settings["checkpoint"]
+    config = FinetuneConfig(
+        **{**subject.settings, "checkpoint": str(weights)}, data=str(data / FOLDERS[cell["data"]]), output="-",
+        hflip=shown.get("hflip", 0.5), min_scale=shown["min-scale"], norm=norm, lr=cell["lr"], batch_size=BATCH_SIZE,
+        seed=cell["seed"], epochs=1,
+    )  # fmt: skip
+    return accuracies(config, change)
+
+
+class Trace:
+    """One run on the clothing, step by step.
+
+    Recorded: quantiles over filters of the length of a filter over that at first, and of the angle between it and that
+    of the step before [degrees]; the loss; and, of 64 training images in evaluation, the mean over layers of
+    |log(variance of x / running variance)|, for every layer as well.
+    """
+
+    def __init__(self, form: str, lr: float, data: Path) -> None:
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        self.x, self.y = images(data / "clothing" / "train", SIZE)
+        self.model, self.lr = mobilenet(data), lr
+        _, norm, change = FORMS[form]
+        if change is not None:
+            follow(*change[2:])
+        example = crops(self.x[:1], SIZE, None)
+        apply_norm(self.model, norm, example_input=example) if norm == "cbn" else apply_norm(self.model, norm)
+        self.convs = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
+        self.first = self._filters()
+        self.fixed = crops(self.x[torch.randperm(len(self.x))[:64]], SIZE, None)
+
+    def _filters(self) -> list[Tensor]:
+        return [conv.weight.detach().flatten(1).clone() for conv in self.convs]
+
+    @torch.no_grad()
+    def _spread(self) -> list[float]:
+        """|log(variance of x / running variance)| of each layer, mean over channels, with the model as evaluated."""
+        plain, found = fold(self.model, into="bn").eval(), []
+
+        def see(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+            var = args[0].var([0, 2, 3], correction=0)
+            known = norm.get_buffer("running_var")
+            found.append(float(torch.log((var + norm.eps) / (known + norm.eps)).abs().mean()))  # type: ignore[operator]
+
+        for module in plain.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(see)
+        plain(self.fixed)
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was recorded, every ten steps."""
+        generator = torch.Generator().manual_seed(0)
+        optimizer = torch.optim.SGD(self.model.parameters(), self.lr, momentum=0.9, nesterov=True)
+        order, found, losses = torch.randperm(len(self.x), generator=generator), [], []
+        for step in range(STEPS + 1):
+            before = self._filters()
+            chosen = order[2 * step :][:2]
+            loss = F.cross_entropy(self.model.train()(crops(self.x[chosen], SIZE, generator)), self.y[chosen])
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+            optimizer.step()
+            if step % 10 == 0:
+                after = self._filters()
+                lengths = torch.cat([a.norm(dim=1) / b.norm(dim=1) for a, b in zip(after, self.first, strict=True)])
+                cosines = torch.cat([F.cosine_similarity(a, b, dim=1) for a, b in zip(after, before, strict=True)])
+                angles = torch.rad2deg(torch.acos(cosines.clamp(-1, 1)))
+                spread = self._spread()
+                found.append({
+                    "step": step, "loss": mean(losses[-40:]), "spread": mean(spread), "spreads": spread,
+                    "length": lengths.quantile(torch.tensor([0.5, 0.95, 1.0])).tolist(),
+                    "angle": angles.quantile(torch.tensor([0.5, 0.95])).tolist(),
+                })  # fmt: skip
+        return found
+
+
+def traced(form: str, lr: float, data: Path) -> dict[str, Any]:
+    """A trace, as it is written."""
+    return {"form": form, "lr": lr, "rows": Trace(form, lr, data).rows()}
+
+
+def of(form: str, images: str, lr: float, split: str = "test_top1") -> list[float]:
+    """Top-1 of every seed that is there."""
+    cells = json.loads(OUTPUT.read_text())["cells"]
+    return [c[split] for c in cells if (c["form"], c["data"], c["lr"]) == (form, images, lr) and split in c]
+
+
+def draw_parts() -> None:
+    """Top-1 over the rate of every form."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, layout="constrained")
+    for axis, name in zip(axes, ("clothing", "hands"), strict=True):
+        for number, (form, (label, _, _)) in enumerate(FORMS.items()):
+            tops = [of(form, name, lr) for lr in RATES]
+            shown = [(lr * 1.03 ** (number - 3), values) for lr, values in zip(RATES, tops, strict=True) if values]
+            errors = [stdev(v) if v[1:] else 0.0 for _, v in shown]
+            axis.errorbar([lr for lr, _ in shown], [mean(v) for _, v in shown], errors, label=label, capsize=2,
+                          marker="o", markersize=4, linewidth=2.2 if form in ("frozen", "cbn") else 1)  # fmt: skip
+        axis.set(xscale="log", xlabel="learning rate", title=name)
+        axis.set_xticks(RATES, [f"{lr:.2g}" for lr in RATES])
+        axis.minorticks_off()
+    axes[0].set_ylabel("test top-1 [%]")
+    axes[0].legend(fontsize=7)
+    figure.savefig(PARTS, dpi=110)
+
+
+def draw_filters() -> None:
+    """Lengths of filters, distance of the statistics from the truth, and loss, over the steps."""
+    traces = json.loads(TRACED.read_text())["traces"]
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharex=True, layout="constrained")
+    for trace in traces:
+        steps, label = [r["step"] for r in trace["rows"]], f"{FORMS[trace['form']][0]}, {trace['lr']:g}"
+        (line,) = axes[0].plot(steps, [r["length"][1] for r in trace["rows"]], label=label)
+        axes[0].plot(steps, [r["length"][0] for r in trace["rows"]], color=line.get_color(), linestyle=":")
+        for axis, name in ((axes[1], "spread"), (axes[2], "loss")):
+            axis.plot(steps, [r[name] for r in trace["rows"]], color=line.get_color())
+    axes[0].set(title="length of filters over that at first", yscale="log")
+    axes[1].set(title="|log(variance of x / running variance)|")
+    axes[2].set(title="loss, mean of 40 steps")
+    for axis in axes:
+        axis.set_xlabel("step")
+    axes[0].legend(fontsize=6)
+    figure.savefig(FILTERS, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with clothing/, sign_digits/ and weights/")
+    parser.add_argument("--only", default=",".join(FORMS), help="forms, separated by commas")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--traces", action="store_true", help="record single runs instead")
+    parser.add_argument("--draw", action="store_true", help="draw the figures from the JSON")
+    given = parser.parse_args()
+    data = given.data.resolve()
+    if given.traces:
+        # a form is put into a whole process
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            traces = list(pool.map(traced, *zip(*TRACES, strict=True), [data] * len(TRACES)))
+        write_json(TRACED, {**provenance(f"{COMMAND} --traces"), "traces": traces})
+    if given.traces or given.draw:
+        draw_parts()
+        draw_filters()
+        return
+    todo = [
+        {"form": form, "data": name, "lr": lr, "seed": seed}
+        for seed in range(SEEDS)
+        for lr in RATES
+        for form in given.only.split(",")
+        for name in ("clothing", "hands")
+    ]
+    measure(OUTPUT, COMMAND, todo, lambda cell: run(cell, data), given.jobs)
+
+
+if __name__ == "__main__":
+    main()
