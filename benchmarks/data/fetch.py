@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     items = [item for item in ITEMS if not only or only & {item.name, item.path.split("/")[0]}]
     if unknown := only - {"weights"} - {item.name for item in items}:
         parser.error(f"--only has {', '.join(sorted(unknown))}, which is none of {', '.join(i.name for i in ITEMS)}")
-    failed = False
+    failed, was_there = False, options.to is None or options.to.exists()
     try:
         if options.record:
             record(items, options.record)
@@ -179,6 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; what was begun is not there, and the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        if not was_there:
+            with suppress(OSError):  # something could be had
+                options.to.rmdir()
     return int(failed)
 
 
