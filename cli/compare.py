@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,17 +113,40 @@ def compare(
             run = FinetuneConfig(data=str(data), model=str(model), output=str(output), **values)
             wanted = ComparisonConfig(run, **grid)
         if dry_run:
-            check(wanted, resume=resume is not None, overwrite=overwrite)
+            from cbn_convert.comparison.estimate import seconds, spoken
+
+            available = check(wanted, resume=resume is not None, overwrite=overwrite)
             cells = [cell for cell in needed(wanted, done) if cell not in done]
-            session.print(f"{len(cells)} runs at least, beside {len(done)} that are done; nothing written (--dry-run)")
+            about = ""
+            if cells:
+                images = wanted.images or available.training * wanted.run.epochs
+                about = f", about {spoken(seconds(wanted, cells, images))} at the pace of BN"
+            session.print(
+                f"{len(cells)} runs at least{about}, beside {len(done)} that are done; nothing written (--dry-run)"
+            )
             for cell in cells:
                 session.print(f"  {cell.norm}, batch {cell.batch_size}, lr {cell.lr:g}, seed {cell.seed}")
             session.result({"cells": [cell._asdict() for cell in cells]})
             return
         result = run_comparison(wanted, resume=resume is not None, overwrite=overwrite, quiet=quiet)
         session.print(_table(result))
+        session.print("\n".join(result.sentences()))
         session.print(f"top-1 of the {result.split} images; report: {Path(wanted.run.output) / 'report.html'}")
+        session.print(_next_step(wanted, result))
         session.result(result.to_dict())
+
+
+def _next_step(config: ComparisonConfig, result: Comparison) -> str:
+    """The command that trains with the settings of the best runs, to be copied."""
+    from cbn_convert.comparison.plan import Cell
+
+    best = max(result.best().values(), key=lambda row: row.top1 or 0, default=None)
+    if best is None or best.lr is None:
+        return "no run ended; the log in the folder says why"
+    cell = Cell(best.norm, best.batch_size, best.lr, config.run.seed)
+    settings = Path(config.run.output) / "cells" / cell.name / "config.json"
+    words = ["cbn", "finetune", config.run.data, "--config", str(settings), "-o", f"{config.run.output}-best"]
+    return f"next, with the settings of the best:\n  {shlex.join(words)}"
 
 
 def _list(text: str, kind: Any, flag: str) -> tuple[Any, ...]:

@@ -67,7 +67,7 @@ def demo(
         draw_curves({norm: output / f"run-{norm}" for norm in ("bn", "cbn")}, output / "curves.png")
         difference = _largest_difference(output)
 
-        session.print("")
+        session.print("\ndigits 5 to 9, two images per step:")
         session.print(_table(results))
         session.print(
             f'timm.create_model("local-dir:{output}/export", pretrained=True) loads it; largest difference to the '
@@ -146,9 +146,10 @@ def _largest_difference(output: Path) -> float:
 
 
 def _table(results: dict[str, Any]) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table("norm", "validation top-1 [%]", "time per step [ms]", title="digits 5 to 9, two images per step")
+    table = Table("norm", "validation top-1 [%]", "time per step [ms]", box=box.SIMPLE_HEAD, pad_edge=False)
     for norm in ("bn", "cbn"):
         run = results[norm]
         table.add_row(norm, f"{run['best_top1']:.1f}", f"{1000 * run['median_step_seconds']:.1f}")

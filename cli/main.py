@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +30,7 @@ app = typer.Typer(
     name="cbn",
     cls=_PlainGroup,
     help="Fine-tune any pretrained timm backbone with 1 to 8 images per step: Cross-Iteration Batch Normalization.",
-    no_args_is_help=True,
+    epilog="Start with cbn demo -o demo, or cbn finetune photos --model resnet50 --batch-size 2 -o run.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,40 +43,41 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _main(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(2)
 
 
-app.command(short_help="Show what convert would do, stage by stage.", epilog="Example: cbn inspect densenet121")(
-    models.inspect
-)
-app.command(
-    short_help="Convert a model and write it with a report.", epilog="Example: cbn convert resnet50 -o converted"
-)(models.convert)
-app.command(
-    short_help="Fine-tune on a folder of images.",
-    epilog="Example: cbn finetune photos --model resnet50 --batch-size 2 --epochs 5 -o run",
-)(training.finetune)
-app.command(
-    short_help="Accuracy of a run or an exported folder.", epilog="Example: cbn evaluate run photos --split test"
-)(training.evaluate)
-app.command(short_help="Write a run for plain timm.", epilog="Example: cbn export run -o deploy --fold conv")(
-    training.export
-)
-app.command(
-    short_help="Which norm is best on your images, at each batch size.",
-    epilog="Example: cbn compare photos --model resnet50 --batch-sizes 1,2,4 --norms bn,frozen,cbn -o comparison",
-)(compare.compare)
-app.command(
-    short_help="Time and memory of a training step with each norm.",
-    epilog="Example: cbn bench --arch mobilenetv2_100 --batch-size 2",
-)(bench.bench)
-app.command(short_help="The whole way in about a minute, no network.", epilog="Example: cbn demo -o demo")(demo.demo)
+# command, what it does, an example
+_COMMANDS: list[tuple[Any, str, str]] = [
+    (models.inspect, "Show what convert would do, stage by stage.", "inspect densenet121"),
+    (models.convert, "Convert a model and write it with a report.", "convert resnet50 -o converted"),
+    (
+        training.finetune,
+        "Fine-tune on a folder of images.",
+        "finetune photos --model resnet50 --batch-size 2 --epochs 5 -o run",
+    ),
+    (training.evaluate, "Accuracy of a run or an exported folder.", "evaluate run photos --split test"),
+    (training.export, "Write a run for plain timm.", "export run -o deploy --fold conv"),
+    (
+        compare.compare,
+        "Which norm is best on your images, at each batch size.",
+        "compare photos --model resnet50 --batch-sizes 1,2,4 --norms bn,frozen,cbn -o comparison",
+    ),
+    (bench.bench, "Time and memory of a training step with each norm.", "bench --arch mobilenetv2_100 --batch-size 2"),
+    (demo.demo, "The whole way in about a minute, no network.", "demo -o demo"),
+]
+for _command, _what, _example in _COMMANDS:
+    # paragraphs in one line each, which are broken where the terminal ends
+    _help = "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(_command.__doc__).split("\n\n"))
+    app.command(help=_help, short_help=_what, epilog=f"Example: cbn {_example}")(_command)
 
 
 def run() -> None:

@@ -107,6 +107,7 @@ def convert(
                 metadata={**window_options, "norm_layers": report.counts}, overwrite=overwrite,
             )  # fmt: skip
             session.print(f"{report.summary()}; written to {output}")
+            session.print(f"next:\n  {conversion.command(str(output))}")
         session.result({**conversion.to_dict(), "output": None if dry_run else str(output)})
 
 
@@ -144,19 +145,21 @@ def _table(report: ConversionReport) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("layer", "norm", "channels", "fed by", "convert", "statistics", "history [MB]", "why"):
-        table.add_column(header, overflow="fold")
+    """A row for each layer; why it is so is said once below, by its number, and so is a class that all have."""
+    kinds = list(dict.fromkeys(row.norm for row in report))
+    reasons = {reason: str(number) for number, reason in enumerate(dict.fromkeys(row.reason for row in report), 1)}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table.caption = "\n".join(f"{number}: {reason}" for reason, number in reasons.items())
+    if len(kinds) == 1:
+        table.caption = f"all are {kinds[0]}\n{table.caption}"
+    norm = ("norm",) if len(kinds) > 1 else ()
+    for header in ("layer", *norm, "channels", "fed by", "becomes", "[MB]", "why"):
+        numeric = header in ("channels", "[MB]", "why")
+        table.add_column(header, overflow="fold", justify="right" if numeric else "left", no_wrap=numeric)
     for row in report:
-        history = f"{row.history_bytes / 1e6:.3f}"
         table.add_row(
-            row.name,
-            row.norm,
-            str(row.channels),
-            row.fed_by or "-",
-            row.status,
-            row.statistics or "-",
-            history,
-            row.reason,
-        )
+            row.name, *([row.norm] if norm else []), str(row.channels), row.fed_by or "-",
+            row.form if row.status == "compensated" else row.status, f"{row.history_bytes / 1e6:.2f}",
+            reasons[row.reason],
+        )  # fmt: skip
     return table

@@ -6,7 +6,9 @@ import errno
 import io
 import json
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -74,7 +76,19 @@ def _say(text: str) -> None:
     """A line on standard error, where there is one that takes it."""
     if sys.stderr is not None:
         with suppress(OSError):
-            print(text, file=sys.stderr)
+            print(fitted(text, sys.stderr), file=sys.stderr)
+
+
+def fitted(text: str, stream: Any) -> str:
+    """The text with its sentences broken between words on a terminal; lines that are set in, as commands are, stay."""
+    if not stream.isatty():
+        return text
+    width = max(20, shutil.get_terminal_size().columns - 1)
+    return "\n".join(
+        line if line.startswith("  ")
+        else textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    )  # fmt: skip
 
 
 class Session:
@@ -110,8 +124,9 @@ class Session:
 
             # a file or a pipe has no width to fit into
             console = Console(file=stream, highlight=False, emoji=False, width=None if stream.isatty() else 200)
+            shown = fitted(text, stream) if isinstance(text, str) else text
             with _output():
-                console.print(text, markup=False, soft_wrap=isinstance(text, str))
+                console.print(shown, markup=False, soft_wrap=isinstance(text, str))
 
     def result(self, data: dict[str, Any]) -> None:
         """Prints the command's outcome for machines."""

@@ -71,8 +71,11 @@ def read_values(settings: dict[str, Any]) -> dict[str, Any]:
 def require(model: Any, output: Any, resume: Any) -> None:
     """Raises typer.BadParameter if model or output is missing though nothing is resumed."""
     if resume is None and (model is None or output is None):
-        missing = "'--model' / '-m'" if model is None else "'--output' / '-o'"
-        raise typer.BadParameter("required, unless --resume names what to continue", param_hint=missing)
+        named = {"'--model' / '-m'": model, "'--output' / '-o'": output}
+        missing = " and ".join(name for name, value in named.items() if value is None)
+        raise typer.BadParameter(
+            "required, unless --resume names what to continue; for example --model resnet50 -o run", param_hint=missing
+        )
 
 
 def given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
@@ -135,6 +138,7 @@ Data = Annotated[
     str,
     typer.Argument(
         help="Folder with train/CLASS/* and val/CLASS/*, or see --val-fraction; or hfds/NAME, wds/FOLDER.",
+        metavar="DATA",
         show_default=False,
     ),
 ]

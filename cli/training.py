@@ -66,7 +66,9 @@ def finetune(
 
             planned = plan(wanted)
             for key, value in planned.items():
-                session.print(f"{key}: {value}")
+                if value not in (None, ""):
+                    shown = f"{value:.3g}" if isinstance(value, float) else value
+                    session.print(f"{key.replace('_', ' ')}: {shown}")
             session.print("nothing written (--dry-run)")
             session.result(planned)
             return
@@ -121,10 +123,14 @@ def _next_steps(config: FinetuneConfig, result: FinetuneResult) -> str:
 
 
 def evaluate(
-    trained: Annotated[Path, typer.Argument(help="Run folder or exported folder.", show_default=False)],
+    trained: Annotated[Path, typer.Argument(help="Run folder or exported folder.", metavar="RUN", show_default=False)],
     data: Annotated[
         str,
-        typer.Argument(help="Folder of images, CLASS/* or with splits; or hfds/NAME, wds/FOLDER.", show_default=False),
+        typer.Argument(
+            help="Folder of images, CLASS/* or with splits; or hfds/NAME, wds/FOLDER.",
+            metavar="DATA",
+            show_default=False,
+        ),
     ],
     split: Annotated[
         str | None, typer.Option(help="Subfolder of DATA. Default: the first of val, valid, validation, test.")
@@ -172,13 +178,13 @@ def _class_table(result: Evaluation, classes: list[str]) -> Table:
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
     for number, (name, row, top1) in enumerate(zip(classes, result.confusion, result.per_class, strict=True)):
         others = sorted(((n, other) for other, n in enumerate(row) if n and other != number), reverse=True)
-        taken = ", ".join(f"{classes[other]} {n}" for n, other in others[:3])
+        taken = ", ".join(f"{classes[other]} ×{n}" for n, other in others[:3])
         table.add_row(name, str(sum(row)), "-" if top1 is None else f"{top1:.1f}", taken)
     return table
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder or exported folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="Run folder or exported folder.", metavar="RUN", show_default=False)],
     output: o.Output,
     fold: Annotated[
         str, typer.Option(help="bn: as trained. affine: scale and shift. conv: into the conv weights.")

@@ -171,7 +171,13 @@ def kept_bytes(model: nn.Module, x: Tensor, beside: Iterable[Tensor] = ()) -> in
 
 
 def bench_step(
-    arch: str, columns: list[str], settings: StepSettings, *, steps: int = 10, untimed: int = 4
+    arch: str,
+    columns: list[str],
+    settings: StepSettings,
+    *,
+    steps: int = 10,
+    untimed: int = 4,
+    after_round: Callable[[int, int], None] = lambda done, rounds: None,
 ) -> list[BenchResult]:
     """Times a training step (SGD with momentum, cross-entropy, random images) of a timm model for each column.
 
@@ -183,6 +189,7 @@ def bench_step(
         settings: of the step.
         steps: rounds that count.
         untimed: rounds before those that count.
+        after_round: called with the number of rounds so far and that of all.
 
     Raises CbnError for an unknown column or architecture, or if a layer gets one value per channel.
     """
@@ -204,6 +211,7 @@ def bench_step(
                 raise
             if i >= untimed:
                 column.times.append(times)
+        after_round(i + 1, untimed + steps)
     base = [sum(t) for t in running[0].times]
     results: list[BenchResult] = []
     for column in running:

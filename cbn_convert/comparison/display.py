@@ -7,7 +7,10 @@ import time
 from rich import progress
 
 from ..training.progress import Bar
+from .estimate import spoken
 from .plan import Cell
+
+UNFINISHED = 0.02  # what is at least left of a run
 
 
 class Display(Bar):
@@ -44,17 +47,15 @@ class Display(Bar):
         left = ""
         if self.rates:
             known = [rate for rates in self.rates.values() for rate in rates]
-            seconds = sum(part * images * _mean(self.rates.get(cell.batch_size, known)) for cell, part in todo.items())
-            left = f"at least {_spoken(seconds / self.jobs)} left"
-        part = 1 - sum(todo.values()) / cells if cells else 1.0
+            seconds = sum(
+                max(part, UNFINISHED) * images * _mean(self.rates.get(cell.batch_size, known))
+                for cell, part in todo.items()
+            )
+            left = f"at least {spoken(seconds / self.jobs)} left"
+        # a run whose last step is logged is not finished: it evaluates
+        part = 1 - sum(max(part, UNFINISHED) for part in todo.values()) / cells if cells else 1.0
         self.bar.update(self.task, completed=part, done=done, cells=cells, left=left)
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _spoken(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..training.faults import StopSignals
 from ..training.metrics import read_metrics
 from ..training.setup import owned
 from ..training.splits import read_splits, refuse_among_images, test_split
+from . import estimate
 from .config import ComparisonConfig
 from .display import Display
 from .page import write_report
@@ -37,8 +39,9 @@ from .workers import WorkerDiedError, Workers
 class ComparisonInterrupted(KeyboardInterrupt):
     """A comparison was told to stop by a signal; the runs at hand have saved a checkpoint."""
 
-    def __init__(self, number: int, output: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with --resume {output}")
+    def __init__(self, number: int, run: FinetuneConfig) -> None:
+        command = shlex.join(["cbn", "compare", run.data, "--resume", run.output])
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with {command}")
         self.exit_code = 128 + number
 
 
@@ -137,6 +140,11 @@ class _Grid:
             Display(quiet, self.config.jobs) as display,
             Workers(self.config.jobs, self.output / LOG) as workers,
         ):
+            if not quiet and (todo := self._todo()):
+                about = estimate.spoken(estimate.seconds(self.config, todo, self.images))
+                display.line(
+                    f"{len(todo)} runs at least, of {self.images} images each: about {about} at the pace of BN"
+                )
             while todo := self._todo():
                 for cell in todo:
                     if workers.free and cell not in workers.running:
@@ -148,7 +156,8 @@ class _Grid:
                     self._keep(*finished, display)
                 if signals.received:
                     workers.stop()
-                    raise ComparisonInterrupted(signals.received, self.output)
+                    raise ComparisonInterrupted(signals.received, self.config.run)
+            display.update(len(self.results), {}, self.images)
 
     def _settings(self, cell: Cell) -> FinetuneConfig:
         settings = replace(self.config.cell(*cell), output=str(self._folder(cell)))
@@ -160,7 +169,7 @@ class _Grid:
         return settings
 
     def _keep(self, cell: Cell, result: dict[str, Any], display: Display) -> None:
-        what = result.get("error") or f"top-1 {result['top1']:.2f} %"
+        what = result.get("error") or f"validation top-1 {result['top1']:.2f} %"
         text = f"{cell.norm}, batch {cell.batch_size}, lr {cell.lr:g}, seed {cell.seed}: {what}"
         result["seconds"] = round(display.end(cell, self.images, text), 2)
         self.results[cell] = result

@@ -26,12 +26,20 @@ class Conversion:
         """Plain data for JSON."""
         return {"model": self.source, **self.options, **self.report.to_dict()}
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments of `convert` that are not its defaults."""
+        default = asdict(Window())
+        return {k: v for k, v in self.options.items() if v is not None and (k == "window" or v != default[k])}
+
+    def command(self, folder: str) -> str:
+        """The command that trains from the folder."""
+        flags = [part for name, value in self.given.items() for part in (f"--{name}", str(value))]
+        return shlex.join(["cbn", "finetune", "DATA", "--model", f"local-dir:{folder}", *flags, "-o", "run"])
+
     def card(self, folder: str) -> list[str]:
         """Lines for the model card of the folder that will be called `folder`."""
-        default = asdict(Window())
-        given = {k: v for k, v in self.options.items() if v is not None and (k == "window" or v != default[k])}
-        flags = "".join(f" --{name} {value}" for name, value in given.items())
-        arguments = "".join(f", {name}={value!r}" for name, value in given.items())
+        arguments = "".join(f", {name}={value!r}" for name, value in self.given.items())
         source = json.dumps(f"local-dir:{folder}", ensure_ascii=False)
         return [
             "## What it is for",
@@ -40,7 +48,7 @@ class Conversion:
             "is at work in training only, and is put in place there. In the folder above this one:",
             "",
             "```sh",
-            f"cbn finetune DATA --model {shlex.quote(f'local-dir:{folder}')}{flags} -o run",
+            self.command(folder),
             "cbn export run -o deploy --fold conv",
             "```",
             "",

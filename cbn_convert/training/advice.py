@@ -106,11 +106,13 @@ def advice(config: FinetuneConfig, shift: float | None) -> str:
             f"{_STUDY}"
         )
     far = shift >= FAR
-    found = f"the images' statistics are {shift:.2f} nats from the pretrained ones, {'far' if far else 'near'}"
+    found = f"the images are {'far from' if far else 'near to'} those of the pretraining ({shift:.2f} nats)"
     if norm in ("frozen", "tune"):
         return f"{found}: --norm cbn was better than frozen BN, or level, on both kinds {_STUDY}"
     if norm in ("bn", "brn") and batch_size <= SMALL_BATCH:
         second = "" if far else ", and so was --norm frozen"
         level = ", or level," if far and batch_size == SMALL_BATCH else ""
         return f"{found}: {at} --norm cbn was better{level}{second} {_STUDY}"
+    if norm == "cbn" and batch_size <= SMALL_BATCH:
+        return f"{found}: {at} --norm cbn was best, or level, on both kinds {_STUDY}"
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -18,9 +19,9 @@ from ..errors import OneValueError, OutOfMemoryError
 class TrainingInterrupted(KeyboardInterrupt):
     """A run was told to stop by a signal, and has saved a checkpoint at `step`."""
 
-    def __init__(self, number: int, step: int, run: str) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}; go on with --resume {run}")
+    def __init__(self, number: int, step: int, data: str, run: str) -> None:
+        name, command = signal.Signals(number).name, shlex.join(["cbn", "finetune", data, "--resume", run])
+        super().__init__(f"stopped by {name} after step {step}; go on with {command}")
         self.exit_code = 128 + number
 
 

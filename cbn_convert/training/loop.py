@@ -100,7 +100,7 @@ class Trainer:
                     self._warm_up()
                 except DataError as error:
                     if number := self.signals.received:  # it was for the processes that load images, too
-                        raise TrainingInterrupted(number, self.step, str(self.folder)) from error
+                        raise TrainingInterrupted(number, self.step, self.config.data, str(self.folder)) from error
                     raise
                 except torch.OutOfMemoryError as error:
                     raise out_of_memory(self.config.batch_size, self.device) from error
@@ -167,7 +167,7 @@ class Trainer:
                 self._save()
         if number := int(self.ranks.largest(self.signals.received)):
             self._save()
-            raise TrainingInterrupted(number, self.step, str(self.folder))
+            raise TrainingInterrupted(number, self.step, self.config.data, str(self.folder))
         return self.step >= self.steps or self.stopped_early
 
     def _train_epoch(self) -> None:

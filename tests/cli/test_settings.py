@@ -243,7 +243,7 @@ def test_evaluate_per_class_and_without_bad_images(colors: Path, tmp_path: Path)
         (row,) = [row for row in rows if row[:1] == [name]]
         taken = table[number][1 - number]
         expected = [name, str(sum(table[number])), f"{result['per_class'][number]:.1f}"]
-        assert row == expected + ([result["classes"][1 - number], str(taken)] if taken else [])
+        assert row == expected + ([result["classes"][1 - number], f"×{taken}"] if taken else [])
 
 
 def test_a_resumed_run_may_have_other_workers_and_another_device(colors: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_interrupted_and_resumed_is_the_same(
     _, err = process.communicate(timeout=120)
     assert process.returncode == code
     if number != signal.SIGKILL:
-        assert f"stopped by {number.name}; go on with --resume {out}" in err
+        assert f"stopped by {number.name}; go on with cbn compare {data} --resume {out}" in err
     wait_for_the_lock(out)
     done = set(outcomes(out))
     (interrupted,) = (path for path in (out / "cells").iterdir() if path.name not in {cell.name for cell in done})
@@ -298,7 +298,7 @@ def test_a_process_that_does_not_stop_is_killed(colors: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(workers.Workers, "start", stopping)
     monkeypatch.setattr(workers, "LONGEST_STOP", 0.5)
-    with pytest.raises(ComparisonInterrupted, match="stopped by SIGINT; go on with --resume"):
+    with pytest.raises(ComparisonInterrupted, match="stopped by SIGINT; go on with cbn compare .* --resume"):
         compare(config, quiet=True)
     assert [process.poll() for process in started] == [-signal.SIGKILL]
 

@@ -66,8 +66,10 @@ def test_none_where_there_is_nothing_to_compare_with() -> None:
 @pytest.mark.parametrize(
     ("norm", "batch_size", "shift", "says", "not_says"),
     [
-        ("cbn", 2, FAR / 2, "near", "--norm"),
-        ("cbn", 2, FAR * 2, "far", "--norm"),
+        ("cbn", 2, FAR / 2, "near to those of the pretraining", "far"),
+        ("cbn", 2, FAR * 2, "far from those of the pretraining", "near"),
+        ("cbn", 1, FAR * 2, "at 1 image per step --norm cbn was best, or level", "near"),
+        ("cbn", 8, FAR * 2, "far", "--norm"),
         ("frozen", 2, FAR * 2, "--norm cbn was better than frozen BN, or level", "near"),
         ("frozen", 2, FAR / 2, "--norm cbn was better than frozen BN", "far"),
         ("bn", 2, FAR / 2, "--norm cbn was better, and so was --norm frozen", "far"),
@@ -107,7 +109,7 @@ def test_a_run_says_it_first_and_keeps_it(colors: Path, tmp_path: Path, capfd) -
     cbn.export(randomize_norms(timm.create_model("test_resnet", num_classes=10)), weights, fold="bn")
     result, told = run(colors, tmp_path / "run", capfd, model=f"local-dir:{weights}")
     assert result.statistics_shift > 0
-    assert result.advice.startswith("the images' statistics are")
+    assert result.advice.startswith("the images are ")
     assert told.index(result.advice) < told.index("validation top-1")
     assert cbn.resume(tmp_path / "run", quiet=True).statistics_shift == result.statistics_shift
 

@@ -145,7 +145,7 @@ def test_a_signal_ends_the_run_after_its_step(
     before = signal.getsignal(number)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "update", signalled)
-        with pytest.raises(TrainingInterrupted, match=r"after step 6; go on with --resume") as raised:
+        with pytest.raises(TrainingInterrupted, match=r"after step 6; go on with cbn finetune .* --resume") as raised:
             cbn.finetune(config(colors, tmp_path / "run", **settings), quiet=True)
     assert raised.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
@@ -188,7 +188,7 @@ def test_a_signal_to_all_processes_of_the_command(number: int, code: int, colors
     assert out == ""
     last = err.splitlines()[-1]
     assert last.startswith(f"stopped by {signal.Signals(number).name} after step ")
-    assert last.endswith(f"go on with --resume {tmp_path / 'run'}")
+    assert last.endswith(f" --resume {tmp_path / 'run'}")
     assert "Traceback" not in err
     step = int(last.split("step ")[1].split(";")[0])
     assert checkpoint.checkpoints(tmp_path / "run")[0].name == f"step-{step:08d}"

@@ -102,7 +102,9 @@ def test_the_first_signal_ends_a_wait_for_images(
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, images, seed)
-        with pytest.raises(TrainingInterrupted, match=rf"stopped by SIGINT after step {step}; go on with --resume"):
+        with pytest.raises(
+            TrainingInterrupted, match=rf"stopped by SIGINT after step {step}; go on with cbn finetune .* --resume"
+        ):
             cbn.finetune(config(data, run, **SETTINGS, workers=1), quiet=True)
     assert [path.name for path in checkpoint.checkpoints(run)[:1]] == ([f"step-{step:08d}"] if step else [])
     cbn.resume(run, quiet=True)
