@@ -298,7 +298,7 @@ def test_a_process_that_does_not_stop_is_killed(colors: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(workers.Workers, "start", stopping)
     monkeypatch.setattr(workers, "LONGEST_STOP", 0.5)
-    with pytest.raises(ComparisonInterrupted, match="stopped by SIGINT; go on with cbn compare .* --resume"):
+    with pytest.raises(ComparisonInterrupted, match=r"stopped by SIGINT; go on with cbn compare .* --resume"):
         compare(config, quiet=True)
     assert [process.poll() for process in started] == [-signal.SIGKILL]
 
