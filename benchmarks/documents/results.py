@@ -118,17 +118,22 @@ def judged(studies: dict[str, Study]) -> list[Verdict]:
 def beside_former(studies: dict[str, Study]) -> str:
     """The carried window beside the exponential one with C, which it replaced, cell by cell of the same seeds."""
     former = json.loads((RESULTS / "former" / "study.json").read_text())["comparisons"]
+    more = json.loads((RESULTS / "former" / "more_seeds.json").read_text())["cells"]
     ahead: dict[str, list[float]] = {"top1": [], "test_top1": []}
-    apart = []
+    apart, most = [], 0
     for name, old in former.items():
         for size in sorted({cell["batch_size"] for cell in old["cells"]}):
             then = {cell["seed"]: cell for cell in old["cells"] if cell["batch_size"] == size}
             lr = studies[name].rows["cbn", size].lr
-            at = {cell.seed: r for cell, r in studies[name].results.items() if cell[:3] == ("cbn", size, lr)}
+            at = {cell.seed: dict(r) for cell, r in studies[name].results.items() if cell[:3] == ("cbn", size, lr)}
+            own = [cell for cell in more if (cell["comparison"], cell["batch_size"]) == (name, size)]
+            for version, found in (("today", at), ("former", then)):
+                found |= {cell["seed"]: cell for cell in own if cell["version"] == version}
             for split, means in ahead.items():
                 pairs = [(at[seed][split], cell[split]) for seed, cell in then.items() if seed in at]
                 now, before = zip(*pairs, strict=True)
                 means.append(mean(now) - mean(before))
+                most = max(most, len(pairs))
                 if len(pairs) > 1:
                     error = math.sqrt((stdev(now) ** 2 + stdev(before) ** 2) / len(pairs))
                     if abs(means[-1]) > 2 * error:
@@ -137,10 +142,11 @@ def beside_former(studies: dict[str, Study]) -> str:
     of = {split: f"{mean(means):+.2f} ± {stdev(means) / math.sqrt(len(means)):.2f}" for split, means in ahead.items()}
     count = len(ahead["top1"])
     return (
-        f"In the mean of {count} cells: validation {of['top1']} points, test {of['test_top1']}. Of {2 * count} "
-        f"differences {len(apart)} are more than twice their standard error ({'; '.join(apart)}). "
+        f"In the mean of {count} cells with 2 to {most} seeds each: validation {of['top1']} points, test {of['test_top1']}. Of {2 * count} "
+        f"differences {len(apart)} exceed twice their standard error ({'; '.join(apart)}). "
         "*`python -m benchmarks.documents.results`, "
-        "[JSON](BASE/benchmarks/results/former/study.json) of the former window.*"
+        "JSON: [three seeds](BASE/benchmarks/results/former/study.json) of the former window, on other machines, "
+        "[more of both](BASE/benchmarks/results/former/more_seeds.json), on one.*"
     )
 
 
