@@ -15,8 +15,15 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 # by their name in the site; links in them are relative to the folder that they are in
-PAGES = {"index.md": "README.md", "examples.md": "examples/README.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {
+    "index.md": "README.md",
+    "examples.md": "examples/README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "benchmarks.md": "benchmarks/README.md",
+}
 SITE = {path: page for page, path in PAGES.items()}
+FIGURE = re.compile(r'(<img [^>]*src="([^"]+)"[^>]*>)')
 LINK = re.compile(r'(\]\(|src=")(?!https?:|mailto:|#)([^)#"\s]+)')
 
 
@@ -40,6 +47,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown if uri in PAGES or uri == "cli.md" else rewritten(markdown, f"docs/{uri}", set())
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Lets figures be opened in full size, as on a phone."""
+    return FIGURE.sub(r'<a href="\2">\1</a>', html)
+
+
 def rewritten(text: str, path: str, linked: set[str]) -> str:
     """The text of a file with the links that it has in the site; files that are no pages go to `linked`."""
     folder = (ROOT / path).parent
@@ -53,8 +65,6 @@ def rewritten(text: str, path: str, linked: set[str]) -> str:
             own = SITE[own]
         elif own.startswith("docs/"):
             own = own.removeprefix("docs/")
-        elif own.endswith(".md"):
-            own = "index.md"
         else:
             linked.add(own)
             own = f"repository/{own}"
@@ -67,4 +77,5 @@ def command_line() -> str:
     """Every command with its options, as --help has them."""
     command = [sys.executable, "-m", "typer", "cbn_convert.cli.main", "utils", "docs", "--name", "cbn"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return done.stdout.replace("# `cbn`", "# Command line", 1)
+    shown = re.sub(r"^Example: (.*)$", r"Example:\n\n    \1", done.stdout, flags=re.MULTILINE)
+    return shown.replace("# `cbn`", "# Command line", 1)

@@ -96,7 +96,8 @@ def interpreted(name: str, report: dict[str, Any]) -> Dense:
         entries[treatment, size] = Entry(
             row, second, statistics.mean(map(score, good)) if good else -1.0, searched, complete
         )
-    return Dense(name, report, entries)
+    # a treatment that time did not suffice for says nothing
+    return Dense(name, report, {key: entry for key, entry in entries.items() if entry.complete})
 
 
 def parts(treatment: str) -> tuple[str, str]:

@@ -82,7 +82,8 @@ def totals(records: list[Record]) -> str:
     norms = total(records, "norms")
     parts = ", ".join(f"{total(records, k)} {k} ({share(total(records, k), norms)} %)" for k in STATUSES)
     failed = sum(any(not c["ok"] for c in r["checks"].values()) for r in records)
-    return f"{len(records)} architectures with BatchNorm, {norms} norm layers: {parts}. {failed} architectures fail."
+    fail = "1 architecture fails" if failed == 1 else f"{failed} architectures fail"
+    return f"{len(records)} architectures with BatchNorm, {norms} norm layers: {parts}. {fail}."
 
 
 def family_row(name: str, records: list[Record]) -> list[object]:

@@ -84,8 +84,9 @@ def table(name: str, study: Study) -> str:
     runs = len(study.results)
     made = f"`{study.report['command']} --only {name}`"
     budget = f"{config.images} images" if config.images else f"{config.run.epochs} epochs"
+    seeds = "one seed" if config.seeds == 1 else f"{config.seeds} seeds"
     source = (
-        f"{budget} per run, {config.run.opt}, {config.run.img_size} px, {runs} runs, {config.seeds} seeds; "
+        f"{budget} per run, {config.run.opt}, {config.run.img_size} px, {runs} runs, {seeds}; "
         f"{made}, [JSON](BASE/benchmarks/results/study/{name}.json)"
     )
     return "\n".join([*lines, "", f"*{source}*"])
@@ -142,7 +143,8 @@ def beside_former(studies: dict[str, Study]) -> str:
     of = {split: f"{mean(means):+.2f} ± {stdev(means) / math.sqrt(len(means)):.2f}" for split, means in ahead.items()}
     count = len(ahead["top1"])
     return (
-        f"In the mean of {count} cells with 2 to {most} seeds each: validation {of['top1']} points, test {of['test_top1']}. Of {2 * count} "
+        f"In the mean of {count} cells with 2 to {most} seeds each: validation {of['top1']} points, test "
+        f"{of['test_top1']}. Of {2 * count} "
         f"differences {len(apart)} exceed twice their standard error ({'; '.join(apart)}). "
         "*`python -m benchmarks.documents.results`, "
         "JSON: [three seeds](BASE/benchmarks/results/former/study.json) of the former window, on other machines, "
