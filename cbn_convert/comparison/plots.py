@@ -118,7 +118,7 @@ def _losses(size: int) -> Any:
                 continue
             for cell in chosen(column, comparison.results)[:1]:
                 points = comparison.results[cell].get("loss_curve", [])
-                look = {**_look(comparison, cell.norm), "marker": None}
+                look = {**_look(comparison, cell.norm), "marker": "o" if len(points) == 1 else None}
                 images = [step * per_update for step, _ in points]
                 axis.plot(images, [loss for _, loss in points], label=_label(cell), linewidth=1.2, **look)
         axis.set(xlabel="training images seen", ylabel="training loss")

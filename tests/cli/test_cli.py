@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from cbn_convert.cli.session import Session, fitted
 from helpers.commands import SMALL, cbn
 from helpers.images import write_image
+from rich.console import Console
 from timm.data import resolve_model_data_config
 
 from cbn_convert import CrossIterationBatchNormAct2d
@@ -333,3 +336,51 @@ def test_real_photos_and_weights(shared_data: Path, tmp_path: Path) -> None:
         assert code == 0
         difference = json.loads(out.splitlines()[-1])["relative_difference"]
         assert difference == 0 if fold == "bn" else difference < 1e-5
+
+
+def test_alone_it_says_what_there_is() -> None:
+    code, out, _ = cbn()
+    assert code == 2
+    commands = out[out.index("Commands:") : out.index("Start with")]
+    listed = re.findall(r"^  (\w+) +\S", commands, re.MULTILINE)
+    assert listed == ["inspect", "convert", "finetune", "evaluate", "export", "compare", "bench", "demo"]
+    assert "Start with cbn demo" in " ".join(out.split())
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_sentences_are_broken_between_words_and_commands_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    command = f"  cbn export run -o {'deploy/' * 9} --fold conv"
+    text = f"a sentence that is longer than --one-line of forty columns; {'path/' * 12}\nnext:\n{command}"
+    shown = fitted(text, _Terminal())
+    assert shown.endswith(f"next:\n{command}")
+    assert " ".join(shown.split()) == " ".join(text.split())
+    assert all(
+        len(line) < 40 or line.strip().startswith("path/") for line in shown[: shown.index("next:")].splitlines()
+    )
+    assert fitted(text, io.StringIO()) == text
+
+
+@pytest.mark.parametrize("model", ["resnet18", "densenet121", "mobilenetv2_100"])
+def test_every_layer_fits_a_terminal_and_every_reason_is_there(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "print", lambda self, text: printed.append(text))
+    printed: list[Any] = []
+    assert cbn("inspect", model, "--all")[0] == 0
+    console = Console(width=80, file=io.StringIO())
+    console.print(printed[0])
+    out = console.file.getvalue()
+    assert max(map(len, out.splitlines())) <= 80
+    printed.clear()
+    monkeypatch.undo()
+    layers = json.loads(cbn("inspect", model, "--json")[1])["layers"]
+    rows = re.findall(r"^ (\S+) .* (\w+) +[\d.]+ +(\d+) *$", out, re.MULTILINE)
+    reasons = dict(re.findall(r"^ *(\d+): (.*?) *$", out, re.MULTILINE))
+    assert len(rows) == len(layers)
+    for layer, (name, becomes, number) in zip(layers, rows, strict=True):
+        assert layer["name"].startswith(name)
+        assert becomes == (layer["form"] if layer["status"] == "compensated" else layer["status"])
+        assert layer["reason"].startswith(reasons[number])  # which may be long, too
