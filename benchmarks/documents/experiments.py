@@ -8,7 +8,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.provenance import RESULTS
-from benchmarks.study import carried_forms, high_rates
+from benchmarks.study import carried_forms, high_rates, mechanism
 from benchmarks.study.estimation import ESTIMATES
 
 NOT_YET = "*Not measured yet.*"
@@ -47,6 +47,26 @@ def rates() -> str:
         parts.append("\n".join(lines))
     source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/high_rates.json), version {report['commit'][:7]}"
     return "\n\n".join([*parts, f"*test split, mean ± standard deviation; {source}*"])
+
+
+def parts() -> str:
+    """Top-1 of CBN and of what it is made of, by data and rate."""
+    if not mechanism.OUTPUT.is_file():
+        return NOT_YET
+    report = json.loads(mechanism.OUTPUT.read_text())
+    columns = [(images, lr) for images in ("clothing", "hands") for lr in mechanism.RATES]
+    lines = [f"| test top-1 [%] | {' | '.join(f'{images}, {lr:.2g}' for images, lr in columns)} |"]
+    lines.append("|---|" + "---|" * len(columns))
+    most = 1
+    for form, (label, _, _) in mechanism.FORMS.items():
+        row = []
+        for images, lr in columns:
+            tops = mechanism.of(form, images, lr)
+            most = max(most, len(tops))
+            row.append("" if not tops else f"{mean(tops):.1f}" + (f" ± {stdev(tops):.1f}" if tops[1:] else ""))
+        lines.append(f"| {label} | {' | '.join(row)} |")
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/mechanism.json), version {report['commit'][:7]}"
+    return "\n".join([*lines, "", f"*500 steps of two images, up to {most} seeds; {source}*"])
 
 
 def from_scratch() -> str:
@@ -139,7 +159,10 @@ def covariance() -> str:
 def axes() -> str:
     """Top-1 of a network with dense convs, with axes, with a diagonal alone and with the exponential window."""
     report, former = (json.loads((RESULTS / name).read_text()) for name in ("axes_accuracy.json", FORMER_AXES))
-    labels = {"default": "eight axes (default)", "axes-2": "two axes", "diagonal": "diagonal alone"}
+    labels = {
+        "default": "eight axes (default)", "axes-2": "two axes", "diagonal": "diagonal alone",
+        "mean": "only M follows the weights", "variance": "only S follows the weights",
+    }  # fmt: skip
     own = [{**cell, "lr": 0.00949, "form": former["form"]} for cell in former["cells"]]
     labels[former["form"]] = f"{former['form']}, gone, version {former['commit']}"
     by_cell = {(c["form"], c["lr"], c["seed"]): c for c in [*report["cells"], *own]}

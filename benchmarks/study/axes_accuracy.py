@@ -32,6 +32,8 @@ FORMS: dict[str, list[Any] | None] = {
     "turns-1": ["axes_accuracy", "turns", 1],
     "last-128": ["axes_accuracy", "last", 128],
     "axes-2": ["axes_accuracy", "use", 2],
+    "mean": ["mechanism", "follow", "mean"],
+    "variance": ["mechanism", "follow", "variance"],
 }
 
 

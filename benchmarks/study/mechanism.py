@@ -1,12 +1,12 @@
-"""Why is CBN ahead of frozen BN in fine-tuning? Its parts one by one, and what happens to the filters.
+"""Why is CBN ahead of frozen BN in fine-tuning? Its parts one by one, and what happens to statistics and filters.
 
     python -m benchmarks.study.mechanism --data ../shared/data [--only length,mean] [--jobs 2]
     python -m benchmarks.study.mechanism --data ../shared/data --traces
 
 MobileNetV2-0.35 on both sets of photos, two images per step, as in high_rates.py: frozen BN, CBN, and what is between.
-Then single runs on the clothing in which lengths of filters, their turns and the spread of every layer's output are
-recorded. Writes benchmarks/results/mechanism.json after every run, and mechanism_traces.json; draws
-docs/mechanism-parts.png and mechanism-filters.png of them, as --draw does alone.
+--traces records single runs on the clothing, and how much steeper the mean patch makes each conv. Writes
+benchmarks/results/mechanism.json after every run, and mechanism_traces.json; --traces and --draw draw
+docs/mechanism-parts.png and mechanism-filters.png of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -53,7 +54,7 @@ FORMS: dict[str, tuple[str, str, list[Any] | None]] = {
     "current": ("CBN, no gradient through M and S", "cbn", ["carried_forms", "set_window", {"gradient": "current"}]),
     "cbn": ("CBN", "cbn", None),
 }  # fmt: skip
-TRACES = (("frozen", 1e-3), ("frozen", 3e-3), ("length", 3e-3), ("cbn", 3e-3))
+TRACES = (("frozen", 1e-3), ("frozen", 3e-3), ("variance", 3e-3), ("mean", 3e-3), ("cbn", 3e-3))
 STEPS, SIZE = 400, 96
 
 
@@ -111,9 +112,9 @@ def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
 class Trace:
     """One run on the clothing, step by step.
 
-    Recorded: quantiles over filters of the length of a filter over that at first, and of the angle between it and that
-    of the step before [degrees]; the loss; and, of 64 training images in evaluation, the mean over layers of
-    |log(variance of x / running variance)|, for every layer as well.
+    Recorded: median and 95 % quantile over filters of the length of a filter over that at first; the loss; and, of 64
+    training images in evaluation, means over layers and channels of |mean of x - running mean| / σ and of
+    |log(variance of x / running variance)|, σ² being the running variance.
     """
 
     def __init__(self, form: str, lr: float, data: Path) -> None:
@@ -134,14 +135,15 @@ class Trace:
         return [conv.weight.detach().flatten(1).clone() for conv in self.convs]
 
     @torch.no_grad()
-    def _spread(self) -> list[float]:
-        """|log(variance of x / running variance)| of each layer, mean over channels, with the model as evaluated."""
+    def _apart(self) -> list[tuple[float, float]]:
+        """How far means and variances of x are from the running ones, for each layer, with the model as evaluated."""
         plain, found = fold(self.model, into="bn").eval(), []
 
-        def see(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-            var = args[0].var([0, 2, 3], correction=0)
-            known = norm.get_buffer("running_var")
-            found.append(float(torch.log((var + norm.eps) / (known + norm.eps)).abs().mean()))  # type: ignore[operator]
+        def see(norm: nn.BatchNorm2d, args: tuple[Tensor, ...]) -> None:
+            var, mean = torch.var_mean(args[0], [0, 2, 3], correction=0)
+            known = norm.get_buffer("running_var") + norm.eps
+            shift = (mean - norm.get_buffer("running_mean")).abs() / known.sqrt()
+            found.append((float(shift.mean()), float(torch.log((var + norm.eps) / known).abs().mean())))
 
         for module in plain.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -155,7 +157,6 @@ class Trace:
         optimizer = torch.optim.SGD(self.model.parameters(), self.lr, momentum=0.9, nesterov=True)
         order, found, losses = torch.randperm(len(self.x), generator=generator), [], []
         for step in range(STEPS + 1):
-            before = self._filters()
             chosen = order[2 * step :][:2]
             loss = F.cross_entropy(self.model.train()(crops(self.x[chosen], SIZE, generator)), self.y[chosen])
             losses.append(float(loss.detach()))
@@ -164,15 +165,12 @@ class Trace:
             nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
             optimizer.step()
             if step % 10 == 0:
-                after = self._filters()
-                lengths = torch.cat([a.norm(dim=1) / b.norm(dim=1) for a, b in zip(after, self.first, strict=True)])
-                cosines = torch.cat([F.cosine_similarity(a, b, dim=1) for a, b in zip(after, before, strict=True)])
-                angles = torch.rad2deg(torch.acos(cosines.clamp(-1, 1)))
-                spread = self._spread()
+                pairs = zip(self._filters(), self.first, strict=True)
+                lengths = torch.cat([a.norm(dim=1) / b.norm(dim=1) for a, b in pairs])
+                shifts, spreads = zip(*self._apart(), strict=True)
                 found.append({
-                    "step": step, "loss": mean(losses[-40:]), "spread": mean(spread), "spreads": spread,
-                    "length": lengths.quantile(torch.tensor([0.5, 0.95, 1.0])).tolist(),
-                    "angle": angles.quantile(torch.tensor([0.5, 0.95])).tolist(),
+                    "step": step, "loss": mean(losses[-40:]), "shift": mean(shifts), "spread": mean(spreads),
+                    "length": lengths.quantile(torch.tensor([0.5, 0.95])).tolist(),
                 })  # fmt: skip
         return found
 
@@ -180,6 +178,32 @@ class Trace:
 def traced(form: str, lr: float, data: Path) -> dict[str, Any]:
     """A trace, as it is written."""
     return {"form": form, "lr": lr, "rows": Trace(form, lr, data).rows()}
+
+
+@torch.no_grad()
+def steepness(data: Path) -> list[dict[str, Any]]:
+    """Largest eigenvalue of E[p pᵀ] over that of the covariance of p, for every conv with one group.
+
+    Of the pretrained network in evaluation, on 64 training images of the clothing, whose patches p [m, F] are centred
+    by their mean p̄ for the covariance: E[p pᵀ] is that and p̄ p̄ᵀ.
+    """
+    torch.manual_seed(0)
+    model, found = mobilenet(data).eval(), []
+    x, _ = images(data / "clothing" / "train", SIZE)
+
+    def see(name: str, conv: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
+        padded = F.pad(args[0], [(conv.kernel_size[0] - 1) // 2] * 4)
+        p = F.unfold(padded, conv.kernel_size, stride=conv.stride).transpose(1, 2).flatten(0, 1).double()
+        second, centred = p.T @ p / len(p), torch.cov(p.T, correction=0)
+        most = [float(torch.linalg.eigvalsh(m)[-1]) for m in (second, centred)]
+        rectified = bool(args[0].min() >= 0)
+        found.append({"layer": name, "width": p.shape[1], "rectified": rectified, "ratio": most[0] / most[1]})
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            module.register_forward_pre_hook(partial(see, name))
+    model(crops(x[torch.randperm(len(x))[:64]], SIZE, None))
+    return found
 
 
 def of(form: str, images: str, lr: float, split: str = "test_top1") -> list[float]:
@@ -207,21 +231,20 @@ def draw_parts() -> None:
 
 
 def draw_filters() -> None:
-    """Lengths of filters, distance of the statistics from the truth, and loss, over the steps."""
+    """How far statistics are from the truth, lengths of filters, and loss, over the steps."""
     traces = json.loads(TRACED.read_text())["traces"]
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharex=True, layout="constrained")
-    for trace in traces:
-        steps, label = [r["step"] for r in trace["rows"]], f"{FORMS[trace['form']][0]}, {trace['lr']:g}"
-        (line,) = axes[0].plot(steps, [r["length"][1] for r in trace["rows"]], label=label)
-        axes[0].plot(steps, [r["length"][0] for r in trace["rows"]], color=line.get_color(), linestyle=":")
-        for axis, name in ((axes[1], "spread"), (axes[2], "loss")):
-            axis.plot(steps, [r[name] for r in trace["rows"]], color=line.get_color())
-    axes[0].set(title="length of filters over that at first", yscale="log")
-    axes[1].set(title="|log(variance of x / running variance)|")
-    axes[2].set(title="loss, mean of 40 steps")
-    for axis in axes:
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3), sharex=True, layout="constrained")
+    titles = ("|mean of x - M| / σ", "|log(variance of x / S)|", "filters' length, over that at first", "loss")
+    for axis, title, key in zip(axes, titles, ("shift", "spread", "length", "loss"), strict=True):
+        for trace in traces:
+            values = [r[key][1] if key == "length" else r[key] for r in trace["rows"]]
+            label = f"{FORMS[trace['form']][0]}, {trace['lr']:g}"
+            axis.plot([r["step"] for r in trace["rows"]], values, label=label)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("step")
-    axes[0].legend(fontsize=6)
+        if key != "loss":
+            axis.set_yscale("log")
+    axes[3].legend(fontsize=6)
     figure.savefig(FILTERS, dpi=110)
 
 
@@ -238,7 +261,7 @@ def main() -> None:
         # a form is put into a whole process
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             traces = list(pool.map(traced, *zip(*TRACES, strict=True), [data] * len(TRACES)))
-        write_json(TRACED, {**provenance(f"{COMMAND} --traces"), "traces": traces})
+        write_json(TRACED, {**provenance(f"{COMMAND} --traces"), "traces": traces, "steepness": steepness(data)})
     if given.traces or given.draw:
         draw_parts()
         draw_filters()
