@@ -70,11 +70,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/, sign_digits/ and weights/")
     parser.add_argument("--only", default=",".join(SUBJECTS), help="subjects, separated by commas")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     todo = [
         {"subject": subject, "norm": norm, "lr": lr, "seed": seed}
-        for seed in range(SEEDS)
+        for seed in range(given.seeds)
         for subject in given.only.split(",")
         for lr in SUBJECTS[subject].rates
         for norm in SUBJECTS[subject].norms

@@ -44,6 +44,8 @@ OUTPUT, TRACED = RESULTS / "mechanism.json", RESULTS / "mechanism_traces.json"
 PARTS, FILTERS = ROOT / "docs" / "mechanism-parts.png", ROOT / "docs" / "mechanism-filters.png"
 COMMAND = "python -m benchmarks.study.mechanism --data ../shared/data"
 RATES, SEEDS = (1e-3, 3e-3, 9.49e-3), 3
+_RING: dict[str, Any] = {"size": 8, "every": 1, "positions": None}
+_PAPER = {"history": "ring", "compensation": "taylor", "gradient": "current", **_RING}
 # label, norm, what is called in the process of a run before it begins
 FORMS: dict[str, tuple[str, str, list[Any] | None]] = {
     "frozen": ("frozen BN", "frozen", None),
@@ -53,8 +55,12 @@ FORMS: dict[str, tuple[str, str, list[Any] | None]] = {
     "length": ("M and S follow the filter's length only", "cbn", ["mechanism", "follow", "length"]),
     "current": ("CBN, no gradient through M and S", "cbn", ["carried_forms", "set_window", {"gradient": "current"}]),
     "cbn": ("CBN", "cbn", None),
+    "new": ("every layer as a new one", "cbn", ["carried_forms", "set_window", {"start": "empty"}]),
+    "ring": ("ring of 8", "cbn", ["carried_forms", "set_window", {"history": "ring", **_RING}]),
+    "paper": ("as published: ring of 8, Taylor, no gradient", "cbn", ["carried_forms", "set_window", _PAPER]),
 }  # fmt: skip
 TRACES = (("frozen", 1e-3), ("frozen", 3e-3), ("variance", 3e-3), ("mean", 3e-3), ("cbn", 3e-3))
+DRAWN = ("frozen", "images", "mean", "variance", "length", "current", "cbn")
 STEPS, SIZE = 400, 96
 
 
@@ -216,7 +222,8 @@ def draw_parts() -> None:
     """Top-1 over the rate of every form."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True, layout="constrained")
     for axis, name in zip(axes, ("clothing", "hands"), strict=True):
-        for number, (form, (label, _, _)) in enumerate(FORMS.items()):
+        for number, form in enumerate(DRAWN):
+            label = FORMS[form][0]
             tops = [of(form, name, lr) for lr in RATES]
             shown = [(lr * 1.03 ** (number - 3), values) for lr, values in zip(RATES, tops, strict=True) if values]
             errors = [stdev(v) if v[1:] else 0.0 for _, v in shown]
@@ -252,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/, sign_digits/ and weights/")
     parser.add_argument("--only", default=",".join(FORMS), help="forms, separated by commas")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--traces", action="store_true", help="record single runs instead")
     parser.add_argument("--draw", action="store_true", help="draw the figures from the JSON")
@@ -268,7 +276,7 @@ def main() -> None:
         return
     todo = [
         {"form": form, "data": name, "lr": lr, "seed": seed}
-        for seed in range(SEEDS)
+        for seed in range(given.seeds)
         for lr in RATES
         for form in given.only.split(",")
         for name in ("clothing", "hands")
