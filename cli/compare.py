@@ -113,16 +113,15 @@ def compare(
             run = FinetuneConfig(data=str(data), model=str(model), output=str(output), **values)
             wanted = ComparisonConfig(run, **grid)
         if dry_run:
-            from cbn_convert.comparison.estimate import seconds, spoken
+            from cbn_convert.comparison.estimate import estimated
 
             available = check(wanted, resume=resume is not None, overwrite=overwrite)
             cells = [cell for cell in needed(wanted, done) if cell not in done]
-            about = ""
-            if cells:
-                images = wanted.images or available.training * wanted.run.epochs
-                about = f", about {spoken(seconds(wanted, cells, images))} at the pace of BN"
+            about = (
+                estimated(wanted, cells, wanted.images or available.training * wanted.run.epochs) if cells else "none"
+            )
             session.print(
-                f"{len(cells)} runs at least{about}, beside {len(done)} that are done; nothing written (--dry-run)"
+                f"{len(cells)} runs at least, {about}; beside {len(done)} that are done; nothing written (--dry-run)"
             )
             for cell in cells:
                 session.print(f"  {cell.norm}, batch {cell.batch_size}, lr {cell.lr:g}, seed {cell.seed}")

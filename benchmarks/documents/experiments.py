@@ -69,6 +69,18 @@ def parts() -> str:
     return "\n".join([*lines, "", f"*500 steps of two images, up to {most} seeds; {source}*"])
 
 
+def steepness() -> str:
+    """By how much the mean patch makes a conv steeper, behind rectifiers and elsewhere."""
+    if not mechanism.TRACED.is_file():
+        return NOT_YET
+    report, said = json.loads(mechanism.TRACED.read_text()), []
+    for rectified, where in ((True, "whose input is not negative"), (False, "whose input has both signs")):
+        ratios = [row["ratio"] for row in report["steepness"] if row["rectified"] == rectified]
+        said.append(f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) in the {len(ratios)} convs {where}")
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/mechanism_traces.json)"
+    return f"{said[0]}, {said[1]} (medians; {source})."
+
+
 def from_scratch() -> str:
     """New layers' average and rings from random weights, beside statistics that are never out of date."""
     report = json.loads((RESULTS / "from_scratch.json").read_text())

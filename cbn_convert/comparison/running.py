@@ -14,9 +14,9 @@ from ..training.faults import StopSignals
 from ..training.metrics import read_metrics
 from ..training.setup import owned
 from ..training.splits import read_splits, refuse_among_images, test_split
-from . import estimate
 from .config import ComparisonConfig
 from .display import Display
+from .estimate import estimated
 from .page import write_report
 from .plan import Cell, needed
 from .store import (
@@ -141,10 +141,8 @@ class _Grid:
             Workers(self.config.jobs, self.output / LOG) as workers,
         ):
             if not quiet and (todo := self._todo()):
-                about = estimate.spoken(estimate.seconds(self.config, todo, self.images))
-                display.line(
-                    f"{len(todo)} runs at least, of {self.images} images each: about {about} at the pace of BN"
-                )
+                about = estimated(self.config, todo, self.images)
+                display.line(f"{len(todo)} runs at least, of {self.images} images each: {about}")
             while todo := self._todo():
                 for cell in todo:
                     if workers.free and cell not in workers.running:
