@@ -1,16 +1,16 @@
 """Moments of the input patches of a conv or linear layer, without autograd: mean, variance, some covariances.
 
-p̄ is a strided mean of the input per kernel position, two small matrix products and no convolution. The covariance
-C = mean((x - μ) p) with an output x is a weight gradient: that of the layer for the output gradient (x - μ) / m. With
-weights V in the place of the layer's own it is ΣV, Σ being the covariance of the patches. For a transposed conv the
-patch of an output position holds the inputs that reach it, with zeros where none does.
+All are weight gradients of the layer: p̄ that for the output gradient 1 / m, with one output channel per group, and the
+covariance C = mean((x - μ) p) with an output x that for (x - μ) / m. With weights V in the place of the layer's own it
+is ΣV, Σ being the covariance of the patches. For a transposed conv the patch of an output position holds the inputs
+that reach it, with zeros where none does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -158,14 +158,13 @@ class InputPatches:
             return y.new_zeros(groups_of(module), fan_in(module))
         if is_linear(module):
             return y.mean(0, keepdim=True)
-        if is_transposed(module):
-            # the mean over outputs is one more output channel per group: its weight gradient is the mean patch
-            ones = y.new_ones(()).expand(len(y), module.groups, *self.out_size)
-            total = self._weight_gradient(ones, y)
-        elif self.arranged.pointwise:
+        if self.arranged.pointwise:
             total = y.sum([0, *range(2, y.dim())])
         else:
-            total = self._patch_sum(y)
+            y = y.double() if y.is_cuda else y  # else it may be rounded to TF32
+            # the mean over outputs is one more output channel per group: its weight gradient is the mean patch
+            ones = y.new_ones(()).expand(len(y), module.groups, *self.out_size)
+            total = self._weight_gradient(ones, y).to(self.dtype)
         return total.reshape(module.groups, -1) / self.positions
 
     def covariance_with(self, xc: Tensor) -> Tensor:
@@ -213,18 +212,6 @@ class InputPatches:
         kernel, at = per_axis(self.module, "kernel_size"), self.arranged
         steps = zip(out_size, at.y.shape[2:], at.stride, at.padding, at.dilation, kernel, strict=True)
         return tuple(o - (i - 1) * s + 2 * p - d * (k - 1) - 1 for o, i, s, p, d, k in steps)
-
-    def _patch_sum(self, y: Tensor) -> Tensor:
-        """Sum of the patches [C_in, K_1, K_2, ...] of y over all output positions."""
-        total, kernel, at = y.sum(0), per_axis(self.module, "kernel_size"), self.arranged
-        # what is made for a FakeTensor is one itself, and of no use to others
-        selector_of = _selector if type(y) is Tensor else _selector.__wrapped__
-        for d in reversed(range(len(kernel))):
-            steps = (at.stride[d], at.padding[d], at.dilation[d])
-            selector = selector_of(y.shape[2 + d], self.out_size[d], kernel[d], *steps, y.device).to(y.dtype)
-            # contracts the last of the untouched axes; the kernel axes collect at the end, first dimension first
-            total = torch.tensordot(total, selector, dims=([1 + d], [0]))
-        return total.permute([0, *reversed(range(1, len(kernel) + 1))])
 
     def _weight_gradient(self, g: Tensor, y: Tensor) -> Tensor:
         """Gradient of the conv's weight for input y and output gradient g, which may have fewer channels."""
@@ -292,12 +279,3 @@ def _views(y: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Se
     for d, (k, s, dil) in enumerate(zip(kernel, stride, dilation, strict=True)):
         y = y.unfold(2 + d, dil * (k - 1) + 1, s)[..., ::dil]
     return y
-
-
-@lru_cache(maxsize=1024)
-def _selector(size: int, out: int, k: int, stride: int, padding: int, dilation: int, device: torch.device) -> Tensor:
-    """[size, k]: whether an input index is read by a kernel position, for any of `out` output positions."""
-    with torch.inference_mode(False):
-        first = torch.arange(k, device=device) * dilation - padding
-        offset = torch.arange(size, device=device)[:, None] - first[None, :]
-        return (offset >= 0) & (offset <= stride * (out - 1)) & (offset % stride == 0)
