@@ -12,16 +12,15 @@ from .session import Session
 if TYPE_CHECKING:
     from rich.table import Table
 
-DEFAULT_NORMS = "bn,frozen,tune,gn,cbn,published"
+DEFAULT_NORMS = "bn,frozen,tune,gn,cbn,cbn-paper"
 LABELS = {
     "bn": "BN",
     "frozen": "frozen BN",
     "tune": "frozen BN, folded",
     "cbn": "CBN (default)",
     "cbn-unfolded": "CBN, not folded",
-    "cbn-paper": "CBN, the paper's settings",
+    "cbn-paper": "CBN as published",
     "gn": "GroupNorm",
-    "published": "as published, literally",
 }
 
 
@@ -45,7 +44,7 @@ def bench(
     debug: o.Debug = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Time and memory of a training step with each norm, beside BN and the algorithm as published.
+    """Time and memory of a training step with each norm, beside BN and the method as published.
 
     All take turns in one process, a step each, so that a busy machine disturbs all alike; medians, and median and
     quartiles of the ratios to BN's step of the same round; --json has forward, backward and optimizer apart. Kept is

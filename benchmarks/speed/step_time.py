@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import RESULTS, provenance
+from benchmarks.speed.published import use_published
 from cbn_convert.bench import COLUMNS, StepSettings, bench_inference, bench_step
 
+COLUMNS["published"] = use_published
 SMALL = ["bn", "frozen", "tune", "cbn"]
 
 

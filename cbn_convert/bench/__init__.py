@@ -1,6 +1,5 @@
 """What a training step costs with each norm: measured side by side in one process."""
 
-from .published import PublishedBatchNorm2d
 from .steps import COLUMNS, BenchResult, StepSettings, bench_inference, bench_step
 
-__all__ = ["COLUMNS", "BenchResult", "PublishedBatchNorm2d", "StepSettings", "bench_inference", "bench_step"]
+__all__ = ["COLUMNS", "BenchResult", "StepSettings", "bench_inference", "bench_step"]

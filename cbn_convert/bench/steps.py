@@ -23,7 +23,6 @@ from ..norm import CrossIterationMixin, Window
 from ..norm.carried import FIRST_LOOKS
 from ..training.alternatives import apply_norm
 from ..training.faults import one_value
-from .published import use_published
 
 
 def _unfolded(model: nn.Module, example: Tensor) -> None:
@@ -34,11 +33,6 @@ def _unfolded(model: nn.Module, example: Tensor) -> None:
             module.bind(*module.producers)
 
 
-def _published(model: nn.Module, example: Tensor) -> None:
-    convert(model, example_input=example, window=Window.PAPER)
-    use_published(model, 8)
-
-
 COLUMNS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "bn": lambda model, example: None,
     "frozen": lambda model, example: apply_norm(model, "frozen"),
@@ -47,7 +41,6 @@ COLUMNS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "cbn-unfolded": _unfolded,
     "cbn-paper": lambda model, example: convert(model, example_input=example, window=Window.PAPER),
     "gn": lambda model, example: apply_norm(model, "gn"),
-    "published": _published,
 }
 
 
@@ -130,9 +123,7 @@ class _Column:
 
     def history(self) -> list[Tensor]:
         """The tensors of the window's past."""
-        own = (m.history_tensors() for m in self.model.modules() if isinstance(m, CrossIterationMixin))
-        published = (e for m in self.model.modules() for e in getattr(m, "past", ()))
-        return [t for tensors in (*own, *published) for t in tensors]
+        return [t for m in self.model.modules() if hasattr(m, "history_tensors") for t in m.history_tensors()]
 
     def memory(self, x: Tensor, y: Tensor) -> float:
         """MB of what lives between steps and of what a step adds to it; see BenchResult."""

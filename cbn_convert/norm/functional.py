@@ -85,6 +85,13 @@ def pooled(
     return mean + share * step, torch.lerp(var, new_var, share) + share * (1 - share) * step.square()
 
 
+def whole_gradient(M: Tensor, S: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """M and S of a window, with the derivatives that the batch, of this mean and variance, alone would give them."""
+    M, S = M.detach(), S.detach()
+    square = var + (mean - M) ** 2
+    return M + mean - mean.detach(), S + square - square.detach()
+
+
 def patch_shapes(groups: int, width: int) -> tuple[tuple[int, ...], ...]:
     """Those of mean, variance beside the axes, and axes of patches with so many entries."""
     return (groups, width), (groups, width), (groups, min(AXES, width), width)

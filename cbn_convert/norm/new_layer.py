@@ -15,7 +15,7 @@ from torch import Tensor
 from .batch import Batch
 from .carried import PATCH_LOOKS, SLOTS, Carried, state_bytes
 from .distributed import JoinedMoments, joined_patches, joined_statistics
-from .functional import is_known, pooled
+from .functional import is_known, pooled, whole_gradient
 from .kernels import select
 from .window import Window
 
@@ -82,12 +82,8 @@ class NewLayerWindow:
                 table = torch.stack([M.detach(), S.detach()])
                 new, finite = self._joined(batch, Carried(table) if at is None else at, table)
             self._current = new, uncertainty, finite
-        if not self.weightless or self.window.gradient != "full":
-            return M, S
-        # the values of the window, with the derivatives that the batch alone would give it
-        M, S = M.detach(), S.detach()
-        square = var + (mean - M) ** 2
-        return M + mean - mean.detach(), S + square - square.detach()
+        whole = self.weightless and self.window.gradient == "full"
+        return whole_gradient(M, S, mean, var) if whole else (M, S)
 
     @torch.no_grad()
     def _known(self, batch: Batch, mean: Tensor) -> Carried | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .distributed import joined_mean, joined_statistics
-from .functional import by_group, is_known, response
+from .functional import by_group, is_known, response, whole_gradient
 from .producers import is_linear
 from .window import Window
 
@@ -113,12 +113,7 @@ class Ring:
         seen = [i.seen_from(theta, bias, self.window.compensation) for i in past]
         M = share * (mean + sum(m for m, _ in seen))
         S = share * (var + (mean - M) ** 2 + sum(v + (m - M) ** 2 for m, v in seen))
-        if gradient != "straight_through":
-            return M, S
-        # the values of the window, with the derivatives that the batch alone would give it
-        M, S = M.detach(), S.detach()
-        square = var + (mean - M) ** 2
-        return M + mean - mean.detach(), S + square - square.detach()
+        return whole_gradient(M, S, mean, var) if gradient == "straight_through" else (M, S)
 
     def _recorded(self, batch: Batch, mean: Tensor) -> tuple[Iteration, ...]:
         """The past for a batch; moments of another kind, dtype or size are dropped, or moved to its device."""

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..norm import CrossIterationMixin
-from ..norm.producers import plain_class
+from cbn_convert import convert
+from cbn_convert.norm import CrossIterationMixin, Window
+from cbn_convert.norm.producers import plain_class
 
 
 class PublishedBatchNorm2d(nn.BatchNorm2d):
@@ -27,6 +28,10 @@ class PublishedBatchNorm2d(nn.BatchNorm2d):
     def bind(self, conv: nn.Conv2d, window: int) -> None:
         """Names the conv that makes the input; not registered as a submodule."""
         self.__dict__.update(conv=conv, window=window, past=[])
+
+    def history_tensors(self) -> list[Tensor]:
+        """The tensors of the past."""
+        return [t for entry in self.past for t in entry]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises over the window in training, as BatchNorm in evaluation."""
@@ -70,11 +75,12 @@ class PublishedBatchNormAct2d(PublishedBatchNorm2d):
         return y
 
 
-def use_published(model: nn.Module, window: int) -> None:
-    """Turns every converted layer with a conv of its own into the published one, in place; others stay."""
+def use_published(model: nn.Module, example: Tensor) -> None:
+    """Puts it, with a window of 8, in place of every norm layer with a conv of its own; others get `Window.PAPER`."""
+    convert(model, example_input=example, window=Window.PAPER)
     for module in model.modules():
         if isinstance(module, CrossIterationMixin) and [plain_class(m) for m in module.producers] == [nn.Conv2d]:
             (conv,) = module.producers
             published: Any = module.restore()
             published.__class__ = PublishedBatchNormAct2d if hasattr(module, "act") else PublishedBatchNorm2d
-            published.bind(conv, window)
+            published.bind(conv, 8)
