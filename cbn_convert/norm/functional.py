@@ -85,9 +85,9 @@ def pooled(
     return mean + share * step, torch.lerp(var, new_var, share) + share * (1 - share) * step.square()
 
 
-def whole_gradient(M: Tensor, S: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+def whole_gradient(of_window: tuple[Tensor, Tensor], mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """M and S of a window, with the derivatives that the batch, of this mean and variance, alone would give them."""
-    M, S = M.detach(), S.detach()
+    M, S = (t.detach() for t in of_window)
     square = var + (mean - M) ** 2
     return M + mean - mean.detach(), S + square - square.detach()
 

@@ -83,7 +83,7 @@ class NewLayerWindow:
                 new, finite = self._joined(batch, Carried(table) if at is None else at, table)
             self._current = new, uncertainty, finite
         whole = self.weightless and self.window.gradient == "full"
-        return whole_gradient(M, S, mean, var) if whole else (M, S)
+        return whole_gradient((M, S), mean, var) if whole else (M, S)
 
     @torch.no_grad()
     def _known(self, batch: Batch, mean: Tensor) -> Carried | None:

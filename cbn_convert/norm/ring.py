@@ -113,7 +113,7 @@ class Ring:
         seen = [i.seen_from(theta, bias, self.window.compensation) for i in past]
         M = share * (mean + sum(m for m, _ in seen))
         S = share * (var + (mean - M) ** 2 + sum(v + (m - M) ** 2 for m, v in seen))
-        return whole_gradient(M, S, mean, var) if gradient == "straight_through" else (M, S)
+        return whole_gradient((M, S), mean, var) if gradient == "straight_through" else (M, S)
 
     def _recorded(self, batch: Batch, mean: Tensor) -> tuple[Iteration, ...]:
         """The past for a batch; moments of another kind, dtype or size are dropped, or moved to its device."""

@@ -102,7 +102,7 @@ def test_a_file_that_is_not_as_recorded(
     assert "is not the clothing of the figures, and is left alone: move it away" in capsys.readouterr().err
     assert names(tmp_path / "prepared") == before
     assert fake.main(["--to", str(tmp_path / "to"), "--from", str(tmp_path / "prepared")]) == 1
-    assert not list((tmp_path / "to").iterdir())
+    assert not (tmp_path / "to").exists()
 
 
 def test_from_a_folder(fake: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +142,7 @@ def refused(fake: ModuleType, address: str, folder: Path, capsys: pytest.Capture
     """The sentence that getting the item from there ends with; nothing is left."""
     fake.ITEMS[:] = [at(fake.ITEMS[0], address)]
     assert fake.main(["--to", str(folder)]) == code
-    assert not list(folder.iterdir())
+    assert not folder.exists()
     (sentence,) = capsys.readouterr().err.splitlines()
     return str(sentence)
 
