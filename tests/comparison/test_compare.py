@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cbn_convert.cli.compare import _next_step
+from helpers.commands import cbn as command
 from helpers.images import write_colors
 from helpers.waiting import wait_until
 
@@ -23,6 +26,7 @@ from cbn_convert.comparison.config import ComparisonConfig
 from cbn_convert.comparison.plan import Cell
 from cbn_convert.comparison.running import ComparisonInterrupted, check, compare
 from cbn_convert.comparison.store import read_comparison
+from cbn_convert.comparison.summary import Comparison
 from cbn_convert.errors import CbnWarning, DataError, RunError
 
 pytestmark = pytest.mark.xdist_group("compare")  # one process makes what most of these tests start from
@@ -355,3 +359,17 @@ def test_test_images_that_serve_for_validation_are_no_test(tmp_path: Path) -> No
     images = check(config, resume=False, overwrite=False)
     assert images.tested
     assert images.counts == {"classes": ["blue", "red"], "train": [12, 12], "val": [4, 4], "test": [6, 6]}
+
+
+def test_it_ends_with_a_command_that_trains_with_the_best_settings(finished: tuple[Path, Path]) -> None:
+    data, out = finished
+    config, _, results = read_comparison(out)
+    config.run.data = str(data)
+    comparison = Comparison.of(config, results)
+    best = max(comparison.best().values(), key=lambda row: row.top1 or 0)
+    words = shlex.split(_next_step(config, comparison).splitlines()[1])
+    assert words[:3] == ["cbn", "finetune", str(data)]
+    code, said, _ = command(*words[1:], "--dry-run", "--device", "cpu", "--json")
+    assert code == 0
+    planned = json.loads(said.splitlines()[-1])
+    assert (planned["norm"], planned["lr"]) == (best.norm, best.lr)
