@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.documents.experiments import NOT_YET, parts, steepness, tables
+from benchmarks.documents.experiments import NOT_YET, parts, steepness, tables, traces
 from benchmarks.provenance import RESULTS, ROOT
 
 
@@ -176,5 +176,5 @@ if __name__ == "__main__":
     fill(ROOT / "README.md", {"cost": performance.pop("cost")})
     fill(ROOT / "docs" / "start.md", {"demo": demo()})
     fill(ROOT / "docs" / "experiments.md", tables())
-    fill(ROOT / "docs" / "method.md", {"parts": parts(), "steepness": steepness()})
+    fill(ROOT / "docs" / "method.md", {"parts": parts(), "steepness": steepness(), "traces": traces()})
     fill(ROOT / "docs" / "performance.md", performance)

@@ -9,17 +9,14 @@ from typing import Any, NamedTuple
 
 from benchmarks.documents.readme import fill
 from benchmarks.provenance import RESULTS, ROOT
-from benchmarks.study.comparisons import COMPARISONS, NEW_LAYERS, PUBLISHED, STUDY
+from benchmarks.study.comparisons import COMPARISONS, NEW_LAYERS, STUDY
 from cbn_convert.comparison.config import ComparisonConfig
 from cbn_convert.comparison.plan import Cell, Results, score
 from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
 
 LABELS = {
     "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
-    PUBLISHED: "CBN as published", f"{PUBLISHED}:burn_in=100": "CBN as published, burn-in of 100 iterations",
-    "cbn:ring": "CBN, ring of 8", "cbn:ring:taylor": "CBN, ring of 8, Taylor's step",
-    "cbn:ring:window=2": "CBN, ring of 2", "cbn:none": "CBN, following the images only",
-    "cbn:empty": "CBN, every layer as a new one",
+    "cbn:ring:window=2": "CBN, ring of 2",
 }  # fmt: skip
 NETWORKS = {
     "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",
@@ -218,7 +215,6 @@ def title(name: str, study: Study) -> str:
     """What a comparison is called."""
     data, network, settings = COMPARISONS[name]
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
-    more += ", other windows" if name.endswith("settings") else ""
     more += ", batch size 8" if settings["batch-sizes"] == "8" else ""
     more += f", {settings['img-size']} px" if "img-size" in settings else ""
     if COMPARISONS[name][1] == "new":

@@ -25,7 +25,6 @@ from cbn_convert.norm.functional import AXES
 HERE = Path(__file__).parent
 STUDY = RESULTS / "study"
 NEW_LAYERS = "average of batches, the newest half"
-PUBLISHED = "cbn:taylor:current:ring:window=8"
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "v2": {
@@ -60,10 +59,6 @@ RECALIBRATED = {
     "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
 }  # fmt: skip
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
-SETTINGS = {
-    "norms": f"{PUBLISHED},{PUBLISHED}:burn_in=100,cbn:ring,cbn:ring:taylor,cbn:none,cbn:empty",
-    "batch-sizes": "2", "seeds": 3, "reference": 0,
-}  # fmt: skip
 NEW = {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}
 
 # name: data, network, settings
@@ -80,8 +75,6 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-v2-recalibrated": ("hands", "v2", {**RECALIBRATED, **SHORT}),
     "clothing-v2-adamw": ("clothing", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
     "hands-v2-adamw": ("hands", "v2", {**RIVALS, **SHORT, "opt": "adamw"}),
-    "clothing-v2-settings": ("clothing", "v2", {**SETTINGS, **SHORT}),
-    "hands-v2-settings": ("hands", "v2", {**SETTINGS, **SHORT}),
     "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
     "clothing-v2-large": ("clothing", "v2", {**RIVALS, **SHORT, "img-size": 160}),
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),

@@ -249,9 +249,9 @@ def draw_filters() -> None:
             axis.plot([r["step"] for r in trace["rows"]], values, label=label)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step")
-        if key != "loss":
+        if key in ("shift", "spread"):
             axis.set_yscale("log")
-    axes[3].legend(fontsize=6)
+    axes[2].legend(fontsize=6)
     figure.savefig(FILTERS, dpi=110)
 
 
