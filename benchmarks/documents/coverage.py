@@ -1,4 +1,4 @@
-"""python -m benchmarks.documents.coverage: writes docs/coverage.md from coverage.json and third_party.json."""
+"""python -m benchmarks.documents.coverage: fills docs/coverage.md from coverage.json and third_party.json."""
 
 from __future__ import annotations
 
@@ -40,20 +40,6 @@ THIRD_COLUMNS = {
     "resume": ("resume",), "revert": ("revert",), "fold bn": ("fold_bn",), "fold affine": ("fold_affine",),
     "fold conv": ("fold_conv",),
 }  # fmt: skip
-MEANING = """\
-| check | what was done |
-|---|---|
-| convert | one row of the report per norm layer; what feeds a layer exists; nothing is kept that runs once per pass |
-| eval | outputs after the conversion are the same bits, and so is the state_dict |
-| train | three steps of SGD at batch size 2 on a deepcopy; loss and parameters are finite, every layer has a history |
-| copies | deepcopy and pickle give the same bits |
-| revert | classes, state_dict and outputs are those of before, after all the other checks; no hook is left |
-| fold bn | the same bits |
-| fold affine | within 1e-4 relative in float32 |
-| fold conv | bare, within 1e-6 relative in float64 |
-| export | `cbn.export(fold="conv")`, with the original keys, loaded by plain timm: every key, within 1e-4 relative |
-| timm's reparameterize | `reparameterize_model` of the converted and of both folded models, within 1e-4 relative |\
-"""
 
 
 def passed(records: Iterable[Record], checks: Iterable[str]) -> str:
@@ -166,66 +152,36 @@ def source(report: dict[str, Any], records: list[Record]) -> str:
     )
 
 
-def document(report: dict[str, Any]) -> str:
+def conditions(records: list[Record]) -> str:
+    """What the architectures were checked with, and how far rounding alone carries them."""
+    large = sum("meta" in r["checks"] for r in records)
+    return (
+        f"Running statistics are of {CALIBRATION_IMAGES} other images and the two that the checks see. Smallest sizes "
+        f"that architectures are checked at: {sizes(records)}. {large} have more than 150 million parameters "
+        f"and are only converted, on the meta device; for want of time those with more than {LARGE_M} million are spared "
+        f"{', '.join(SPARED)}. A change of the images in the last bit changes no outputs by more than "
+        f"{MOST_NOISE:.0e}, relative (largest: {noisiest(records)})."
+    )
+
+
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """What docs/coverage.md gets, by the names of its places there."""
     records = sorted(report["records"].values(), key=lambda r: (r["family"], r["architecture"]))
     large = [r for r in records if "meta" in r["checks"]]
-    return f"""\
-# Every timm architecture with BatchNorm
-
-{totals(records)}
-
-{source(report, records)}
-Written by `python -m benchmarks.documents.coverage`; checks: [tests/helpers/promises.py](../tests/helpers/promises.py).
-
-{MEANING}
-
-Random weights, γ and β, running statistics of {CALIBRATION_IMAGES} other images and the two that the checks see; batch
-size 2, the smallest size that an architecture is checked at: {sizes(records)}.
-{len(large)} architectures have more than 150 million parameters and are only converted, on the meta device; for want of
-time those with more than {LARGE_M} million are spared {", ".join(SPARED)}.
-
-No architecture answers a change of the images in the last bit with a change of its outputs above {MOST_NOISE:.0e},
-relative (largest: {noisiest(records)}), so that no tolerance hides a wrong fold.
-
-## By family
-
-Architectures that pass over those that were checked. Last column: norm layers that are still BatchNorm when the model
-is folded into its convs without identities.
-
-{by_family(records)}
-
-## What fails
-
-{failed_checks(records)}
-
-## How near
-
-{errors(records)}
-
-## Layers that are not compensated
-
-Of new models; pretrained ones have the same layers there with longer windows ([method.md](method.md), section 4).
-
-{why_not_compensated(records)}
-
-## ONNX
-
-`cbn.export(fold="conv", onnx=True)`, run by onnxruntime at batch sizes 2 and 5;
-`python -m benchmarks.coverage.sweep --onnx`.
-
-{onnx(list(report["onnx"].values()))}
-
-## Converted on the meta device only
-
-{", ".join(f"{r['architecture']} ({r['params_m']:.0f} M)" for r in large) or "None."}
-
-## Models of other libraries
-
-{third_party(json.loads(THIRD.read_text()))}
-"""
+    return {
+        "totals": f"{totals(records)}\n\n{source(report, records)}",
+        "conditions": conditions(records),
+        "families": by_family(records),
+        "failed": failed_checks(records),
+        "errors": errors(records),
+        "reasons": why_not_compensated(records),
+        "onnx": onnx(list(report["onnx"].values())),
+        "meta": ", ".join(f"{r['architecture']} ({r['params_m']:.0f} M)" for r in large) or "None.",
+        **third_party(json.loads(THIRD.read_text())),
+    }
 
 
-def third_party(report: Record) -> str:
+def third_party(report: Record) -> dict[str, str]:
     """A row for each other library, what fails, and why layers are not compensated; see third_party.py."""
     records = [{"architecture": r["model"], "reasons": {}, **r} for r in report["records"].values()]
     rows = []
@@ -245,23 +201,18 @@ def third_party(report: Record) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     noisy = [r["architecture"] for r in records if 10 * r.get("noise", 0) > 1e-9]
     well = sum(all(c["ok"] for c in r["checks"].values()) for r in records)
-    return f"""\
-{well} of {len(records)} models pass every check they were put to. `python -m benchmarks.coverage.third_party`,
-[JSON](../benchmarks/results/third_party.json); {report["machine"]}; {versions}.
-
-Folds are compared in float64, at most 1e-9 relative, or ten times what other last bits of the inputs make
-({", ".join(noisy) or "in none"}); models that do not run in float64, at most 1e-4. A resumed run is the same to
-the bit. "BN fails": models that do not train without CBN at one or two images per step.
-
-{table(head, rows)}
-
-### What fails of these
-
-{failed_checks(records)}
-
-### Their layers that are not compensated
-
-{why_not_compensated(records)}"""
+    tolerance = ", ".join(noisy) or "in none"
+    return {
+        "others-totals": (
+            f"{well} of {len(records)} models pass every check they were put to. "
+            "`python -m benchmarks.coverage.third_party`, [JSON](../benchmarks/results/third_party.json); "
+            f"{report['machine']}; {versions}. Ten times what other last bits of the inputs make is the tolerance of: "
+            f"{tolerance}."
+        ),
+        "others": table(head, rows),
+        "others-failed": failed_checks(records),
+        "others-reasons": why_not_compensated(records),
+    }
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -289,7 +240,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def main(path: Path) -> None:
     report = json.loads(path.read_text())
-    DOCUMENT.write_text(document(report))
+    fill(DOCUMENT, tables(report))
     fill(DOCUMENT.parents[1] / "README.md", {"coverage": summary(report)})
     print(totals(list(report["records"].values())))
 
