@@ -158,8 +158,8 @@ def conditions(records: list[Record]) -> str:
     return (
         f"Running statistics are of {CALIBRATION_IMAGES} other images and the two that the checks see. Smallest sizes "
         f"that architectures are checked at: {sizes(records)}. {large} have more than 150 million parameters "
-        f"and are only converted, on the meta device; for want of time those with more than {LARGE_M} million are spared "
-        f"{', '.join(SPARED)}. A change of the images in the last bit changes no outputs by more than "
+        f"and are only converted, on the meta device; for want of time those with more than {LARGE_M} million "
+        f"are spared {', '.join(SPARED)}. A change of the images in the last bit changes no outputs by more than "
         f"{MOST_NOISE:.0e}, relative (largest: {noisiest(records)})."
     )
 
