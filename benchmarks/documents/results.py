@@ -54,39 +54,32 @@ def read() -> dict[str, Study]:
     return studies
 
 
-def table(name: str, study: Study) -> str:
-    """Norms in rows, batch sizes in columns; top-1, scatter and rate."""
-    config = study.comparison.config
-    sizes = [*config.batch_sizes, *([config.reference] if config.reference else [])]
-    best = {id(row) for row in study.comparison.best().values()}
-    lines = [
-        f"| top-1 [%] at best lr | {' | '.join(f'batch {size}' for size in sizes)} |",
-        "|---|" + "---|" * len(sizes),
-    ]
-    for norm in dict.fromkeys((*config.norms, "bn") if config.reference else config.norms):
-        cells = []
-        for size in sizes:
-            row = study.rows.get((norm, size))
-            if row is None:
-                cells.append("")
-            elif row.top1 is None:
-                cells.append("failed")
-            else:
-                text = f"{row.top1:.1f}" + ("" if row.std is None else f" ± {row.std:.1f}")
-                marks = " (edge)" * row.at_edge + f" ({row.failed} of {row.failed + row.seeds} failed)" * (
-                    row.failed > 0
-                )
-                cells.append((f"**{text}**" if id(row) in best else text) + f" @ {row.lr:.2g}{marks}")
-        lines.append(f"| {LABELS[norm]} | {' | '.join(cells)} |")
-    runs = len(study.results)
-    made = f"`{study.report['command']} --only {name}`"
-    budget = f"{config.images} images" if config.images else f"{config.run.epochs} epochs"
-    seeds = "one seed" if config.seeds == 1 else f"{config.seeds} seeds"
-    source = (
-        f"{budget} per run, {config.run.opt}, {config.run.img_size} px, {runs} runs, {seeds}; "
-        f"{made}, [JSON](BASE/benchmarks/results/study/{name}.json)"
-    )
-    return "\n".join([*lines, "", f"*{source}*"])
+def shown(row: Row | None, best: bool) -> str:
+    """A cell: top-1, scatter and rate, and what is to be said of them."""
+    if row is None or row.top1 is None:
+        return "" if row is None else "failed"
+    text = f"{row.top1:.1f}" + ("" if row.std is None else f" ± {row.std:.1f}")
+    marks = " (edge)" * row.at_edge + f" ({row.failed} of {row.failed + row.seeds} failed)" * (row.failed > 0)
+    return (f"**{text}**" if best else text) + f" @ {row.lr:.2g}{marks}"
+
+
+def every(studies: dict[str, Study]) -> str:
+    """A row for each comparison and batch size, and a column for each norm."""
+    norms = list(dict.fromkeys(norm for study in studies.values() for norm in study.comparison.config.norms))
+    norms.sort(key=list(LABELS).index)
+    lines = [f"| comparison | batch | {' | '.join(LABELS[norm].strip('*') for norm in norms)} | runs |"]
+    lines.append("|---|---|" + "---|" * (len(norms) + 1))
+    for name, study in studies.items():
+        config = study.comparison.config
+        best = {id(row) for row in study.comparison.best().values()}
+        what, seeds = title(name, study), "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+        for size in dict.fromkeys((*config.batch_sizes, *([config.reference] if config.reference else []))):
+            cells = [shown(row, id(row) in best) for row in (study.rows.get((norm, size)) for norm in norms)]
+            runs = f"[{len(study.results)}](BASE/benchmarks/results/study/{name}.json), {seeds}" if what else ""
+            lines.append(f"| {what} | {size} | {' | '.join(cells)} | {runs} |")
+            what = ""
+    (command,) = {study.report["command"] for study in studies.values()}
+    return "\n".join([*lines, "", f"*test top-1 [%] @ rate; `{command} --work FOLDER --only NAME`*"])
 
 
 class Verdict(NamedTuple):
@@ -225,11 +218,6 @@ def title(name: str, study: Study) -> str:
     return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 
-def sections(studies: dict[str, Study]) -> str:
-    """A table for each comparison."""
-    return "\n\n".join(f"### {title(name, study)}\n\n{table(name, study)}" for name, study in studies.items())
-
-
 def rates(studies: dict[str, Study]) -> str:
     """Validation top-1 of the first seed at every rate of the searches at batch size 2, hands before clothing."""
     both = [studies[name].results for name in ("hands-v2-short", "clothing-v2-short")]
@@ -310,7 +298,7 @@ def main() -> None:
         "rates": rates(studies),
         "gap": gap(studies),
         "times": times(),
-        "study": sections(studies),
+        "study": every(studies),
     }
     fill(ROOT / "README.md", readme)
     fill(ROOT / "docs" / "results.md", results)
