@@ -117,12 +117,8 @@ def compare(
 
             available = check(wanted, resume=resume is not None, overwrite=overwrite)
             cells = [cell for cell in needed(wanted, done) if cell not in done]
-            about = (
-                estimated(wanted, cells, wanted.images or available.training * wanted.run.epochs) if cells else "none"
-            )
-            session.print(
-                f"{len(cells)} runs at least, {about}; beside {len(done)} that are done; nothing written (--dry-run)"
-            )
+            session.print(estimated(wanted, done, available.of_a_run(wanted)) or "no run is left to do")
+            session.print(f"{len(done)} runs are done; nothing written (--dry-run)")
             for cell in cells:
                 session.print(f"  {cell.norm}, batch {cell.batch_size}, lr {cell.lr:g}, seed {cell.seed}")
             session.result({"cells": [cell._asdict() for cell in cells]})
@@ -137,15 +133,19 @@ def compare(
 
 def _next_step(config: ComparisonConfig, result: Comparison) -> str:
     """The command that trains with the settings of the best runs, to be copied."""
-    from cbn_convert.comparison.plan import Cell
+    from cbn_convert.comparison.plan import Cell, score
 
-    best = max(result.best().values(), key=lambda row: row.top1 or 0, default=None)
-    if best is None or best.lr is None:
+    tops: dict[tuple[str, int, float], list[float]] = {}
+    for cell, run in result.results.items():
+        if (cell.norm, cell.batch_size, cell.lr) in {(row.norm, row.batch_size, row.lr) for row in result.compared}:
+            tops.setdefault(cell[:3], []).append(score(run))
+    if not tops:
         return "no run ended; the log in the folder says why"
-    cell = Cell(best.norm, best.batch_size, best.lr, config.run.seed)
+    norm, batch_size, lr = max(tops, key=lambda key: sum(tops[key]) / len(tops[key]))
+    cell = Cell(norm, batch_size, lr, config.run.seed)
     settings = Path(config.run.output) / "cells" / cell.name / "config.json"
     words = ["cbn", "finetune", config.run.data, "--config", str(settings), "-o", f"{config.run.output}-best"]
-    return f"next, with the settings of the best:\n  {shlex.join(words)}"
+    return f"next, with the settings that validation found best, and as long:\n  {shlex.join(words)}"
 
 
 def _list(text: str, kind: Any, flag: str) -> tuple[Any, ...]:

@@ -142,10 +142,10 @@ def _picture(report: ConversionReport) -> Table:
 
 
 def _table(report: ConversionReport) -> Table:
+    """A row for each layer; why it is so is said once below, by its number, and so is a class that all have."""
     from rich import box
     from rich.table import Table
 
-    """A row for each layer; why it is so is said once below, by its number, and so is a class that all have."""
     kinds = list(dict.fromkeys(row.norm for row in report))
     reasons = {reason: str(number) for number, reason in enumerate(dict.fromkeys(row.reason for row in report), 1)}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")

@@ -72,11 +72,11 @@ def printable() -> Iterator[None]:
                 stream.reconfigure(errors=errors)
 
 
-def _say(text: str) -> None:
-    """A line on standard error, where there is one that takes it."""
+def _say(text: str, fits: bool = True) -> None:
+    """A line on standard error, where there is one that takes it; `fits`: broken between words, as no command is."""
     if sys.stderr is not None:
         with suppress(OSError):
-            print(fitted(text, sys.stderr), file=sys.stderr)
+            print(fitted(text, sys.stderr) if fits else text, file=sys.stderr)
 
 
 def fitted(text: str, stream: Any) -> str:
@@ -142,7 +142,7 @@ class Session:
             return
         if isinstance(error, KeyboardInterrupt):
             message = str(error) or "interrupted"
-            _say(message)
+            _say(message, fits=False)  # it names the command that goes on
             self.result({"error": message})
             raise typer.Exit(getattr(error, "exit_code", INTERRUPTED))
         if not isinstance(error, Exception) or type(error).__module__.startswith(("click", "typer")):

@@ -43,14 +43,13 @@ class Subject(NamedTuple):
 
 
 _RATES = {"norms": ("cbn", "bn", "brn", "frozen"), "rates": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+_FREE, _LOWER = {**_V2, "clip_grad": 0.0}, (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SUBJECTS = {
     "resnet56": Subject("ResNet-56 with CIFAR-10's weights, hands", "hands", _RESNET, **_RATES),
     "hands": Subject("MobileNetV2-0.35 with ImageNet's, hands", "hands", _V2),
     "clothing": Subject("MobileNetV2-0.35, clothing", "clothing", _V2),
-    "hands-unclipped": Subject("MobileNetV2-0.35, hands, without clipping", "hands", {**_V2, "clip_grad": 0.0}),
-    "clothing-unclipped": Subject(
-        "MobileNetV2-0.35, clothing, without clipping", "clothing", {**_V2, "clip_grad": 0.0}
-    ),
+    "hands-unclipped": Subject("MobileNetV2-0.35, hands, without clipping", "hands", _FREE, rates=_LOWER),
+    "clothing-unclipped": Subject("MobileNetV2-0.35, clothing, without clipping", "clothing", _FREE, rates=_LOWER),
 }
 
 

@@ -226,7 +226,7 @@ def bench_step(
 def bench_inference(arch: str, settings: StepSettings, *, steps: int = 20) -> tuple[float, float]:
     """Median ms of timm's own model in eval, and the median ratio of the same model converted and folded into convs.
 
-    `steps` forward passes of each count, after three that do not. Of the settings size and device count.
+    `steps` forward passes of each count, after three that do not. Of the settings dtype and compile do not count.
     """
     plain, converted = _model(arch).eval(), _model(arch).eval()
     x = settings.images()

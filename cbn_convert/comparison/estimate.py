@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,29 +19,35 @@ from ..training.evaluation import resolve_device
 from ..training.loading import evaluation_batch
 from ..training.setup import build
 from .config import ComparisonConfig
-from .plan import Cell
+from .plan import Cell, Results, needed
 
 TIMED = 2  # steps, after one that is not
-LONGEST = 300.0  # seconds that the estimate itself may take
+LONGEST = 120.0  # seconds that the estimate itself may take
 # the same package as here, whatever lies in the current folder
 _ROOT = str(Path(__file__).parents[2])
 _PROGRAM = f"import sys; sys.path[0] = {_ROOT!r}; from {__package__}.estimate import main; main()"
 
 
-def estimated(config: ComparisonConfig, cells: Sequence[Cell], images: int) -> str:
-    """`seconds` in words, measured in a process of its own, so that a GPU's memory is free again afterwards.
+def estimated(config: ComparisonConfig, done: Results, images: int) -> str:
+    """A sentence about the runs that are known to be needed; empty where there are none.
 
-    images: those that each run sees. What cannot be measured is said of so; the runs will tell why.
+    Times are measured in a process of its own, so that a GPU's memory is free again afterwards. images: those that
+    each run sees.
     """
+    cells = [cell for cell in needed(config, done) if cell not in done]
+    if not cells:
+        return ""
     asked = json.dumps([config.to_dict(), cells, images, torch.get_num_threads()])
+    known = f"{len(cells)} runs at least, of {images} images each"
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, asked], capture_output=True, text=True, check=True, timeout=LONGEST,
-            start_new_session=True,  # Ctrl-C is for the comparison
-        )  # fmt: skip
-        return f"about {spoken(float(done.stdout.splitlines()[-1]))} at the pace of BN"
-    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
-        return "how long they take will be known after the first"
+        told = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, asked], capture_output=True, text=True, check=True, timeout=LONGEST
+        )
+        return f"{known}: about {spoken(float(told.stdout.splitlines()[-1]))} at the pace of BN, or more"
+    except subprocess.CalledProcessError as error:
+        return f"{known}; how long they take is not known: {(error.stderr.strip() or 'no reason').splitlines()[-1]}"
+    except (subprocess.TimeoutExpired, OSError, ValueError, IndexError):
+        return f"{known}; how long they take is not known: it cannot be measured in {LONGEST:.0f} s"
 
 
 def main() -> None:
@@ -54,10 +61,12 @@ def main() -> None:
 
 
 def seconds(config: ComparisonConfig, cells: Sequence[Cell], images: int) -> float:
-    """What these cells take if every step takes as long as one of BN with random images; loading is left out."""
+    """What these cells take if every step takes as long as one of BN with random weights and images."""
     device = resolve_device(config.run.device)
     sizes = sorted({cell.batch_size for cell in cells})
-    setup = build(config.cell("bn", sizes[0], None, config.run.seed))
+    began = time.perf_counter()
+    setup = build(replace(config.cell("bn", sizes[0], None, config.run.seed), pretrained=False, checkpoint=None))
+    start = time.perf_counter() - began
     model, shape = setup.model.to(device), setup.data_config["input_size"]
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
 
@@ -81,7 +90,7 @@ def seconds(config: ComparisonConfig, cells: Sequence[Cell], images: int) -> flo
     batch = evaluation_batch(sizes[0], setup.data_config)
     epochs = math.ceil(images / max(1, len(setup.training.samples)))
     evaluation = epochs * math.ceil(len(setup.validation.samples) / batch) * took(batch, False)
-    return sum(images / cell.batch_size * step[cell.batch_size] + evaluation for cell in cells) / config.jobs
+    return sum(images / cell.batch_size * step[cell.batch_size] + evaluation + start for cell in cells) / config.jobs
 
 
 def spoken(length: float) -> str:

@@ -52,6 +52,10 @@ class Images(NamedTuple):
     training: int
     tested: bool
 
+    def of_a_run(self, config: ComparisonConfig) -> int:
+        """Training images that each run sees."""
+        return config.images or self.training * config.run.epochs
+
 
 def compare(
     config: ComparisonConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
@@ -72,6 +76,8 @@ def compare(
     """
     output = Path(config.run.output)
     images = check(config, resume=resume, overwrite=overwrite)
+    # before anything is written, and while Ctrl-C ends it at once
+    about = "" if quiet else estimated(config, read_comparison(output)[2] if resume else {}, images.of_a_run(config))
     with owned(output):
         results: Cells = {}
         if resume:  # once more, now that nobody else writes
@@ -83,7 +89,7 @@ def compare(
         grid = _Grid(config, output, images, results)
         grid.save()
         try:
-            grid.run(quiet)
+            grid.run(quiet, about)
         except CbnError as error:
             if not isinstance(error, WorkerDiedError):  # after which --resume is the advice
                 discard_if_nothing_ran(output, grid.results)
@@ -119,7 +125,7 @@ class _Grid:
 
     def __init__(self, config: ComparisonConfig, output: Path, images: Images, results: Cells) -> None:
         self.config, self.output, self.available, self.results = config, output, images, results
-        self.images = config.images or images.training * config.run.epochs  # that each run sees
+        self.images = images.of_a_run(config)
 
     def save(self) -> None:
         """Writes results.json."""
@@ -131,8 +137,8 @@ class _Grid:
     def _todo(self) -> list[Cell]:
         return [cell for cell in needed(self.config, self.results) if cell not in self.results]
 
-    def run(self, quiet: bool) -> None:
-        """Runs all cells that are needed. Raises ComparisonInterrupted after a signal."""
+    def run(self, quiet: bool, about: str) -> None:
+        """Runs all cells that are needed, after a line about them. Raises ComparisonInterrupted after a signal."""
         for cell in self.results:
             delete_weights(self.output, cell)  # kill -9 may have come between result and deletion
         with (
@@ -140,9 +146,8 @@ class _Grid:
             Display(quiet, self.config.jobs) as display,
             Workers(self.config.jobs, self.output / LOG) as workers,
         ):
-            if not quiet and (todo := self._todo()):
-                about = estimated(self.config, todo, self.images)
-                display.line(f"{len(todo)} runs at least, of {self.images} images each: {about}")
+            if about:
+                display.line(about)
             while todo := self._todo():
                 for cell in todo:
                     if workers.free and cell not in workers.running:
