@@ -95,7 +95,8 @@ def traces() -> str:
         f"At 0.003 the means of frozen BN's layers are off by {at('frozen', 10, 'shift')} σ after 10 steps and by "
         f"{at('frozen', 40, 'shift')} after 40, those of CBN by {at('cbn', 40, 'shift')}, as at the start; its loss "
         f"after 160 steps is {at('frozen', 160, 'loss')}, where CBN has {at('cbn', 160, 'loss')}. 95 % of all filters "
-        f"have grown by at most {100 * (longest - 1):.1f} % in every one of these runs: it is not their growth that fails."
+        f"have grown by at most {100 * (longest - 1):.2f} % in every one of these runs: it is not their growth that "
+        "fails."
     )
 
 
