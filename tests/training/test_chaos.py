@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.documents.reliability import document
+from benchmarks.documents.reliability import tables
 from benchmarks.provenance import ROOT
 from benchmarks.robustness.chaos import planned_damage, planned_kill
 from benchmarks.robustness.fuzz import DAMAGES, EDITS, TARGETS, changes, damage, snapshot
@@ -29,7 +29,7 @@ def test_a_few_kills_and_damaged_files(tmp_path: Path) -> None:
     assert report["failures"] == []
     assert sum(group["runs"] for group in report["kills"].values()) == 2
     assert {name: group["ok"] for name, group in report["targets"].items()} == dict.fromkeys(TARGETS, 1)
-    assert f"| **all** | {len(TARGETS)} | {len(TARGETS)} |" in document(report)
+    assert f"| **all** | {len(TARGETS)} | {len(TARGETS)} |" in tables(report)["files"]
 
 
 def test_a_full_run_has_cases_of_every_kind() -> None:
