@@ -43,7 +43,7 @@ class Subject(NamedTuple):
 
 
 _RATES = {"norms": ("cbn", "bn", "brn", "frozen"), "rates": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
-_FREE, _LOWER = {**_V2, "clip_grad": 0.0}, (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+_FREE, _LOWER = {**_V2, "clip_grad": 0.0}, (3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SUBJECTS = {
     "resnet56": Subject("ResNet-56 with CIFAR-10's weights, hands", "hands", _RESNET, **_RATES),
     "hands": Subject("MobileNetV2-0.35 with ImageNet's, hands", "hands", _V2),
@@ -53,16 +53,19 @@ SUBJECTS = {
 }
 
 
+def configured(subject: Subject, data: Path, norm: str, lr: float, seed: int) -> FinetuneConfig:
+    """The settings of a run but for where it writes."""
+    shown, weights = DATA[subject.data], data / "weights" / subject.settings["checkpoint"]
+    return FinetuneConfig(
+        **{**subject.settings, "checkpoint": str(weights)}, data=str(data / FOLDERS[subject.data]), output="-",
+        hflip=shown.get("hflip", 0.5), min_scale=shown["min-scale"], norm=norm, lr=lr, batch_size=BATCH_SIZE, seed=seed,
+        epochs=1,
+    )  # fmt: skip
+
+
 def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
     """One run; its accuracies."""
-    subject = SUBJECTS[cell["subject"]]
-    shown, weights = DATA[subject.data], data / "weights" / subject.settings["checkpoint"]
-    config = FinetuneConfig(
-        **{**subject.settings, "checkpoint": str(weights)}, data=str(data / FOLDERS[subject.data]), output="-",
-        hflip=shown.get("hflip", 0.5), min_scale=shown["min-scale"], norm=cell["norm"], lr=cell["lr"],
-        batch_size=BATCH_SIZE, seed=cell["seed"], epochs=1,
-    )  # fmt: skip
-    return accuracies(config)
+    return accuracies(configured(SUBJECTS[cell["subject"]], data, cell["norm"], cell["lr"], cell["seed"]))
 
 
 def main() -> None:

@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.provenance import RESULTS, ROOT, provenance
-from benchmarks.study.comparisons import DATA, FOLDERS
-from benchmarks.study.high_rates import BATCH_SIZE, SUBJECTS
+from benchmarks.study.high_rates import SUBJECTS, configured
 from benchmarks.study.patched import accuracies, lasting, measure
 from benchmarks.study.photos import crops, images, mobilenet
-from cbn_convert import FinetuneConfig, fold
+from cbn_convert import fold
 from cbn_convert.files import write_json
 from cbn_convert.norm.carried import Carried
 from cbn_convert.norm.functional import Affine
@@ -105,14 +104,8 @@ def follow(part: str) -> None:
 
 def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
     """One run; its accuracies."""
-    subject, (_, norm, change) = SUBJECTS[cell["data"]], FORMS[cell["form"]]
-    shown, weights = DATA[cell["data"]], data / "weights" / subject.settings["checkpoint"]
-    config = FinetuneConfig(
-        **{**subject.settings, "checkpoint": str(weights)}, data=str(data / FOLDERS[cell["data"]]), output="-",
-        hflip=shown.get("hflip", 0.5), min_scale=shown["min-scale"], norm=norm, lr=cell["lr"], batch_size=BATCH_SIZE,
-        seed=cell["seed"], epochs=1,
-    )  # fmt: skip
-    return accuracies(config, change)
+    _, norm, change = FORMS[cell["form"]]
+    return accuracies(configured(SUBJECTS[cell["data"]], data, norm, cell["lr"], cell["seed"]), change)
 
 
 class Trace:
