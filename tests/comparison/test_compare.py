@@ -23,6 +23,7 @@ from helpers.waiting import wait_until
 import cbn_convert as cbn
 from cbn_convert.comparison import workers
 from cbn_convert.comparison.config import ComparisonConfig
+from cbn_convert.comparison.estimate import estimated
 from cbn_convert.comparison.plan import Cell
 from cbn_convert.comparison.running import ComparisonInterrupted, check, compare
 from cbn_convert.comparison.store import read_comparison
@@ -373,3 +374,19 @@ def test_it_ends_with_a_command_that_trains_with_the_best_settings(finished: tup
     assert code == 0
     planned = json.loads(said.splitlines()[-1])
     assert (planned["norm"], planned["lr"]) == (best.norm, best.lr)
+
+
+def test_what_cannot_be_estimated_says_why(colors: Path, tmp_path: Path) -> None:
+    config = small(colors, tmp_path / "out")
+    config.run.model = "no_such_model"
+    assert re.search(r"2 runs at least.*not known: timm knows no model 'no_such_model'", estimated(config, {}, 32))
+
+
+def test_an_interrupted_estimate_leaves_nothing(colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(small(colors, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
