@@ -18,6 +18,7 @@ TITLES = {
     "camvid-unet": "Street scenes, Unet",
     "camvid-deeplab": "Street scenes, DeepLabV3+",
     "bccd-fcos": "Blood cells, FCOS",
+    "bccd-fcos-long": "Blood cells, FCOS, three times as long",
     "bccd-faster-rcnn": "Blood cells, Faster R-CNN",
 }
 METRICS = {"miou": "mIoU", "map": "mAP (AP50)"}

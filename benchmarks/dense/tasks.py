@@ -190,5 +190,6 @@ TASKS: dict[str, Task] = {
     "camvid-unet": Segmentation("Unet", "camvid", (160, 224), 600, 0.03, "miou", 11),
     "camvid-deeplab": Segmentation("DeepLabV3Plus", "camvid", (160, 224), 600, 0.03, "miou", 11),
     "bccd-fcos": Detection("FCOS", "bccd", (240, 320), 500, 0.03, "map", 3),
+    "bccd-fcos-long": Detection("FCOS", "bccd", (240, 320), 1500, 0.03, "map", 3),
     "bccd-faster-rcnn": Detection("FasterRCNN", "bccd", (240, 320), 500, 0.03, "map", 3),
 }
