@@ -66,7 +66,8 @@ def found_axes(conv: nn.Conv2d, inputs: Tensor) -> Carried:
         out_size = torch.nn.functional.conv2d(y, conv.weight, None, conv.stride, conv.padding, conv.dilation).shape[2:]
         patches = InputPatches(conv, y, out_size, y.dtype, 512, look)
         probes = probes_of(state.patch_axes, 1, theta.shape[1], theta)
-        found = PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes))
+        mean, var, along = patches.moments(probes)
+        found = PatchMoments(mean, var, probes, along)
         state = state.with_patches(found, 1 / min(look + 1, PATCH_LOOKS), theta, None)
     return state
 

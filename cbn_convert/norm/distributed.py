@@ -124,7 +124,8 @@ def joined_patches(patches: InputPatches, about: Carried, ranks: int) -> PatchMo
 
 def _patch_moments(patches: InputPatches, about: Carried) -> PatchMoments:
     probes = probes_of(about.patch_axes, patches.groups, patches.width, about.table)
-    return PatchMoments(*patches.mean_and_var(), probes, patches.covariance_along(probes))
+    mean, var, along = patches.moments(probes)
+    return PatchMoments(mean, var, probes, along)
 
 
 def _patch_sums(here: PatchMoments, centre: Tensor | None, positions: int) -> list[Tensor]:

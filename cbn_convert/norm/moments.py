@@ -110,16 +110,17 @@ class InputPatches:
         """p̄ [G, F]."""
         return self._mean_of(self.arranged.y)
 
+    def moments(self, probes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p̄ and the variance of every entry of the patches [G, F], and ΣV [G, K, F] for directions V of that shape."""
+        return self._in_one_pass(probes) or (*self.mean_and_var(), self.covariance_along(probes))
+
     def mean_and_var(self) -> tuple[Tensor, Tensor]:
         """p̄ and the variance of every entry of the patches [G, F].
 
         About the mean of each input channel, so that a large one does not hide the variance. Where a patch reaches over
         the edge, or no input reaches it, its entries are 0: they are at minus that mean.
         """
-        module = self.module
-        if found := self._in_one_pass():
-            return found
-        y = self.arranged.y
+        module, y = self.module, self.arranged.y
         if not self.positions:
             return self._mean_of(y), self._mean_of(y)
         if self.arranged.pointwise:
@@ -134,8 +135,8 @@ class InputPatches:
             first, square = first - centre * (1 - filled), square + centre.square() * (1 - filled)
         return centre + first, (square - first.square()).clamp_min(0)
 
-    def _in_one_pass(self) -> tuple[Tensor, Tensor] | None:
-        """`mean_and_var` where a kernel makes one pass over some patches, without arranging them first."""
+    def _in_one_pass(self, probes: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`moments` where there is a kernel for those of some patches, which need not be arranged first."""
         module, y = self.module, self.given
         if self.at_most is None or not self.positions or is_linear(module) or is_transposed(module):
             return None
@@ -148,8 +149,7 @@ class InputPatches:
                 y.shape[2:], y.stride()[2:], *layers, self.padding, self.grid, self.out_size, strict=True
             )
         ]
-        found = select(y, in_any_order=True).patch_moments(y, axes)
-        return None if found is None else (found[0].view(self.groups, -1), found[1].view(self.groups, -1))
+        return select(y, in_any_order=True).patch_moments(y, axes, probes)
 
     def _mean_of(self, y: Tensor) -> Tensor:
         """The mean patch [G, F] of values y in the place of the input."""

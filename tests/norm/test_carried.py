@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from cbn_convert.norm import (
 )
 from cbn_convert.norm.carried import FIRST_LOOKS, LEAST_VARIANCE, PATCH_LOOKS, PATCH_TURNS, TINY
 from cbn_convert.norm.functional import AXES, principal_axes, probes_of
+from cbn_convert.norm.kernels import forced
 from cbn_convert.norm.moments import InputPatches
 
 DOUBLE = torch.float64
@@ -167,7 +169,9 @@ def test_covariance_of_patches_along_directions(kind: str, offset: float) -> Non
         kept = torch.zeros(entries.shape[2] // len(y), dtype=torch.bool).view(out_size)
         kept[some.grid] = True
         covariance = covariance_of(entries[:, :, kept.flatten().repeat(len(y))])
-        torch.testing.assert_close(some.covariance_along(probes), probes @ covariance, rtol=1e-6, atol=1e-8)
+        for kernels in (forced("plain"), nullcontext()):
+            with kernels:
+                torch.testing.assert_close(some.moments(probes)[2], probes @ covariance, rtol=1e-6, atol=1e-8)
 
 
 def test_patches_are_looked_at_in_one_look_of_four() -> None:

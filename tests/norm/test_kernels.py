@@ -345,11 +345,34 @@ def test_patches_of_what_lies_in_memory_with_the_other_sign() -> None:
     y = torch.complex(torch.randn(2, 3, 9, 9), torch.rand(2, 3, 9, 9) + 1).conj().imag
     assert y.is_neg()
     for given in (y, torch._neg_view(torch.rand(2, 3, 9, 9))):
-        mean, var = InputPatches(conv, given, torch.Size([7, 7]), torch.float32, 20, 0).mean_and_var()
-        want = InputPatches(conv, given.resolve_neg(), torch.Size([7, 7]), torch.float32, 20, 0).mean_and_var()
-        assert mean.max() < 0
-        torch.testing.assert_close((mean, var), want)
+        probes = probes_of(None, 1, 27, given)
+        found = InputPatches(conv, given, torch.Size([7, 7]), torch.float32, 20, 0).moments(probes)
+        want = InputPatches(conv, given.resolve_neg(), torch.Size([7, 7]), torch.float32, 20, 0).moments(probes)
+        assert found[0].max() < 0
+        torch.testing.assert_close(found, want)
         close(batch_statistics(given)[0], given.double().resolve_neg().mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("groups", "kernel"), [(1, 1), (1, 3), (2, 3), (24, 3)])
+def test_covariance_of_many_patches_in_one_pass(
+    groups: int, kernel: int, order: torch.memory_format, threads: int
+) -> None:
+    """Strips of positions that end within lines, and those that threads share, beside the formulas."""
+    conv = nn.Conv2d(24, 24, kernel, padding=kernel - 1, stride=kernel, dilation=kernel, groups=groups)
+    y = (torch.randn(3, 24, 41, 53, dtype=torch.float64) + 5).to(memory_format=order)
+    patches = InputPatches(conv, y, conv(y.float()).shape[2:], torch.float64, 400, 5)
+    assert patches.positions > 200
+    probes = torch.randn(groups, 5, patches.width, dtype=torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = patches.moments(probes)
+    finally:
+        torch.set_num_threads(before)
+    want = (*patches.mean_and_var(), patches.covariance_along(probes))
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
 
 
 def test_one_value_far_off_that_is_not_looked_at() -> None:
@@ -359,7 +382,9 @@ def test_one_value_far_off_that_is_not_looked_at() -> None:
     patches = InputPatches(conv, y, torch.Size([64, 64]), torch.float32, 512, 1)
     looked_at = patches.outputs(y).double()
     assert looked_at.max() < 10
-    close(patches.mean_and_var()[1], looked_at.var(unbiased=False).view(1, 1))
+    _, var, along = patches.moments(torch.ones(1, 1, 1))
+    close(var, looked_at.var(unbiased=False).view(1, 1))
+    close(along, looked_at.var(unbiased=False).view(1, 1, 1))
 
 
 def test_a_conv_that_gets_other_groups_starts_with_other_patches() -> None:

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 _ONE = PatchAxis(size=1, memory=0, kernel=1, stride=1, padding=0, dilation=1, first=0, step=1, positions=1)
 _DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 
-_VERSION = 12  # of what the functions take, as in passes.cpp
+_VERSION = 13  # of what the functions take, as in passes.cpp
 # addresses, sizes and numbers, as they lie side by side
 _ARGUMENTS = {
     "statistics": struct.Struct("3Q4q").pack,
     "scale": struct.Struct("3Q4q").pack,
-    "patch_moments": struct.Struct("3Q23q").pack,
+    "patch_moments": struct.Struct("5Q25q").pack,
     "pool": struct.Struct("4Q2qdq").pack,
     "join": struct.Struct("17Q4q7dq").pack,
     "fold": struct.Struct("12Q4q2dq").pack,
@@ -96,14 +96,18 @@ class Compiled(Direct):
         _call("scale", x, (x, scale, shift), outer, channels, inner)
         increment_version(x)
 
-    def patch_moments(self, y: Tensor, axes: Sequence[PatchAxis]) -> tuple[Tensor, Tensor] | None:
+    def patch_moments(
+        self, y: Tensor, axes: Sequence[PatchAxis], probes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """See `Kernels`; of convs with one axis or two."""
-        if y.dtype not in _DTYPES or len(axes) > 2:
+        if y.dtype not in _DTYPES or len(axes) > 2 or not (is_dense(probes) and probes.dtype == y.dtype):
             return None
-        both = (_ONE, *axes)[-2:]
-        mean, var = y.new_empty(2, y.shape[1] * both[0].kernel * both[1].kernel).unbind()
-        _call("patch_moments", y, (y, mean, var), *y.shape[:2], *y.stride()[:2], *both[0], *both[1])
-        return mean, var
+        groups, count, width = probes.shape
+        both, along = (_ONE, *axes)[-2:], torch.empty_like(probes)
+        mean, var = y.new_empty(2, groups, width).unbind()
+        sizes = (*y.shape[:2], *y.stride()[:2], groups, count)
+        _call("patch_moments", y, (y, mean, var, probes, along), *sizes, *both[0], *both[1])
+        return mean, var, along
 
     def pool(self, state: Carried, found: JoinedMoments, share: Share) -> tuple[Carried, Tensor | bool]:
         """See `Kernels`."""

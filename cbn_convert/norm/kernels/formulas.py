@@ -56,8 +56,10 @@ class Kernels:
         var, mean = torch.var_mean(x.to(statistics_dtype(x)), [0, *range(2, x.dim())], correction=0)
         return mean, var
 
-    def patch_moments(self, y: Tensor, axes: Sequence[PatchAxis]) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance of every entry of some patches of y [N, C, ...], flat; None where no pass is for it."""
+    def patch_moments(
+        self, y: Tensor, axes: Sequence[PatchAxis], probes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`InputPatches.moments` of some patches of y [N, C, ...] along probes [G, K, F]; None: there is no pass for it."""
         return None
 
     def pool(self, state: Carried, found: JoinedMoments, share: Share) -> tuple[Carried, Tensor | bool]:

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -191,7 +192,10 @@ void products_of(const T* w, const T* u, int64_t n, double (*found)[MOST_AXES]) 
     int64_t i = start;
     for (; i + V::WIDTH <= end; i += V::WIDTH) {
       typename V::type x[R];
-      for (int r = 0; r < R; ++r) x[r] = V::load(w + r * n + i);
+      for (int r = 0; r < R; ++r) {
+        x[r] = V::load(w + r * n + i);
+        if (R > 1) __builtin_prefetch(w + (R + r) * n + i, 0, 2);  // the next ones come from memory in the meantime
+      }
       for (int k = 0; k < A; ++k) {
         const typename V::type y = V::load(u + k * n + i);
         for (int r = 0; r < R; ++r) sums[r][k] += x[r] * y;
@@ -227,6 +231,7 @@ void add_of(T* to, const double (*factors)[MOST_AXES], const T* u, int64_t n) {
     for (int k = 0; k < A; ++k) y[k] = V::load(u + k * n + i);
     for (int r = 0; r < R; ++r) {
       auto* at = reinterpret_cast<typename V::type*>(to + r * n + i);
+      if (R > 1) __builtin_prefetch(to + (R + r) * n + i, 1, 2);  // as in products_of
       typename V::type sum = *at;
       for (int k = 0; k < A; ++k) sum += by[r][k] * y[k];
       *at = sum;
@@ -244,6 +249,106 @@ void add(T* to, const double (*factors)[MOST_AXES], const T* u, int64_t K, int64
   for (; k + 4 <= K; k += 4)
     add_of<T, R, 4>(to, reinterpret_cast<const double(*)[MOST_AXES]>(*factors + k), u + k * n, n);
   for (; k < K; ++k) add_of<T, R, 1>(to, reinterpret_cast<const double(*)[MOST_AXES]>(*factors + k), u + k * n, n);
+}
+
+// Some positions of a conv's output that lie in one line of it: the images and lines they are of, and where they begin.
+struct Run {
+  int64_t image, line, first, count;
+};
+
+constexpr int64_t STRIP = 64;  // positions whose patches are made at once
+
+// The input of a conv and the positions of its output that are looked at, as in patch_moments; G groups of F entries.
+template <class T>
+struct Looked {
+  const T *y, *mean;
+  int64_t N, G, F, per_image, per_channel;
+  const Axis &h, &w;
+
+  int64_t positions() const { return N * h.count * w.count; }
+  int64_t strips() const { return (positions() + STRIP - 1) / STRIP; }
+
+  // The patches of a strip, about their mean: [F, STRIP], and zeros where there are no more positions.
+  void patches(int64_t g, int64_t strip, T* to) const {
+    Run runs[STRIP];
+    int64_t many = 0, at = strip * STRIP;
+    const int64_t end = std::min(at + STRIP, positions()), missing = (strip + 1) * STRIP - end;
+    while (at < end) {
+      const int64_t line = at / w.count, first = at % w.count, count = std::min(w.count - first, end - at);
+      runs[many++] = {line / h.count, line % h.count, first, count}, at += count;
+    }
+    const int64_t size = h.kernel * w.kernel;
+    for (int64_t f = 0; f < F; ++f) {
+      const T *channel = y + (g * (F / size) + f / size) * per_channel, about = mean[g * F + f];
+      const int64_t kh = f % size / w.kernel, kw = f % w.kernel;
+      for (int64_t r = 0; r < many; ++r) {
+        const int64_t row = h.at(runs[r].line, kh), first = runs[r].first, count = runs[r].count;
+        // of the positions of the line, those whose entry is inside
+        int64_t begin = 0, end = row < 0 || row >= h.size ? 0 : count;
+        while (begin < end && w.at(first + begin, kw) < 0) ++begin;
+        while (end > begin && w.at(first + end - 1, kw) >= w.size) --end;
+        const T* from = channel + runs[r].image * per_image + row * h.memory + w.at(first, kw) * w.memory;
+        const int64_t hop = w.step * w.stride * w.memory;
+        for (int64_t j = 0; j < begin; ++j) to[j] = -about;
+        if (hop == 1) {
+#pragma omp simd
+          for (int64_t j = begin; j < end; ++j) to[j] = from[j] - about;
+        } else {
+          for (int64_t j = begin; j < end; ++j) to[j] = from[j * hop] - about;
+        }
+        for (int64_t j = end; j < count; ++j) to[j] = -about;
+        to += count;
+      }
+      std::fill(to, to + missing, T(0)), to += missing;
+    }
+  }
+
+  // Adds to found [K, F] what strips of a group, `step` apart, have in common with their products with probes [K, F].
+  void along(int64_t g, int64_t strip, int64_t step, const T* probes, double* found, int64_t K) const {
+    std::vector<T> p(F * STRIP), made(K * STRIP);
+    for (; strip < strips(); strip += step) {
+      patches(g, strip, p.data());
+      std::fill(made.begin(), made.end(), T(0));
+      int64_t k = 0;
+      for (; k + 2 <= K; k += 2) probed<2>(p.data(), made.data() + k * STRIP, probes + k * F, found + k * F);
+      if (k < K) probed<1>(p.data(), made.data() + k * STRIP, probes + k * F, found + k * F);
+    }
+  }
+
+  // The same of R probes and of one strip; `made` [R, STRIP] gets their products with the patches.
+  template <int R>
+  void probed(const T* p, T* made, const T* probes, double* found) const {
+    double some[R][MOST_AXES];
+    for (int64_t f = 0; f < F; f += MOST_AXES) {
+      const int64_t n = std::min(MOST_AXES, F - f);
+      for (int r = 0; r < R; ++r)
+        for (int64_t i = 0; i < n; ++i) some[r][i] = probes[r * F + f + i];
+      add<T, R>(made, some, p + f * STRIP, n, STRIP);
+    }
+    for (int64_t f = 0; f < F; f += MOST_AXES) {
+      const int64_t n = std::min(MOST_AXES, F - f);
+      products<T, R>(made, p + f * STRIP, n, STRIP, some);
+      for (int r = 0; r < R; ++r)
+        for (int64_t i = 0; i < n; ++i) found[r * F + f + i] += some[r][i];
+    }
+  }
+};
+
+// The covariance of the patches along probes [G, K, F]: Sigma v for each of them.
+template <class T>
+void covariance_along(const Looked<T>& at, const T* probes, T* out, int64_t K, int threads) {
+  const int64_t size = K * at.F, work = at.positions() * at.G * size;
+  const bool apart = at.G >= threads;  // whether a thread takes whole groups, or strips of each
+  const int64_t parts = apart ? 1 : threads;
+  std::vector<double> sums(at.G * parts * size, 0.0);
+#pragma omp parallel for num_threads(threads) if (work > SMALL)
+  for (int64_t i = 0; i < at.G * parts; ++i)
+    at.along(i / parts, i % parts, parts, probes + i / parts * size, sums.data() + i * size, K);
+  for (int64_t i = 0; i < at.G * size; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += sums[(i / size * parts + part) * size + i % size];
+    out[i] = T(sum / at.positions());
+  }
 }
 
 // Calls `pass` with the first of every ROWS channels that share their patches, and how many there are.
@@ -518,7 +623,11 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
   }                                                                                                                 \
   void cbn_scale_##name(const Arguments& a) { scale(a.out<T>(0), a.in<T>(1), a.in<T>(2), a[3], a[4], a[5], a[6]); }  \
   void cbn_patch_moments_##name(const Arguments& a) {                                                               \
-    patch_moments(a.in<T>(0), a.out<T>(1), a.out<T>(2), a[3], a[4], a[5], a[6], a.axis(7), a.axis(16), a[25]);       \
+    const int64_t N = a[5], C = a[6], per_image = a[7], per_channel = a[8], G = a[9], K = a[10], threads = a[29];       \
+    const Axis &h = a.axis(11), &w = a.axis(20);                                                                       \
+    patch_moments(a.in<T>(0), a.out<T>(1), a.out<T>(2), N, C, per_image, per_channel, h, w, threads);                   \
+    const Looked<T> at{a.in<T>(0), a.in<T>(1), N, G, C / G * h.kernel * w.kernel, per_image, per_channel, h, w};         \
+    covariance_along(at, a.in<T>(3), a.out<T>(4), K, threads);                                                        \
   }                                                                                                                 \
   int cbn_pool_##name(const Arguments& a) {                                                                         \
     return pool(a.in<T>(0), a.in<T>(1), a.in<T>(2), a.out<T>(3), a[4], a[5], a.number(6));                          \
@@ -543,7 +652,7 @@ void folded_gradient(const T* theta, const T* bias, const Patches<T>& patches, c
   }
 
 extern "C" {
-int cbn_version() { return 12; }  // to be raised with every change of what a function takes
+int cbn_version() { return 13; }  // to be raised with every change of what a function takes
 EXPORT(float, f32)
 EXPORT(double, f64)
 }
