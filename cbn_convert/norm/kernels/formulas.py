@@ -59,7 +59,7 @@ class Kernels:
     def patch_moments(
         self, y: Tensor, axes: Sequence[PatchAxis], probes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """`InputPatches.moments` of some patches of y [N, C, ...] along probes [G, K, F]; None: there is no pass for it."""
+        """`InputPatches.moments` of some patches of y [N, C, ...] along probes [G, K, F], or None."""
         return None
 
     def pool(self, state: Carried, found: JoinedMoments, share: Share) -> tuple[Carried, Tensor | bool]:
