@@ -24,7 +24,7 @@ def _cells(report: dict[str, Any]) -> tuple[dict[Any, dict[str, Any]], dict[Any,
     return dict(sorted(steps.items())), folded
 
 
-def _over_bn(row: dict[str, Any]) -> str:
+def over_bn(row: dict[str, Any]) -> str:
     """Median and quartiles of the ratios to BN's step, in bold where BN's is outside of them and above."""
     low, high = row["over_bn_quartiles"]
     if row["column"] == "bn":
@@ -47,7 +47,7 @@ def speed() -> dict[str, str]:
     ]
     for (arch, batch, size), row in steps.items():
         ratios = [
-            text for c in ("cbn", "frozen", "tune") for text in (_over_bn(row[c]), f"{row[c]['kept_over_bn']:.2f}")
+            text for c in ("cbn", "frozen", "tune") for text in (over_bn(row[c]), f"{row[c]['kept_over_bn']:.2f}")
         ]
         inference = f"{folded[arch, batch, size]:.2f}" if (arch, batch, size) in folded else ""
         main.append(
@@ -56,7 +56,7 @@ def speed() -> dict[str, str]:
     short = ["| | CBN: time | memory | frozen BN: time |", "|---|---|---|---|"]
     for arch, batch, size in SHOWN:
         row = steps[arch, batch, size]
-        cells = [_over_bn(row["cbn"]), f"{row['cbn']['kept_over_bn']:.2f}", _over_bn(row["frozen"])]
+        cells = [over_bn(row["cbn"]), f"{row['cbn']['kept_over_bn']:.2f}", over_bn(row["frozen"])]
         short.append(f"| {arch}, {batch} of {size} px | {' | '.join(cells)} |")
     every = [
         "| | norm | step [ms] | over BN | forward | backward | optimizer | memory [MB] | history [MB] | kept [MB] "
@@ -68,7 +68,7 @@ def speed() -> dict[str, str]:
             where = f"{arch}, batch {batch}, {size} px" if i == 0 else ""
             times = " | ".join(f"{r[k]:.1f}" for k in ("forward", "backward", "optimizer"))
             every.append(
-                f"| {where} | {BENCH[name]} | {r['step']:.1f} | {_over_bn(r)} | {times} | {r['memory']:.0f} | "
+                f"| {where} | {BENCH[name]} | {r['step']:.1f} | {over_bn(r)} | {times} | {r['memory']:.0f} | "
                 f"{r['history']:.1f} | {r['kept']:.1f} | {r['kept_over_bn']:.2f} |"
             )
     tables = {"cost": short, "speed": main, "speed-all": every}

@@ -1,10 +1,11 @@
-"""Training under torch.compile(fullgraph=True): how often it compiles, and how far it is from eager training.
+"""Training under torch.compile(fullgraph=True): how often it compiles, how near it is to eager training, its time.
 
     python -m benchmarks.speed.compiled [--only resnet18]
 
 Networks with random weights and statistics, converted and trained by SGD for 20 steps at batch size 2 and 64 px, eager
-and compiled, with the same images in float64. Writes benchmarks/results/compiled.json after every run; runs that are in
-the JSON are not repeated without --only. Then the table in docs/performance.md.
+and compiled, with the same images in float64. Then steps of several norms in float32 at 224 px, all of them compiled by
+inductor, taking turns. Writes benchmarks/results/compiled.json after every run; what is in the JSON is not repeated
+without --only. Then the tables in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
@@ -22,13 +26,15 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 import cbn_convert as cbn
-from benchmarks.documents.readme import fill
+from benchmarks.documents.readme import BENCH, fill, over_bn
 from benchmarks.provenance import RESULTS, ROOT, provenance
+from cbn_convert.bench import StepSettings, bench_step
 from cbn_convert.conversion import norm_layers
 from cbn_convert.norm import CrossIterationMixin, carried
 
 OUTPUT = RESULTS / "compiled.json"
 NETWORKS, BACKENDS, STEPS, LR = ("resnet18", "mobilenetv2_100", "efficientnet_b0"), ("aot_eager", "inductor"), 20, 1e-3
+TIMED = StepSettings(batch_size=2, img_size=224, compile=True)
 
 
 def network(name: str) -> nn.Module:
@@ -103,21 +109,47 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"*{source}*"])
 
 
+def timed(name: str) -> dict[str, Any]:
+    """Steps of some norms, compiled alike."""
+    results = bench_step(name, ["bn", "frozen", "tune", "cbn"], TIMED, steps=16)
+    return {"network": name, "results": [r._asdict() for r in results]}
+
+
+def times(report: dict[str, Any]) -> str:
+    columns = ("frozen", "tune", "cbn")
+    lines = [
+        "| compiled by inductor | BN step [ms] | " + " | ".join(f"{BENCH[c]} over BN" for c in columns) + " |",
+        "|---|---|---|---|---|",
+    ]
+    for one in report["times"]:
+        of = {r["column"]: r for r in one["results"]}
+        ratios = " | ".join(over_bn(of[c]) for c in columns)
+        lines.append(f"| {one['network']} | {of['bn']['step']:.0f} | {ratios} |")
+    source = f"2 images of 224 px, float32; `{report['command']}`, [JSON](../benchmarks/results/compiled.json)"
+    return "\n".join([*lines, "", f"*{source}, {report['machine']}*"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=NETWORKS)
     only = parser.parse_args().only
-    rows = json.loads(OUTPUT.read_text())["rows"] if OUTPUT.is_file() else []
-    for name in NETWORKS if only is None else (only,):
-        for backend in BACKENDS:
-            old = [row for row in rows if (row["network"], row["backend"]) == (name, backend)]
-            if old and only is None:
-                continue
-            rows = [row for row in rows if row not in old] + [run(name, backend)]
-            print(rows[-1], file=sys.stderr, flush=True)
-            head = provenance("python -m benchmarks.speed.compiled")
-            OUTPUT.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    fill(ROOT / "docs" / "performance.md", {"compiled": table(json.loads(OUTPUT.read_text()))})
+    report: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.is_file() else {}
+    todo: list[tuple[str, Callable[..., dict[str, Any]], dict[str, str]]] = [
+        ("rows", run, {"network": name, "backend": backend}) for name in NETWORKS for backend in BACKENDS
+    ]
+    todo += [("times", timed, {"network": name}) for name in NETWORKS]
+    for part, function, cell in todo:
+        found = report.setdefault(part, [])
+        old = [one for one in found if cell.items() <= one.items()]
+        if (old and only is None) or only not in (None, cell["network"]):
+            continue
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:  # which gives all memory back
+            made = process.submit(function, *cell.values()).result()
+        report |= provenance("python -m benchmarks.speed.compiled")
+        report[part] = [one for one in found if one not in old] + [made]
+        print(made, file=sys.stderr, flush=True)
+        OUTPUT.write_text(json.dumps(report, indent=1) + "\n")
+    fill(ROOT / "docs" / "performance.md", {"compiled": table(report), "compiled-times": times(report)})
 
 
 if __name__ == "__main__":
