@@ -3,7 +3,7 @@
     python -m benchmarks.dense.run --data ../shared/data --task camvid-unet [--budget-minutes 60]
 
 SGD with momentum 0.9 and weight decay 1e-4, warm-up over 5 % of the steps, cosine decay, gradients clipped to a norm of
-5; the encoder learns at 0.3 of the rate, or as the task says. Images are flipped at random. Every run sees the same number of images.
+5; the encoder learns at 0.3 of the rate, or as the task says. Images are flipped at random. Every run sees as many.
 Writes benchmarks/results/dense/TASK.json after every run; a kill loses the one in progress. Rates are chosen on the
 validation split. The test split is looked at in the runs that may be the chosen ones when they end.
 """

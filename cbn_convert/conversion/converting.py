@@ -182,10 +182,7 @@ def _converted(name: str, norm: nn.Module, facts: LayerFacts, window: Window, ph
         # γ and β of a stage that is frozen as a whole stay as they are
         for parameter in (layer.weight, layer.bias):
             parameter.requires_grad_(any(map(learns, layer.producers)))
-    return replace(
-        row, form="folded" if decision.folded and (window.is_fixed or not facts.is_new) else "unfolded",
-        statistics="new" if facts.is_new else "pretrained", history_bytes=layer.history_bytes,
-    )  # fmt: skip
+    return _described(row, layer)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -296,6 +293,15 @@ def _row(name: str, norm: nn.Module, fed_by: str | None, status: Any, reason: st
     return ReportRow(name, kind, channels, fed_by, status, reason)
 
 
+def _described(row: ReportRow, layer: CrossIterationMixin) -> ReportRow:
+    """A row with what the converted layer itself says."""
+    folded = layer.trains_folded and (layer.window.is_fixed or not layer.is_new)
+    return replace(
+        row, form="folded" if folded else "unfolded", statistics="new" if layer.is_new else "pretrained",
+        history_bytes=layer.history_bytes,
+    )  # fmt: skip
+
+
 def _outputs(model: nn.Module, parts: Iterable[Part]) -> list[OutputChannels]:
     return [OutputChannels(cast(Any, model.get_submodule(p.module)), p.first, p.channels) for p in parts]
 
@@ -306,10 +312,7 @@ def _untouched(model: nn.Module, name: str, norm: nn.Module) -> ReportRow:
         fed_by = ", ".join(dict.fromkeys(names[id(m)] for m in norm.producers if id(m) in names)) or None
         status = "window" if fed_by is None else "compensated"
         row = _row(name, norm, fed_by, status, "converted already, left as it is")
-        return replace(
-            row, form="folded" if norm.trains_folded and not norm.is_new else "unfolded",
-            statistics="new" if norm.is_new else "pretrained", history_bytes=norm.history_bytes,
-        )  # fmt: skip
+        return _described(row, norm)
     if _is_scripted(norm):
         return _row(name, norm, None, "kept", "inside a scripted module, which runs without Python")
     return _row(name, norm, None, "kept", "not selected by include and exclude")

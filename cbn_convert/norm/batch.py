@@ -23,6 +23,7 @@ class RunningStatistics:
         dtype: that of statistics.
         changed: whether anybody else may have written to the buffers since they were left.
         handed_out: whether that is a process group, which hands out those of rank 0 before every step.
+        tracks: whether images are to be taken in.
     """
 
     mean: Tensor
@@ -30,6 +31,7 @@ class RunningStatistics:
     dtype: torch.dtype
     changed: bool
     handed_out: bool
+    tracks: bool
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Copies in the dtype of statistics."""
@@ -52,6 +54,23 @@ class RunningStatistics:
             return None
         increment_version(both)
         return both
+
+
+@dataclass(eq=False)
+class Pass:
+    """A forward pass, which lives as long as its backward pass may come.
+
+    Args:
+        looks: whether it changes what the window normalises by, as a look at its batch does.
+        done: whether its backward pass has come.
+    """
+
+    looks: bool
+    done: bool = False
+
+    def ends(self, *gradients: object) -> None:
+        """To be called behind the backward pass."""
+        self.done = True
 
 
 @dataclass

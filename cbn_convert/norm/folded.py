@@ -108,7 +108,8 @@ class FoldedStep(FoldedLayer):
     follows: bool
     made_of: tuple[Tensor, str] | None = None
     patches_of: Tensor | None = None
-    looks: bool = field(default=False, init=False)  # whether it looks at its batch
+    looks: bool = field(default=False, init=False)  # as in `Pass`
+    done: bool = field(default=False, init=False)
     scales_output: bool = field(default=False, init=False)  # whether the output is scaled, being the smaller one
 
     @property
@@ -135,7 +136,7 @@ class FoldedStep(FoldedLayer):
         if self.last and self.running.changed:  # else it matters only whether there is one
             followed = self.followed(weight, bias)
         known = window.begin(self.running, *followed, len(input))
-        self.looks = window.is_due(self.iteration, self.follows)
+        self.looks = window.is_due(self.running, self.iteration, self.follows)
         written = None if self.looks or window.window.is_fixed else self.running
         folded = kernels.fold(self.ordered(known), theta, b, affine, written, self.applies_scaled_weight)
         if self.last:
@@ -216,6 +217,7 @@ class FoldedMap(torch.autograd.Function):
         else:
             rows = cast(step.of_rows(theta * per_channel(scale, theta)), input.dtype)
             g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, of_input, scale.dtype)
+        step.done = True
         (g_rows, _), affine = step.rows(g_folded, None), step.affine(gamma, None)
         g_theta, g_gamma = select(theta).folded_gradient(step.ordered(state), theta, b, affine, g_rows, g_shift)
         g_bias = None

@@ -70,6 +70,7 @@ def step(
         counts = state is None or not source.norm.is_recomputing
         if state is None or counts:
             source.tap.check_arrivals()
+            source.tap.watch()
             state = _advanced(source, input, weight, bias, output_size)
     if counts and batches is not None:
         batches.add_(1)
@@ -99,8 +100,7 @@ def _advanced(source: Any, input: Tensor, weight: Tensor, bias: OptTensor, outpu
 
     state: Carried = window.advance(source.running(dtype), theta, b, norm.iteration, len(input), batch)
     window.last_folded = True
-    norm.iteration += 1
-    norm._leave()
+    norm.count()
     return state
 
 

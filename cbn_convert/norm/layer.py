@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from typing_extensions import Self
 from ..modes import what_lasts_may_be_made
 from ..refusals import qconfig, refuse_proxy, refuse_replica, refuse_script, refuse_transforms
 from .activation import activate
-from .batch import Batch
+from .batch import Batch, Pass
 from .carried import PATCHES, CarriedWindow
 from .distributed import world_size
 from .folded import begin_folding, end_folding
@@ -54,7 +55,17 @@ class CrossIterationMixin(_BatchNorm):
     FROZEN: ClassVar[bool] = False  # stands for one whose statistics are part of the function, whatever they are
     qconfig = qconfig
     __prepare_scriptable__ = refuse_script
-    WINDOW_ATTRIBUTES = ("window", "phase", "layer_name", "iteration", "_sources", "_begun", "_left")
+    WINDOW_ATTRIBUTES = (
+        "window",
+        "phase",
+        "layer_name",
+        "iteration",
+        "_sources",
+        "_begun",
+        "_left",
+        "_moving",
+        "_momentum",
+    )
 
     def __init__(self, *args: Any, window: Window | int = 8, **kwargs: Any) -> None:
         keywords: Any = {name: kwargs.pop(name) for name in WindowKeywords.__annotations__ if name in kwargs}
@@ -68,6 +79,8 @@ class CrossIterationMixin(_BatchNorm):
         self.layer_name = name
         self.iteration = 0
         self._begun = False  # whether it has been decided what each source remembers
+        self._momentum = self.momentum  # that of the layer then
+        self._moving = False  # whether it has taken a step since it last was in evaluation
         self._left: Any = None  # the running statistics as this layer left them, and how often they had been written to
         self._sources = [Source(self)]
 
@@ -166,10 +179,15 @@ class CrossIterationMixin(_BatchNorm):
         self._begun = False
 
     def begin_training(self) -> None:
-        """Decides what each source remembers, by the running statistics that are there; once, until they are reset."""
+        """Decides what each source remembers, by the running statistics that are there; once, until they are reset.
+
+        And again where they have been measured anew, as torch's `update_bn` does: without a momentum, from nothing.
+        """
         if self._begun:
-            return
-        self._begun = True
+            if self._momentum is not None or self.momentum is None:
+                return
+            self.reset_history()
+        self._begun, self._momentum = True, self.momentum
         carried = "ema" if self.window.is_fixed or not self.is_new else "new"
         for source in self._sources:
             source.state = self._new_state(source, carried if self.window.is_carried else "ring")
@@ -183,11 +201,13 @@ class CrossIterationMixin(_BatchNorm):
 
     def reset_history(self) -> None:
         """Forgets all but the running statistics, which are looked at once more when training goes on."""
-        self._begun = False
+        self._begun = self._moving = False
         self._left = None
         self.iteration = 0
         for source in self._sources:
             source.state = None
+            if source.tap is not None:
+                source.tap.written = None
 
     def reset_running_stats(self) -> None:
         """Resets the running statistics as BatchNorm does, and the history: both are to be estimated anew."""
@@ -195,9 +215,11 @@ class CrossIterationMixin(_BatchNorm):
         if "_sources" in self.__dict__:
             self.reset_history()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.reset_history()
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # else a carried window stays, and follows the weights that were loaded without it as it does in a step
+        if prefix + "running_mean" in state_dict or not self.window.is_carried:
+            self.reset_history()
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._carry()
@@ -207,11 +229,13 @@ class CrossIterationMixin(_BatchNorm):
         """As in nn.Module; running statistics are taken to the weights as they are before an evaluation."""
         if self.training and not mode:
             self._carry()
+            self._moving = False
         return super().train(mode)
 
     @torch.no_grad()
     def _carry(self) -> None:
-        if not self.compensated or not self.window.is_carried:
+        """Takes the running statistics to the weights as they are; in evaluation they are part of the function."""
+        if not (self.training and self._moving and self.compensated and self.window.is_carried):
             return
         for source in self._sources:
             source.carry()
@@ -234,11 +258,31 @@ class CrossIterationMixin(_BatchNorm):
         """Notes the running statistics as this layer leaves them."""
         self.__dict__["_left"] = self._found()  # modules set attributes the long way
 
-    def _found(self) -> tuple[Tensor | None, Tensor | None, int | None, int | None]:
+    def check_momentum(self) -> None:
+        """Warns where somebody sets a momentum, which a carried window does not read; once."""
+        if self.momentum == self._momentum:
+            return
+        warnings.warn(
+            f"the momentum of {self.described} was set to {self.momentum}, which CBN does not read: its statistics "
+            "follow images and weights in their own way; to measure statistics anew, as PreciseBN does, do so with "
+            "cbn.revert(copy.deepcopy(model)), or by torch.optim.swa_utils.update_bn",
+            stacklevel=2,
+        )
+        self._momentum = self.momentum
+
+    def count(self) -> None:
+        """Counts a step of training, whose running statistics have been written."""
+        self.__dict__["iteration"] += 1
+        self.__dict__["_moving"] = True
+        self._leave()
+
+    def _found(self) -> tuple[Any, ...]:
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if mean is None or var is None:
-            return mean, var, None, None
-        return mean, var, writes_to(mean), writes_to(var)
+            return mean, var
+        # `buffer.data = t` counts as no write
+        places = (mean.data_ptr(), var.data_ptr()) if type(mean) is type(var) is Tensor else ()
+        return mean, var, writes_to(mean), writes_to(var), *places
 
     def history_tensors(self) -> list[Tensor]:
         """The tensors that hold the past, to account for their memory."""
@@ -293,7 +337,7 @@ class CrossIterationMixin(_BatchNorm):
                     raise ValueError(f"history holds a {name} that is not finite; it is damaged")
         self.reset_history()
         self.iteration = int(state["iteration"])
-        self._begun = None not in saved
+        self._begun, self._momentum = None not in saved, self.momentum
         for source, own in zip(self._sources, saved, strict=True):
             if own is not None:
                 source.state = self._new_state(source, own["kind"])
@@ -342,7 +386,7 @@ class CrossIterationMixin(_BatchNorm):
         if self._is_folded(x, recomputing):
             was_counted = self._sources[0].counted_in_graph()
             if not (recomputing or was_counted):
-                self._count(None)
+                self._counted(None)
             return x if act is None else activate(x, act)
         refuse_transforms(x, self.weight, self.bias)
         batches = [source.batch(source.of_input(x), recomputing) for source in self._sources]
@@ -355,7 +399,7 @@ class CrossIterationMixin(_BatchNorm):
         if not recomputing:
             counted = [finite for _, finite in made if finite is not None]
             # a part may be finite where another one is not
-            self._count(torch.stack(counted).all() if counted else None, counts=bool(counted))
+            self._counted(torch.stack(counted).all() if counted else None, counts=bool(counted))
         y = made[0][0] if len(made) == 1 else torch.cat([part for part, _ in made], 1)
         return y if act is None else act(y)
 
@@ -366,17 +410,18 @@ class CrossIterationMixin(_BatchNorm):
             return False
         return source.tap.take_folded(x) or (recomputing and source.state.last_folded)
 
-    def _count(self, finite: Tensor | None, counts: bool = True) -> None:
-        self.__dict__["iteration"] += 1
+    def _counted(self, finite: Tensor | None, counts: bool = True) -> None:
         batches = self._buffers["num_batches_tracked"]
         if batches is not None and counts:
             batches.add_(1 if finite is None else finite)
-        self._leave()
+        self.count()
 
     def _over(self, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Output for a source's channels, and whether they count for the running statistics (None: they cannot)."""
         state = source.state
         assert state is not None
+        if batch.recomputing:
+            source.check_passes()
         mean, var = state.statistics(batch)
         if not isinstance(state, CarriedWindow):
             # one rank alone can tell without waiting for the device
@@ -389,7 +434,13 @@ class CrossIterationMixin(_BatchNorm):
                 return self._normalize_by_running_statistics(batch.x, source), None
             if not batch.recomputing:
                 self._update_running_statistics(batch, mean, var)
-        return normalize(batch.x, mean, var, source.of(self.weight), source.of(self.bias), self.eps), batch.finite
+        y = normalize(batch.x, mean, var, source.of(self.weight), source.of(self.bias), self.eps)
+        if y.grad_fn is not None and not batch.recomputing:
+            looks = not isinstance(state, CarriedWindow) or state.last_looked
+            one = Pass(looks)
+            y.grad_fn.register_hook(one.ends)  # so that it lives as long as the graph does
+            source.begins(one)
+        return y, batch.finite
 
     @torch.no_grad()
     def _update_running_statistics(self, batch: Batch, mean: Tensor, var: Tensor) -> None:

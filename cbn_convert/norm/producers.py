@@ -141,7 +141,15 @@ def fan_in(module: Producer) -> int:
 def learns(module: nn.Module) -> bool:
     """Whether θ or b may change; where they do not, past statistics need no compensation."""
     own = any(p is not None and p.requires_grad for p in module._parameters.values())
+    if "weight" not in module._parameters:  # views of one flat parameter, or what another network made
+        own = own or any(t.requires_grad for t in map(module.__dict__.get, ("weight", "bias")) if isinstance(t, Tensor))
     return own or any(learns(child) for child in module._modules.values() if child is not None)
+
+
+def is_at_hand(module: Producer) -> bool:
+    """Whether its weight can be read between two steps, as not where it is a part of one, spread over processes."""
+    weight = module.weight
+    return type(weight) in (Tensor, nn.Parameter) and (weight.is_meta or weight.untyped_storage().nbytes() > 0)
 
 
 def as_rows(weight: Tensor, module: Producer) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ..modes import what_lasts_may_be_made
 from ..refusals import refuse_replica, refuse_transforms
 from . import graph
 from .activation import origin
-from .batch import Batch, RunningStatistics
+from .batch import Batch, Pass, RunningStatistics
 from .carried import Carried, CarriedWindow
 from .distributed import world_size
 from .folded import FoldedLayer, FoldedMap, FoldedStep, plainly_folded
@@ -24,6 +25,7 @@ from .producers import (
     fan_in,
     groups_of,
     has_channels_last,
+    is_at_hand,
     is_linear,
     is_transposed,
     plain_class,
@@ -34,6 +36,8 @@ from .tap import CHANGED, InputTap, OfNorm, is_watched, writes_to
 
 if TYPE_CHECKING:
     from .layer import CrossIterationMixin
+
+MOST_PASSES = 16  # that are noted before those that are gone are forgotten
 
 
 class Source(OfNorm):
@@ -49,6 +53,10 @@ class Source(OfNorm):
         self.channels = channels
         self.state: CarriedWindow | NewLayerWindow | Ring | None = None
         self.number = graph.numbered(self)
+        self.passes: list[weakref.ref[Pass | FoldedStep]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "passes": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -82,10 +90,18 @@ class Source(OfNorm):
         buffers = self.norm._buffers
         mean, var = self.of(buffers["running_mean"]), self.of(buffers["running_var"])
         if mean is None or var is None:
+            if isinstance(self.state, CarriedWindow):  # as in test-time adaptation by the batch alone
+                raise RuntimeError(
+                    f"{self.norm.described} has no running statistics any more, which its window is made of; call "
+                    "cbn.revert(model) before they are taken away"
+                )
             return None
+        if isinstance(self.state, CarriedWindow):
+            self.norm.check_momentum()
         # DistributedDataParallel writes to buffers in a way that counts as no write
         handed_out = world_size() > 1
-        return RunningStatistics(mean, var, dtype, self.norm.statistics_changed or handed_out, handed_out)
+        changed = self.norm.statistics_changed or handed_out
+        return RunningStatistics(mean, var, dtype, changed, handed_out, self.norm.track_running_stats)
 
     def batch(self, x: Tensor, recomputing: bool) -> Batch:
         """What the window is to see of x [N, C, ...].
@@ -96,6 +112,8 @@ class Source(OfNorm):
         module = made_of = theta = bias = None
         if self.tap is not None:
             made_of = self.tap.take()
+            if not recomputing:
+                self.tap.watch()
             if self.tap.followed:
                 module = self.tap.module
                 if made_of is None and norm.window.size > 1 and not recomputing:
@@ -103,8 +121,9 @@ class Source(OfNorm):
                         f"{norm.described} is bound to a {plain_class(module).__name__} that has not run since the "
                         f"last forward pass; {CHANGED}bind it to the module that produces its input"
                     )
-                self.tap.check_output(x)
                 theta, bias = self.theta_and_bias(dtype)
+            if norm.window.compensation != "none":
+                self.tap.check_output(x)
         ranks = world_size() if norm.window.sync else 1
         return Batch(x, module, made_of, theta, bias, norm.iteration, recomputing, ranks, self.running(dtype))
 
@@ -119,11 +138,33 @@ class Source(OfNorm):
         """Takes a carried window to the weights as they are, and the running statistics with it."""
         if self.tap is None or not isinstance(self.state, CarriedWindow) or not self.state.compensated:
             return
+        if not is_at_hand(self.tap.module):
+            return
         assert self.state.state is not None
         dtype = self.state.state.mean.dtype
         running = self.running(dtype)
         if running is not None:
+            running.changed = True  # looked at, since `buffer.data.copy_(t)`, and what numpy does, count as no write
             self.state.carry(running, *self.theta_and_bias(dtype))
+
+    def begins(self, one: Pass | FoldedStep) -> None:
+        """Notes a forward pass that is not a computation once more."""
+        if len(self.passes) > MOST_PASSES:
+            self.passes = [ref for ref in self.passes if ref() is not None]
+        self.passes.append(weakref.ref(one))
+
+    def check_passes(self) -> None:
+        """To be called where a pass is computed once more: which one, nobody says.
+
+        Raises RuntimeError where several wait for their backward pass and have not all normalised alike.
+        """
+        waiting = [one for one in (ref() for ref in self.passes) if one is not None and not one.done]
+        if len(waiting) > 1 and any(one.looks for one in waiting):
+            raise RuntimeError(
+                f"activation checkpointing computes {self.norm.described} once more, but {len(waiting)} forward passes "
+                "wait for their backward pass, and which one is meant nobody says; call backward() behind every "
+                "forward pass, give the model all images at once, or train without activation checkpointing"
+            )
 
     def folds(self, module: nn.Module, input: Any) -> bool:
         """Whether the module is to apply the norm in this forward pass: what it makes goes there, and nowhere else."""
@@ -193,10 +234,13 @@ class Source(OfNorm):
         made_of, casts = origin(input), torch.is_autocast_enabled(device)
         if casts and input.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
             input, made_of = input.to(torch.get_autocast_dtype(device)), None
-        if not recomputing:
+        if recomputing:
+            self.check_passes()
+        else:
             tap.check_arrivals()
+            tap.watch()
         running = self.running(statistics_dtype(weight))
-        assert running is not None
+        assert running is not None, "a carried window has some"
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             apply, padded = as_function(module, input, output_size)
             step = FoldedStep(
@@ -205,6 +249,8 @@ class Source(OfNorm):
                 None if is_transposed(module) else made_of, input.detach(), last=has_channels_last(weight, module),
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
+        if not recomputing:
+            self.begins(step)
         tap.folded, tap.in_graph = not recomputing, False
         y._cbn_writes = writes_to(y)  # type: ignore[attr-defined]
         return y

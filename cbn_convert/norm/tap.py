@@ -66,6 +66,10 @@ class InputTap(OfNorm):
         self.folded = False  # whether the output that is on its way is normalised already
         self.in_graph = False  # whether a compiled graph has done so, and counted the step
         self.lost = 0.0  # such outputs that never came to the norm
+        self.written: tuple[int, int | None] | None = (
+            None  # the weight in the last step, and how often it was written to
+        )
+        self.moves = False  # whether somebody moves it from step to step, be it without a gradient
         # before hooks of others, which may change the output
         self.watching = self.module.register_forward_hook(self, with_kwargs=True, prepend=True)
         self.loading = self.module.register_load_state_dict_post_hook(self.weights_replaced)  # type: ignore[no-untyped-call]
@@ -76,20 +80,28 @@ class InputTap(OfNorm):
             return
         if self.is_orphan:
             self.leave()
-        elif self.norm.training and (self.folded or self.followed):
+        elif self.norm.training and (self.folded or self.norm.window.compensation != "none"):
             self.input = (args[0] if args else next(iter(kwargs.values()))).detach()
             self.output = output.detach()
             self.version, self.learned = writes_to(output), output.requires_grad
 
     def weights_replaced(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """Weights that were loaded have no past."""
-        if not self.is_orphan:
+        """Weights that were loaded are too far from those of a ring's iterations; a carried window follows them."""
+        if not (self.is_orphan or self.norm.window.is_carried):
             self.norm.reset_history()
 
     @property
     def followed(self) -> bool:
         """Whether past statistics need compensation: θ or b may change, or could when the past was recorded."""
-        return self.norm.window.compensation != "none" and (learns(self.module) or self.norm.compensated)
+        compensated = self.moves or learns(self.module) or self.norm.compensated
+        return self.norm.window.compensation != "none" and compensated
+
+    def watch(self) -> None:
+        """To be called in every step: the weights of a momentum encoder move, too."""
+        weight = self.module._parameters.get("weight")
+        written = None if weight is None else (id(weight), writes_to(weight))
+        self.moves = self.moves or self.written not in (None, written)
+        self.written = written
 
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
@@ -111,7 +123,7 @@ class InputTap(OfNorm):
         """Whether x [N, C, ...] is normalised already. Raises RuntimeError if it is not what the module made."""
         folded, self.folded = self.folded, False
         if folded:
-            self.input, self.lost = None, max(0, self.lost - 0.01)  # many arrivals make up for one that broke off
+            self.input, self.lost = None, max(0, self.lost - 0.002)  # many arrivals make up for one that broke off
             self.check_output(x)
         return folded
 
@@ -175,7 +187,14 @@ class InputTap(OfNorm):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "input": None, "output": None, "folded": False, "in_graph": False}
+        return {
+            **super().__getstate__(),
+            "input": None,
+            "output": None,
+            "folded": False,
+            "in_graph": False,
+            "written": None,
+        }
 
 
 def is_watched(module: nn.Module) -> bool:
