@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..modes import modes_kept, tensors_kept
 from ..norm.producers import is_linear, is_producer, out_channels, own_forward
+from ..norm.tap import is_watched
 from .example import Arguments, copied, leaves_of, on_example, quietly
 
 OWN_FORWARD = "whose forward is its own"  # behind the class of a conv or linear layer, as the origin of a norm's input
@@ -148,6 +150,11 @@ class _Provenance(TorchDispatchMode):
         """What is known of a tensor."""
         return self.origins.get(_key(t))
 
+    def read(self, tree: Any) -> None:
+        """Counts one more reader of all tensors in a tree."""
+        for origin in {id(o): o for t in _tensors(tree) if (o := self.origin(t)) is not None}.values():
+            origin.consumers += 1
+
     def written(self, origin: _Origin) -> bool:
         """Whether something wrote into the tensor's memory since it was met."""
         return self.writes[_memory(origin.tensor)] != origin.writes
@@ -182,7 +189,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _has_memory(t: Tensor) -> bool:
-    """Whether a tensor is a view of memory with sizes and strides, which nested and vmapped ones are not."""
+    """Whether a tensor is a view of memory with sizes and strides, which lazy, nested and vmapped ones are not."""
+    if is_lazy(t):
+        return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
     return not t.is_nested and t.layout is torch.strided and not wrapped
 
@@ -284,14 +293,16 @@ def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) 
                 hooks.callback(module.register_forward_hook(after_producer(name), prepend=True).remove)
             elif kind := own_forward(module):
                 hooks.callback(module.register_forward_hook(after_own_forward(kind), prepend=True).remove)
+            elif name not in norms and is_watched(module):
+                hooks.callback(module.register_forward_hook(lambda module, args, out: provenance.read(out)).remove)
         for name, module in norms.items():
             hooks.callback(module.register_forward_pre_hook(before_norm(name), with_kwargs=True).remove)
         args, kwargs = copied(arguments)
         with provenance:
             output = model(*args, **kwargs)
 
-    for returned in {id(o): o for t in _tensors(leaves_of(output)) if (o := provenance.origin(t)) is not None}.values():
-        returned.consumers += 1
+    provenance.read(leaves_of(output))
+    provenance.read([list(vars(module).values()) for module in model.modules()])  # as self.features = self.conv(x)
     given = next((len(t) for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.dim()), 0)
     for name, call in calls.items():
         call.split = call.calls > 1 and call.samples == given

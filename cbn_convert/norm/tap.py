@@ -93,8 +93,9 @@ class InputTap(OfNorm):
     @property
     def followed(self) -> bool:
         """Whether past statistics need compensation: θ or b may change, or could when the past was recorded."""
-        compensated = self.moves or learns(self.module) or self.norm.compensated
-        return self.norm.window.compensation != "none" and compensated
+        if self.norm.window.compensation == "none":
+            return False
+        return learns(self.module) or self.moves or self.norm.compensated
 
     def watch(self) -> None:
         """To be called in every step: the weights of a momentum encoder move, too."""

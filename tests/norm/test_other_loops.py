@@ -293,6 +293,34 @@ def test_the_report_of_a_second_conversion_says_what_the_first_one_did() -> None
     assert forms == [["folded"], ["folded"]]
 
 
+class Wrapped(nn.Module):
+    """A conv with a name of its own, whose output it may keep."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.conv, self.keeps = nn.Conv2d(3, 4, 3), keeps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.keeps:
+            self.kept = y
+        return y
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_whoever_else_reads_the_output_of_a_conv_sees_it_as_it_is(keeps: bool) -> None:
+    """A hook on what is around it, or an attribute, as of features that a loss takes."""
+    model = nn.Sequential(Wrapped(keeps), randomize_norms(nn.BatchNorm2d(4))).double()
+    seen: list[Tensor] = []
+    if not keeps:
+        model[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    x = inputs((2, 3, 8, 8), 0)
+    report = cbn.convert(model, example_input=x)
+    assert [row.form for row in report.rows] == ["unfolded"]
+    model.train()(x)
+    torch.testing.assert_close(model[0].kept if keeps else seen[-1], F.conv2d(x, *model[0].conv.parameters()))
+
+
 def test_a_conv_that_is_now_and_then_called_alone_is_an_error_soon() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), randomize_norms(nn.BatchNorm2d(4))).to(DOUBLE)
     cbn.convert(model, example_input=inputs((2, 3, 8, 8), 0))
