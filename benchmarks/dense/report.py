@@ -169,14 +169,26 @@ def verdicts(studies: list[Dense]) -> str:
         for size in study.sizes:
             without = [one for one in study.at(size) if not has_cbn(one[0])]
             having = [one for one in study.at(size) if has_cbn(one[0])]
-            own = dict(having).get("cbn")
-            if own is None or not without:
+            if not having or not without:
                 continue
-            rival, chosen = max(without, key=_test), max(having, key=lambda one: one[1].validation)
-            cells = [_named(*rival), _value(own.row), _ahead(own.row, rival[1].row), _named(*chosen)]
-            cells.append(_ahead(chosen[1].row, rival[1].row))
+            rival, own, chosen = max(without, key=_test), dict(having).get("cbn"), _chosen(having)
+            by_default = ["not run", ""] if own is None else [_value(own.row), _ahead(own.row, rival[1].row)]
+            cells = [_named(*rival), *by_default, _named(*chosen), _ahead(chosen[1].row, rival[1].row)]
             lines.append(f"| {TITLES[study.name]} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
+
+
+def _chosen(having: list[tuple[str, Entry]]) -> tuple[str, Entry]:
+    """What validation chooses."""
+    return max(having, key=lambda one: one[1].validation)
+
+
+def default_or_chosen(study: Dense, size: int) -> tuple[str, Entry] | None:
+    """CBN everywhere, or where that was not run what validation chooses of the treatments with CBN."""
+    having = {t: e for t, e in study.at(size) if has_cbn(t)}
+    if "cbn" in having:
+        return "cbn", having["cbn"]
+    return _chosen(list(having.items())) if having else None
 
 
 def _test(one: tuple[str, Entry]) -> float:
