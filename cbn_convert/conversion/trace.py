@@ -176,6 +176,12 @@ class _Provenance(TorchDispatchMode):
         return () if first is None else _cut(root.parts, first, t.shape[1])
 
 
+def _kept(value: Any) -> list[Any]:
+    """The tensors in an attribute, as in self.features = [self.conv(x)]."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return [t for t in inside if isinstance(t, Tensor)]
+
+
 def _memory(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
@@ -294,7 +300,8 @@ def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) 
             elif kind := own_forward(module):
                 hooks.callback(module.register_forward_hook(after_own_forward(kind), prepend=True).remove)
             elif name not in norms and is_watched(module):
-                hooks.callback(module.register_forward_hook(lambda module, args, out: provenance.read(out)).remove)
+                seen = module.register_forward_hook(lambda module, *passed: provenance.read(passed), with_kwargs=True)
+                hooks.callback(seen.remove)
         for name, module in norms.items():
             hooks.callback(module.register_forward_pre_hook(before_norm(name), with_kwargs=True).remove)
         args, kwargs = copied(arguments)
@@ -302,7 +309,7 @@ def _trace(model: nn.Module, norms: dict[str, nn.Module], arguments: Arguments) 
             output = model(*args, **kwargs)
 
     provenance.read(leaves_of(output))
-    provenance.read([list(vars(module).values()) for module in model.modules()])  # as self.features = self.conv(x)
+    provenance.read([_kept(value) for module in model.modules() for value in vars(module).values()])
     given = next((len(t) for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.dim()), 0)
     for name, call in calls.items():
         call.split = call.calls > 1 and call.samples == given

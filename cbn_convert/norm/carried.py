@@ -42,14 +42,15 @@ from .functional import (
     principal_axes,
 )
 from .kernels import select
-from .producers import Producer, groups_of
+from .producers import groups_of
 from .window import Window
 
 # Looks in a row at the start: the patches of one batch say little of the others.
 FIRST_LOOKS = 32
 PATCH_TURNS = 4  # looks of which one looks at patches, too, later on: these cost more
 PATCH_LOOKS = 8  # such looks that the moments of patches remember
-LEAST_CHANNELS, LEAST_CORRELATION = 16, 0.2  # see `warn_of_strangers`
+# see `warn_of_strangers`
+LEAST_CHANNELS, LEAST_POSITIONS, LEAST_CORRELATION, LEAST_SHARE = 16, 16, 0.2, 1e-6
 # `Carried.table` and the rest of it, by their names in checkpoints
 _ROWS, PATCHES = ("mean", "var", "anchor", "spread", "square"), ("patch_mean", "patch_rest", "patch_axes")
 SLOTS = (*_ROWS, *PATCHES)
@@ -149,7 +150,7 @@ class Carried(NamedTuple):
         return Carried(*[t if t is None or u is None else torch.where(finite, t, u) for t, u in pairs])  # type: ignore[arg-type]
 
 
-def warn_of_strangers(known: Carried, found: JoinedMoments, module: Producer | None) -> None:
+def warn_of_strangers(known: Carried, found: JoinedMoments, batch: Batch) -> None:
     """Warns where statistics are of other weights than those of the module, as where a stem was replaced.
 
     Pretrained layers whose channels differ in variance by more than a factor of e have these differences in any batch:
@@ -157,9 +158,14 @@ def warn_of_strangers(known: Carried, found: JoinedMoments, module: Producer | N
     """
     if type(found.mean) is not Tensor or found.mean.is_meta or len(found.mean) < LEAST_CHANNELS:
         return
+    positions = batch.x.numel() // len(found.mean)
+    if positions < LEAST_POSITIONS or found.var.sum() < LEAST_SHARE * known.var.sum():  # an image of zeros, say
+        return
     then, now = (var.clamp_min(TINY).log() for var in (known.var, found.var))
     if then.std() > 1 and torch.corrcoef(torch.stack([then, now]))[0, 1] < LEAST_CORRELATION:
-        what = "a layer without a weight of its own" if module is None else f"{module}"
+        what = "a layer without a weight of its own"
+        if batch.module is not None:
+            what = str(batch.module).removeprefix("Folded")
         warnings.warn(
             f"the running statistics behind {what} are not those of what it makes (variances over channels: no "
             "correlation with the batch's); if it was replaced or initialised anew, call reset_running_stats() of its "
@@ -215,7 +221,9 @@ class CarriedWindow:
     def is_due(self, running: RunningStatistics, iteration: int, follows: bool) -> bool:
         """Whether the step looks at its batch: in turn, or because little is known of the patches yet."""
         every, early = self.window.every, not self.compensated or self.looks < FIRST_LOOKS
-        return every is not None and running.tracks and ((follows and early) or (iteration + self.phase) % every == 0)
+        if every is None or not (running.tracks or (follows and not self.compensated)):
+            return False
+        return (follows and early) or (iteration + self.phase) % every == 0
 
     def begin(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None, images: int) -> Carried:
         """Counts a step with so many images; returns the statistics that are to be taken to its θ [C, F] and b [C].
@@ -268,7 +276,7 @@ class CarriedWindow:
             patches = batch.patches(self.window.positions, self.patch_looks)
         found = joined_moments(batch, patches, before, self.waiting)
         if self.looks == 0:
-            warn_of_strangers(before, found, batch.module)
+            warn_of_strangers(before, found, batch)
         share = 1 - (1 - 1 / self.window.size) ** found.images
         finite: Tensor | bool
         if found.patches is not None and theta is not None:

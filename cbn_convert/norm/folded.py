@@ -205,6 +205,7 @@ class FoldedMap(torch.autograd.Function):
             state = Carried(state.table)
         if ctx.activation:
             _, input = as_function(step.module, getattr(F, ctx.activation)(input))
+        step.done = True
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)
@@ -217,7 +218,6 @@ class FoldedMap(torch.autograd.Function):
         else:
             rows = cast(step.of_rows(theta * per_channel(scale, theta)), input.dtype)
             g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, of_input, scale.dtype)
-        step.done = True
         (g_rows, _), affine = step.rows(g_folded, None), step.affine(gamma, None)
         g_theta, g_gamma = select(theta).folded_gradient(step.ordered(state), theta, b, affine, g_rows, g_shift)
         g_bias = None

@@ -70,7 +70,6 @@ def step(
         counts = state is None or not source.norm.is_recomputing
         if state is None or counts:
             source.tap.check_arrivals()
-            source.tap.watch()
             state = _advanced(source, input, weight, bias, output_size)
     if counts and batches is not None:
         batches.add_(1)

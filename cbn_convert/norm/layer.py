@@ -65,6 +65,7 @@ class CrossIterationMixin(_BatchNorm):
         "_left",
         "_moving",
         "_momentum",
+        "_told",
     )
 
     def __init__(self, *args: Any, window: Window | int = 8, **kwargs: Any) -> None:
@@ -80,6 +81,7 @@ class CrossIterationMixin(_BatchNorm):
         self.iteration = 0
         self._begun = False  # whether it has been decided what each source remembers
         self._momentum = self.momentum  # that of the layer then
+        self._told = False  # whether it was said that it is not read
         self._moving = False  # whether it has taken a step since it last was in evaluation
         self._left: Any = None  # the running statistics as this layer left them, and how often they had been written to
         self._sources = [Source(self)]
@@ -207,7 +209,7 @@ class CrossIterationMixin(_BatchNorm):
         for source in self._sources:
             source.state = None
             if source.tap is not None:
-                source.tap.written = None
+                source.tap.seen = []
 
     def reset_running_stats(self) -> None:
         """Resets the running statistics as BatchNorm does, and the history: both are to be estimated anew."""
@@ -218,7 +220,8 @@ class CrossIterationMixin(_BatchNorm):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # else a carried window stays, and follows the weights that were loaded without it as it does in a step
-        if prefix + "running_mean" in state_dict or not self.window.is_carried:
+        carried = all(isinstance(source.state, CarriedWindow) for source in self._sources)
+        if prefix + "running_mean" in state_dict or not carried:
             self.reset_history()
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -260,7 +263,7 @@ class CrossIterationMixin(_BatchNorm):
 
     def check_momentum(self) -> None:
         """Warns where somebody sets a momentum, which a carried window does not read; once."""
-        if self.momentum == self._momentum:
+        if self._told or self.momentum == self._momentum or self.window.is_fixed:
             return
         warnings.warn(
             f"the momentum of {self.described} was set to {self.momentum}, which CBN does not read: its statistics "
@@ -268,7 +271,7 @@ class CrossIterationMixin(_BatchNorm):
             "cbn.revert(copy.deepcopy(model)), or by torch.optim.swa_utils.update_bn",
             stacklevel=2,
         )
-        self._momentum = self.momentum
+        self._told = True
 
     def count(self) -> None:
         """Counts a step of training, whose running statistics have been written."""
@@ -300,6 +303,7 @@ class CrossIterationMixin(_BatchNorm):
         states = [source.state for source in self._sources]
         return {
             "iteration": self.iteration,
+            "momentum": self._momentum,
             "window": str(self.window),
             "sources": [None if state is None else state.state_dict() for state in states],
         }
@@ -337,7 +341,7 @@ class CrossIterationMixin(_BatchNorm):
                     raise ValueError(f"history holds a {name} that is not finite; it is damaged")
         self.reset_history()
         self.iteration = int(state["iteration"])
-        self._begun, self._momentum = None not in saved, self.momentum
+        self._begun, self._momentum = None not in saved, state.get("momentum", self.momentum)
         for source, own in zip(self._sources, saved, strict=True):
             if own is not None:
                 source.state = self._new_state(source, own["kind"])

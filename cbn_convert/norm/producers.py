@@ -19,6 +19,7 @@ from timm.layers.padding import pad_same
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import TypeIs
 
 from ..modes import modes_kept
@@ -149,7 +150,7 @@ def learns(module: nn.Module) -> bool:
 def is_at_hand(module: Producer) -> bool:
     """Whether its weight can be read between two steps, as not where it is a part of one, spread over processes."""
     weight = module.weight
-    return type(weight) in (Tensor, nn.Parameter) and (weight.is_meta or weight.untyped_storage().nbytes() > 0)
+    return not (is_traceable_wrapper_subclass(weight) or weight.is_meta) and weight.untyped_storage().nbytes() > 0
 
 
 def as_rows(weight: Tensor, module: Producer) -> Tensor:

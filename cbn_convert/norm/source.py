@@ -90,18 +90,23 @@ class Source(OfNorm):
         buffers = self.norm._buffers
         mean, var = self.of(buffers["running_mean"]), self.of(buffers["running_var"])
         if mean is None or var is None:
-            if isinstance(self.state, CarriedWindow):  # as in test-time adaptation by the batch alone
-                raise RuntimeError(
-                    f"{self.norm.described} has no running statistics any more, which its window is made of; call "
-                    "cbn.revert(model) before they are taken away"
-                )
             return None
-        if isinstance(self.state, CarriedWindow):
-            self.norm.check_momentum()
         # DistributedDataParallel writes to buffers in a way that counts as no write
         handed_out = world_size() > 1
         changed = self.norm.statistics_changed or handed_out
         return RunningStatistics(mean, var, dtype, changed, handed_out, self.norm.track_running_stats)
+
+    def in_training(self, dtype: torch.dtype) -> RunningStatistics | None:
+        """`running` for a step. Raises RuntimeError where a carried window has none any more."""
+        running = self.running(dtype)
+        if isinstance(self.state, CarriedWindow):
+            if running is None:  # as in test-time adaptation by the batch alone
+                raise RuntimeError(
+                    f"{self.norm.described} has no running statistics any more, which its window is made of; call "
+                    "cbn.revert(model) before they are taken away"
+                )
+            self.norm.check_momentum()
+        return running
 
     def batch(self, x: Tensor, recomputing: bool) -> Batch:
         """What the window is to see of x [N, C, ...].
@@ -125,7 +130,7 @@ class Source(OfNorm):
             if norm.window.compensation != "none":
                 self.tap.check_output(x)
         ranks = world_size() if norm.window.sync else 1
-        return Batch(x, module, made_of, theta, bias, norm.iteration, recomputing, ranks, self.running(dtype))
+        return Batch(x, module, made_of, theta, bias, norm.iteration, recomputing, ranks, self.in_training(dtype))
 
     def theta_and_bias(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """θ [C, F] and b [C] of these channels, as `producers.theta_and_bias`."""
@@ -239,7 +244,7 @@ class Source(OfNorm):
         else:
             tap.check_arrivals()
             tap.watch()
-        running = self.running(statistics_dtype(weight))
+        running = self.in_training(statistics_dtype(weight))
         assert running is not None, "a carried window has some"
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             apply, padded = as_function(module, input, output_size)

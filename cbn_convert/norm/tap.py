@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COMPARISONS = 2
 # A forward pass may break off between a conv and its norm, as where memory runs out; not again and again.
 MOST_LOST = 2
+SUMMED = 8  # steps of which one adds up weights that nobody trains
 
 # where a norm finds that its input is not what it is bound to
 CHANGED = "if the model was changed since, as by LoRA, call cbn.revert(model) and cbn.convert(model) once more, else "
@@ -66,10 +67,8 @@ class InputTap(OfNorm):
         self.folded = False  # whether the output that is on its way is normalised already
         self.in_graph = False  # whether a compiled graph has done so, and counted the step
         self.lost = 0.0  # such outputs that never came to the norm
-        self.written: tuple[int, int | None] | None = (
-            None  # the weight in the last step, and how often it was written to
-        )
-        self.moves = False  # whether somebody moves it from step to step, be it without a gradient
+        self.seen: list[Any] = []  # what `watch` has seen of weight and bias
+        self.moves = False  # whether somebody moves them from step to step, be it without a gradient
         # before hooks of others, which may change the output
         self.watching = self.module.register_forward_hook(self, with_kwargs=True, prepend=True)
         self.loading = self.module.register_load_state_dict_post_hook(self.weights_replaced)  # type: ignore[no-untyped-call]
@@ -98,11 +97,17 @@ class InputTap(OfNorm):
         return learns(self.module) or self.moves or self.norm.compensated
 
     def watch(self) -> None:
-        """To be called in every step: the weights of a momentum encoder move, too."""
-        weight = self.module._parameters.get("weight")
-        written = None if weight is None else (id(weight), writes_to(weight))
-        self.moves = self.moves or self.written not in (None, written)
-        self.written = written
+        """To be called in every step: a momentum encoder moves, too, and not every write counts as one."""
+        if self.moves or learns(self.module):
+            return
+        stored = [p for p in self.module._parameters.values() if type(p) is nn.Parameter and not p.is_meta]
+        seen: list[Any] = [(id(p), p.data_ptr(), writes_to(p)) for p in stored]
+        sums = self.seen[-1] if self.seen else None
+        if sums is None or self.norm.iteration % SUMMED == 0:
+            sums = [float(p.detach().double().sum()) for p in stored]
+        seen.append(sums)
+        self.moves = bool(self.seen) and seen != self.seen
+        self.seen = seen
 
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
@@ -194,7 +199,7 @@ class InputTap(OfNorm):
             "output": None,
             "folded": False,
             "in_graph": False,
-            "written": None,
+            "seen": [],
         }
 
 

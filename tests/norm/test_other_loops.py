@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
-from cbn_convert.norm import CrossIterationBatchNorm2d, Window, history_state
+from cbn_convert.norm import CrossIterationBatchNorm2d, Window, history_state, load_history_state
 
 
 def trained(steps: int = 12) -> nn.Module:
@@ -124,8 +124,19 @@ def test_weights_whose_memory_is_elsewhere_do_not_stop_an_evaluation() -> None:
     assert torch.equal(model[1].running_mean, before)
 
 
+def write(p: nn.Parameter, change: Tensor, way: str) -> None:
+    with torch.no_grad():
+        if way == "add_":
+            p.add_(change)
+        elif way == "data =":
+            p.data = p.data + change
+        else:
+            p.data.add_(change)
+
+
+@pytest.mark.parametrize("way", ["add_", "data =", "data.add_"])
 @pytest.mark.parametrize("folded", [False, True])
-def test_a_momentum_encoder_is_followed(folded: bool) -> None:
+def test_a_momentum_encoder_is_followed(folded: bool, way: str) -> None:
     """Nothing of it has a gradient, and yet it moves in every step; beside one that moves alike, and has."""
     pairs = []
     for learns in (False, True):
@@ -137,7 +148,7 @@ def test_a_momentum_encoder_is_followed(folded: bool) -> None:
         for conv, norm in pairs:
             with torch.no_grad():
                 norm(conv(inputs((2, 3, 8, 8), i)))
-                conv.weight.add_(0.05 * inputs((8, 3, 3, 3), 100 + i))
+            write(conv.weight, 0.05 * inputs((8, 3, 3, 3), 100 + i), way)
     (_, encoder), (_, learner) = pairs
     assert encoder.compensated
     torch.testing.assert_close(encoder.eval().running_mean, learner.eval().running_mean, rtol=0.1, atol=0.05)
@@ -219,6 +230,62 @@ def test_checkpointed_passes_that_wait_together_are_an_error(new: bool) -> None:
     loss(7).backward()
 
 
+def test_a_gradient_penalty_under_checkpointing_is_none() -> None:
+    """Of two passes, of which the first has had its backward pass, with and without second derivatives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 1)).double()
+    cbn.convert(randomize_norms(model), example_input=inputs((2, 3, 8, 8), 0))
+    model.train()
+    for i in range(3):
+        checkpoint(model, inputs((2, 3, 8, 8), i), use_reentrant=False).sum().backward()
+        x = inputs((2, 3, 8, 8), 10 + i).requires_grad_()
+        out = checkpoint(model, x, use_reentrant=False)
+        (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        g.square().sum().backward()
+
+
+def test_a_layer_without_statistics_is_reset_by_a_whole_state_dict() -> None:
+    nets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).double()
+        cbn.convert(net, example_input=inputs((2, 3, 8, 8), 0))
+        nets.append(net.train())
+    for i in range(4):
+        nets[0](inputs((2, 3, 8, 8), i))
+    nets[0].load_state_dict(nets[1].state_dict())
+    assert torch.equal(nets[0](inputs((2, 3, 8, 8), 9)), nets[1](inputs((2, 3, 8, 8), 9)))
+
+
+def test_a_resume_behind_statistics_measured_anew_is_bit_identical() -> None:
+    net, other = trained(3), pretrained(seed=5)
+    update_bn([batch(i) * 2 + 1 for i in range(4)], net)
+    history, weights = history_state(net), copy.deepcopy(net.state_dict())
+    other.load_state_dict(weights)
+    load_history_state(other, history)
+    for i in range(4):
+        assert torch.equal(step(net, batch(i)), step(other, batch(i)))
+
+
+class OwnParameter(nn.Parameter):
+    """As some frameworks have."""
+
+
+def test_parameters_of_a_class_of_their_own_are_followed_into_an_evaluation() -> None:
+    net = trained(4)
+    following = [layer for layer in layers(net) if layer.producers]
+    for layer in following:
+        (conv,) = layer.producers
+        conv.weight = OwnParameter(conv.weight.detach().clone())
+    step(net, batch(0))
+    before = [layer.running_mean.clone() for layer in following]
+    with torch.no_grad():
+        for p in net.parameters():
+            p *= 1.5
+    net.eval()
+    assert not any(torch.equal(layer.running_mean, mean) for layer, mean in zip(following, before, strict=True))
+
+
 def test_weights_that_are_loaded_alone_are_followed() -> None:
     """As where only weights are averaged over clients, and each keeps its statistics (FedBN)."""
     net, other = trained(), trained()
@@ -261,6 +328,9 @@ def test_a_momentum_that_is_set_is_told_once() -> None:
         warnings.simplefilter("always")
         for i in range(3):
             net(batch(i))
+        for layer in layers(net):
+            layer.momentum = 0.1
+        net(batch(3))
     assert len([w for w in found if "momentum of layer" in str(w.message)]) == len(layers(net))
 
 
@@ -282,6 +352,8 @@ def test_statistics_that_were_taken_away_end_in_one_sentence() -> None:
         layer.running_mean = layer.running_var = None
     with pytest.raises(RuntimeError, match=r"has no running statistics any more.*cbn\.revert"):
         net(batch(0))
+    cbn.revert(copy.deepcopy(net)).eval()(batch(0))
+    net.state_dict()
 
 
 def test_the_report_of_a_second_conversion_says_what_the_first_one_did() -> None:
@@ -305,6 +377,27 @@ class Wrapped(nn.Module):
         if self.keeps:
             self.kept = y
         return y
+
+
+def test_a_hook_on_what_is_around_a_norm_sees_its_input_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(randomize_norms(nn.BatchNorm2d(4)), nn.ReLU())).double()
+    model[1].register_forward_pre_hook(lambda module, args: None)
+    model.cycle = [model]  # which nobody may follow to its end
+    assert [row.form for row in cbn.convert(model, example_input=inputs((2, 3, 8, 8), 0)).rows] == ["unfolded"]
+
+
+def test_an_image_of_zeros_is_no_reason_to_tell_of_statistics() -> None:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)
+    with torch.no_grad():
+        conv.weight *= torch.exp(torch.randn(64)).view(-1, 1, 1, 1)
+        norm.momentum = None
+        norm(conv(torch.randn(64, 3, 16, 16)))
+    model = nn.Sequential(conv, norm)
+    cbn.convert(model, example_input=torch.randn(2, 3, 16, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()(torch.zeros(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
