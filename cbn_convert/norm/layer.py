@@ -230,8 +230,9 @@ class CrossIterationMixin(_BatchNorm):
 
     def train(self, mode: bool = True) -> Self:
         """As in nn.Module; running statistics are taken to the weights as they are before an evaluation."""
-        if self.training and not mode:
-            self._carry()
+        if self.training != mode:  # whoever sets `training` itself ends an evaluation here as well
+            if not mode:
+                self._carry()
             self._moving = False
         return super().train(mode)
 
@@ -416,7 +417,7 @@ class CrossIterationMixin(_BatchNorm):
 
     def _counted(self, finite: Tensor | None, counts: bool = True) -> None:
         batches = self._buffers["num_batches_tracked"]
-        if batches is not None and counts:
+        if batches is not None and counts and self.track_running_stats:
             batches.add_(1 if finite is None else finite)
         self.count()
 

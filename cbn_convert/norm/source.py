@@ -270,7 +270,8 @@ class Source(OfNorm):
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             apply, padded = as_function(module, input, output_size)
             detached = (input.detach(), weight.detach(), None if bias is None else bias.detach())
-            state = Carried(*graph.step(self.number, norm.num_batches_tracked, *detached, output_size))
+            batches = norm.num_batches_tracked if norm.track_running_stats else None
+            state = Carried(*graph.step(self.number, batches, *detached, output_size))
             if not tap.followed or norm.window.gradient != "full":
                 state = Carried(state.table)
             layer = FoldedLayer(module, apply, norm.eps, state.table.dtype, last=has_channels_last(weight, module))

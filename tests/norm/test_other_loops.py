@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,16 +43,24 @@ LOOKS_AT_THE_MODEL = {
     "fold": lambda net: cbn.fold(net, into="bn"),
     "revert": cbn.revert,
     "train and eval": lambda net: [layer.train().eval() for layer in layers(net)],
+    "another epoch": lambda net: (net.train(), [layer.eval() for layer in layers(net)]),
 }
 
 
+def set_to_evaluation(layer: nn.Module) -> None:
+    layer.training = False
+
+
 @pytest.mark.parametrize("what", LOOKS_AT_THE_MODEL)
+@pytest.mark.parametrize("freeze", [nn.Module.eval, set_to_evaluation])
 @pytest.mark.parametrize("whole", [False, True])
-def test_statistics_in_evaluation_stay_whatever_weights_do(what: str, whole: bool) -> None:
+def test_statistics_in_evaluation_stay_whatever_weights_do(
+    what: str, freeze: Callable[[nn.Module], object], whole: bool
+) -> None:
     """As where norms are frozen for the rest of a training, or averaged weights are swapped in to be saved."""
     net = trained()
     for layer in layers(net):
-        layer.eval()
+        freeze(layer)
     if whole:
         net.eval()
         with torch.no_grad():
@@ -193,8 +202,10 @@ def test_no_images_are_taken_in_where_statistics_are_not_tracked() -> None:
     before = statistics(net)
     for layer in layers(net):
         layer.track_running_stats = False
+    counted = [layer.num_batches_tracked.clone() for layer in layers(net)]
     for i in range(20):
         net(batch(i) * 3 + 1)
+    assert all(map(torch.equal, counted, [layer.num_batches_tracked for layer in layers(net)]))
     for a, b in zip(statistics(net), before, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)  # a step of the optimizer lies between
     for layer in layers(net):
