@@ -56,17 +56,11 @@ class RunningStatistics:
         return both
 
 
-@dataclass(eq=False)
 class Pass:
-    """A forward pass, which lives as long as its backward pass may come.
+    """A forward pass, which lives as long as its backward pass may come."""
 
-    Args:
-        looks: whether it changes what the window normalises by, as a look at its batch does.
-        done: whether its backward pass has come.
-    """
-
-    looks: bool
-    done: bool = False
+    looks = False  # whether it changes what the window normalises by, as a look at its batch does
+    done = False  # whether its backward pass has come
 
     def ends(self, *gradients: object) -> None:
         """To be called behind the backward pass."""

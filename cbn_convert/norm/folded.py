@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..refusals import qconfig
-from .batch import Batch, RunningStatistics
+from .batch import Batch, Pass, RunningStatistics
 from .carried import Carried, CarriedWindow
 from .functional import Affine, OptTensor, cast, gradients, per_channel
 from .kernels import KERNELS, Folded, select
@@ -88,7 +88,7 @@ class FoldedLayer:
 
 
 @dataclass
-class FoldedStep(FoldedLayer):
+class FoldedStep(FoldedLayer, Pass):
     """One step of a layer that trains folded.
 
     Args:
@@ -108,8 +108,6 @@ class FoldedStep(FoldedLayer):
     follows: bool
     made_of: tuple[Tensor, str] | None = None
     patches_of: Tensor | None = None
-    looks: bool = field(default=False, init=False)  # as in `Pass`
-    done: bool = field(default=False, init=False)
     scales_output: bool = field(default=False, init=False)  # whether the output is scaled, being the smaller one
 
     @property
@@ -205,7 +203,7 @@ class FoldedMap(torch.autograd.Function):
             state = Carried(state.table)
         if ctx.activation:
             _, input = as_function(step.module, getattr(F, ctx.activation)(input))
-        step.done = True
+        step.ends()
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)

@@ -99,7 +99,7 @@ def _advanced(source: Any, input: Tensor, weight: Tensor, bias: OptTensor, outpu
 
     state: Carried = window.advance(source.running(dtype), theta, b, norm.iteration, len(input), batch)
     window.last_folded = True
-    norm.count()
+    norm.took_step()
     return state
 
 

@@ -15,16 +15,15 @@ from ..modes import what_lasts_may_be_made
 from ..refusals import qconfig, refuse_proxy, refuse_replica, refuse_script, refuse_transforms
 from .activation import activate
 from .batch import Batch, Pass
-from .carried import PATCHES, CarriedWindow
+from .carried import CarriedWindow
 from .distributed import world_size
 from .folded import begin_folding, end_folding
-from .functional import is_known, is_measured, normalize, patch_shapes, pooled
+from .functional import is_known, is_measured, normalize, pooled
 from .new_layer import NewLayerWindow
 from .producers import (
     OutputChannels,
     Producer,
     applies_stored_weight,
-    fan_in,
     groups_of,
     is_producer,
     is_transposed,
@@ -32,14 +31,10 @@ from .producers import (
     plain_class,
 )
 from .ring import Ring
+from .saved import check_history
 from .source import Source
 from .tap import InputTap, writes_to
 from .window import Window, WindowKeywords, window_of
-
-# what a source remembers, by its name in checkpoints
-KINDS: dict[str, type[CarriedWindow | NewLayerWindow | Ring]] = {
-    "ema": CarriedWindow, "new": NewLayerWindow, "ring": Ring
-}  # fmt: skip
 
 
 class CrossIterationMixin(_BatchNorm):
@@ -56,17 +51,8 @@ class CrossIterationMixin(_BatchNorm):
     qconfig = qconfig
     __prepare_scriptable__ = refuse_script
     WINDOW_ATTRIBUTES = (
-        "window",
-        "phase",
-        "layer_name",
-        "iteration",
-        "_sources",
-        "_begun",
-        "_left",
-        "_moving",
-        "_momentum",
-        "_told",
-    )
+        "window", "phase", "layer_name", "iteration", "_sources", "_begun", "_left", "_moving", "_momentum", "_told"
+    )  # fmt: skip
 
     def __init__(self, *args: Any, window: Window | int = 8, **kwargs: Any) -> None:
         keywords: Any = {name: kwargs.pop(name) for name in WindowKeywords.__annotations__ if name in kwargs}
@@ -274,7 +260,7 @@ class CrossIterationMixin(_BatchNorm):
         )
         self._told = True
 
-    def count(self) -> None:
+    def took_step(self) -> None:
         """Counts a step of training, whose running statistics have been written."""
         self.__dict__["iteration"] += 1
         self.__dict__["_moving"] = True
@@ -316,30 +302,8 @@ class CrossIterationMixin(_BatchNorm):
         began. Raises ValueError if it was taken with another window, another number of modules or channels, or if it
         is damaged.
         """
-        if state.get("window") != str(self.window):
-            raise ValueError(
-                f"history was saved with window {state.get('window')}, but the layer has window {self.window}; use the "
-                "same settings to resume"
-            )
+        check_history(self, state)
         saved = state["sources"]
-        if len(self._sources) != len(saved):
-            raise ValueError(f"history is of a layer fed by {len(saved)} modules, this one by {len(self._sources)}")
-        for source, own in zip(self._sources, saved, strict=True):
-            channels = len(range(self.num_features)[source.channels or slice(None)])
-            if own is not None:
-                self._check_complete(own)
-            for name, value in ({} if own is None else own["slots"]).items():
-                if name not in PATCHES and name != "covariance" and value.shape[-1] != channels:
-                    raise ValueError(f"history is of a layer with {value.shape[-1]} channels, this one has {channels}")
-                if name in PATCHES and own["kind"] != "ring" and source.tap is not None:
-                    shapes = patch_shapes(groups_of(source.tap.module), fan_in(source.tap.module))
-                    shape = shapes[PATCHES.index(name)]
-                    if value.shape != shape:
-                        raise ValueError(
-                            f"history is of a module whose {name} has shape {(*value.shape,)}, this one's has {shape}"
-                        )
-                if not torch.isfinite(value).all():
-                    raise ValueError(f"history holds a {name} that is not finite; it is damaged")
         self.reset_history()
         self.iteration = int(state["iteration"])
         self._begun, self._momentum = None not in saved, state.get("momentum", self.momentum)
@@ -348,16 +312,6 @@ class CrossIterationMixin(_BatchNorm):
                 source.state = self._new_state(source, own["kind"])
                 source.state.load_state_dict(own)
         self._leave()
-
-    def _check_complete(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError where something lacks in what a source of such a layer saves."""
-        kind = KINDS.get(saved.get("kind", ""))
-        if kind is None or (kind is Ring) == self.window.is_carried or not saved.keys() >= {*kind.counts, "slots"}:
-            raise ValueError("history is of another version of the windows, or damaged; train with that one")
-        names = saved["slots"].keys()
-        if names and names not in ({"mean", "var"}, set(kind.slots)):
-            lacking = ", ".join(sorted(set(kind.slots) - names)) or "nothing"
-            raise ValueError(f"history holds a part of what it should, without {lacking}; it is damaged")
 
     def normalize(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """Normalises x [N, C, ...]: over the window in training, exactly as BatchNorm in evaluation; then `act`."""
@@ -391,7 +345,7 @@ class CrossIterationMixin(_BatchNorm):
         if self._is_folded(x, recomputing):
             was_counted = self._sources[0].counted_in_graph()
             if not (recomputing or was_counted):
-                self._counted(None)
+                self._count(None)
             return x if act is None else activate(x, act)
         refuse_transforms(x, self.weight, self.bias)
         batches = [source.batch(source.of_input(x), recomputing) for source in self._sources]
@@ -404,7 +358,7 @@ class CrossIterationMixin(_BatchNorm):
         if not recomputing:
             counted = [finite for _, finite in made if finite is not None]
             # a part may be finite where another one is not
-            self._counted(torch.stack(counted).all() if counted else None, counts=bool(counted))
+            self._count(torch.stack(counted).all() if counted else None, counts=bool(counted))
         y = made[0][0] if len(made) == 1 else torch.cat([part for part, _ in made], 1)
         return y if act is None else act(y)
 
@@ -415,11 +369,11 @@ class CrossIterationMixin(_BatchNorm):
             return False
         return source.tap.take_folded(x) or (recomputing and source.state.last_folded)
 
-    def _counted(self, finite: Tensor | None, counts: bool = True) -> None:
+    def _count(self, finite: Tensor | None, counts: bool = True) -> None:
         batches = self._buffers["num_batches_tracked"]
         if batches is not None and counts and self.track_running_stats:
             batches.add_(1 if finite is None else finite)
-        self.count()
+        self.took_step()
 
     def _over(self, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Output for a source's channels, and whether they count for the running statistics (None: they cannot)."""
@@ -441,8 +395,8 @@ class CrossIterationMixin(_BatchNorm):
                 self._update_running_statistics(batch, mean, var)
         y = normalize(batch.x, mean, var, source.of(self.weight), source.of(self.bias), self.eps)
         if y.grad_fn is not None and not batch.recomputing:
-            looks = not isinstance(state, CarriedWindow) or state.last_looked
-            one = Pass(looks)
+            one = Pass()
+            one.looks = not isinstance(state, CarriedWindow) or state.last_looked
             y.grad_fn.register_hook(one.ends)  # so that it lives as long as the graph does
             source.begins(one)
         return y, batch.finite

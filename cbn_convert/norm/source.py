@@ -53,7 +53,7 @@ class Source(OfNorm):
         self.channels = channels
         self.state: CarriedWindow | NewLayerWindow | Ring | None = None
         self.number = graph.numbered(self)
-        self.passes: list[weakref.ref[Pass | FoldedStep]] = []
+        self.passes: list[weakref.ref[Pass]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "passes": []}
@@ -152,7 +152,7 @@ class Source(OfNorm):
             running.changed = True  # looked at, since `buffer.data.copy_(t)`, and what numpy does, count as no write
             self.state.carry(running, *self.theta_and_bias(dtype))
 
-    def begins(self, one: Pass | FoldedStep) -> None:
+    def begins(self, one: Pass) -> None:
         """Notes a forward pass that is not a computation once more."""
         if len(self.passes) > MOST_PASSES:
             self.passes = [ref for ref in self.passes if ref() is not None]

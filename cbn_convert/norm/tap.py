@@ -193,14 +193,7 @@ class InputTap(OfNorm):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "input": None,
-            "output": None,
-            "folded": False,
-            "in_graph": False,
-            "seen": [],
-        }
+        return {**super().__getstate__(), "input": None, "output": None, "folded": False, "in_graph": False, "seen": []}
 
 
 def is_watched(module: nn.Module) -> bool:
