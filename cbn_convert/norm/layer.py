@@ -195,7 +195,7 @@ class CrossIterationMixin(_BatchNorm):
         for source in self._sources:
             source.state = None
             if source.tap is not None:
-                source.tap.seen = []
+                source.tap.sums = None
 
     def reset_running_stats(self) -> None:
         """Resets the running statistics as BatchNorm does, and the history: both are to be estimated anew."""

@@ -67,7 +67,7 @@ class InputTap(OfNorm):
         self.folded = False  # whether the output that is on its way is normalised already
         self.in_graph = False  # whether a compiled graph has done so, and counted the step
         self.lost = 0.0  # such outputs that never came to the norm
-        self.seen: list[Any] = []  # what `watch` has seen of weight and bias
+        self.sums: list[float] | None = None  # of weight and bias, as `watch` found them
         self.moves = False  # whether somebody moves them from step to step, be it without a gradient
         # before hooks of others, which may change the output
         self.watching = self.module.register_forward_hook(self, with_kwargs=True, prepend=True)
@@ -98,16 +98,12 @@ class InputTap(OfNorm):
 
     def watch(self) -> None:
         """To be called in every step: a momentum encoder moves, too, and not every write counts as one."""
-        if self.moves or learns(self.module):
+        if self.moves or self.norm.iteration % SUMMED or learns(self.module):
             return
         stored = [p for p in self.module._parameters.values() if type(p) is nn.Parameter and not p.is_meta]
-        seen: list[Any] = [(id(p), p.data_ptr(), writes_to(p)) for p in stored]
-        sums = self.seen[-1] if self.seen else None
-        if sums is None or self.norm.iteration % SUMMED == 0:
-            sums = [float(p.detach().double().sum()) for p in stored]
-        seen.append(sums)
-        self.moves = bool(self.seen) and seen != self.seen
-        self.seen = seen
+        sums = [float(p.detach().double().sum()) for p in stored]
+        self.moves = self.sums not in (None, sums)
+        self.sums = sums
 
     def take(self) -> Tensor | None:
         """The stored input, which is released here so that no activation outlives its step."""
@@ -193,7 +189,14 @@ class InputTap(OfNorm):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "input": None, "output": None, "folded": False, "in_graph": False, "seen": []}
+        return {
+            **super().__getstate__(),
+            "input": None,
+            "output": None,
+            "folded": False,
+            "in_graph": False,
+            "sums": None,
+        }
 
 
 def is_watched(module: nn.Module) -> bool:
