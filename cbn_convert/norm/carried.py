@@ -154,7 +154,8 @@ def warn_of_strangers(known: Carried, found: JoinedMoments, batch: Batch) -> Non
     """Warns where statistics are of other weights than those of the module, as where a stem was replaced.
 
     Pretrained layers whose channels differ in variance by more than a factor of e have these differences in any batch:
-    in three networks on four data sets the correlation was 0.37 at least, under new weights 0.02 at most.
+    in three networks on four data sets the correlation is 0.32 at least; under new weights, with 32 channels, it is
+    below 0.2 in 33 of 36 cases (benchmarks/study/foreign_statistics.py).
     """
     if type(found.mean) is not Tensor or found.mean.is_meta or len(found.mean) < LEAST_CHANNELS:
         return
