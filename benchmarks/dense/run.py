@@ -170,6 +170,9 @@ class Study:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         sizes = ",".join(str(size) for size in dict.fromkeys(r["batch"] for r in self.records))
         command = f"python -m benchmarks.dense.run --data ../shared/data --task {self.name} --batch-sizes {sizes}"
+        treatments = list(dict.fromkeys(r["treatment"] for r in self.records))
+        if set(treatments) != set(default_treatments(self.task)):
+            command += f" --treatments {','.join(treatments)}"
         report = {**provenance(command), "task": self.name, "settings": self.settings, "runs": self.records}
         text = json.dumps(report).replace('"runs": [{', '"runs": [\n{').replace('}, {"task"', '},\n{"task"')
         with replaced_file(self.output) as file:

@@ -180,8 +180,8 @@ def outcome(studies: dict[str, Study], starts: tuple[str, ...] = ("pretrained", 
         large = [(v.own, v.reference) for v in own if v.reference is not None]
         equal = [(v.own, v.rival) for v in own]
         said.append(
-            f"From {weights} weights CBN is ahead of the best other norm at its batch size {_count(equal)},\n"
-            f"and of BN at batch size 32 {_count(large)}."
+            f"Classifying from {weights} weights CBN is ahead of the best other norm at its batch size\n"
+            f"{_count(equal)}, and of BN at batch size 32 {_count(large)}."
         )
     return "\n".join([*said, '"Clearly": by more than twice the standard error of the difference.'])
 
