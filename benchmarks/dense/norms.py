@@ -16,12 +16,15 @@ and NEW one of
     images:N    converted, a carried window of N images that looks at every batch; it starts at the statistics of 16
                 images under the weights of the start
 
-"bn" alone is bn+bn, and "cbn" alone cbn+cbn.
+"bn" alone is bn+bn, and "cbn" alone cbn+cbn. TREATMENT@FACTOR lets the encoder learn at FACTOR times the rate, in the
+place of ENCODER_RATE times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +35,30 @@ from cbn_convert.norm import Window
 from cbn_convert.training.alternatives import apply_norm
 
 ENCODER, NEW = ("bn", "frozen", "tune", "cbn"), ("bn", "gn", "cbn")
+ENCODER_RATE = 0.3
 
 
-def parsed(treatment: str) -> tuple[str, str, int]:
-    """Of the encoder and of new layers, and the size of their window, 0 where none is given.
+class Treatment(NamedTuple):
+    """What becomes of the norms of the encoder and of new ones, and at how many times the rate the encoder learns."""
 
-    Raises ValueError for one that there is not.
-    """
-    encoder, _, new = treatment.partition("+")
+    encoder: str
+    new: str
+    size: int  # of the window of new layers, 0 where none is given
+    encoder_rate: float
+
+
+def parsed(treatment: str) -> Treatment:
+    """Raises ValueError for one that there is not."""
+    norms, at, factor = treatment.partition("@")
+    encoder, _, new = norms.partition("+")
     new = new or {"bn": "bn", "cbn": "cbn"}.get(encoder, "")
     kind, _, size = new.partition(":")
-    if encoder in ENCODER and new in NEW:
-        return encoder, new, 0
-    if encoder in ENCODER and kind in ("new", "images") and size.isdecimal() and int(size) > 0:
-        return encoder, kind, int(size)
+    with suppress(ValueError):
+        rate = float(factor) if at else ENCODER_RATE
+        if encoder in ENCODER and new in NEW and rate > 0:
+            return Treatment(encoder, new, 0, rate)
+        if encoder in ENCODER and kind in ("new", "images") and size.isdecimal() and int(size) > 0 and rate > 0:
+            return Treatment(encoder, kind, int(size), rate)
     raise ValueError(f"{treatment!r} is no treatment; see {__name__}")
 
 
@@ -55,7 +68,7 @@ def apply(root: nn.Module, encoder: str, treatment: str, example: Tensor, prime:
     `prime` runs the whole model on 16 images, and is called for "images:N" only, with the new norms as BatchNorm in
     training mode and all others in evaluation.
     """
-    of_encoder, of_new, size = parsed(treatment)
+    of_encoder, of_new, size, _ = parsed(treatment)
     names = list(norm_layers(root))
     old = [name for name in names if name.startswith(f"{encoder}.")]
     new = [name for name in names if name not in old]

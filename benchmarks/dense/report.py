@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.dense.norms import parsed
+from benchmarks.dense.norms import ENCODER_RATE, parsed
 from benchmarks.dense.plan import DenseColumn, results
 from benchmarks.documents.readme import NOT_YET, fill
 from benchmarks.provenance import RESULTS, ROOT
@@ -19,7 +19,6 @@ TITLES = {
     "camvid-deeplab": "Street scenes, DeepLabV3+",
     "bccd-fcos": "Blood cells, FCOS",
     "bccd-fcos-long": "Blood cells, FCOS, three times as long",
-    "bccd-fcos-equal": "Blood cells, FCOS, as long, the backbone at the rate of the rest",
     "bccd-faster-rcnn": "Blood cells, Faster R-CNN",
 }
 METRICS = {"miou": "mIoU", "map": "mAP (AP50)"}
@@ -61,8 +60,8 @@ class Dense(NamedTuple):
 
 
 def has_cbn(treatment: str) -> bool:
-    encoder, new, _ = parsed(treatment)
-    return encoder == "cbn" or new not in ("bn", "gn")
+    of = parsed(treatment)
+    return of.encoder == "cbn" or of.new not in ("bn", "gn")
 
 
 def read(folder: Path = RESULTS / "dense") -> list[Dense]:
@@ -104,8 +103,9 @@ def interpreted(name: str, report: dict[str, Any]) -> Dense:
 
 def parts(treatment: str) -> tuple[str, str]:
     """What encoder and new layers have, in words."""
-    encoder, new, size = parsed(treatment)
-    return ENCODER[encoder], NEW[new].format(size)
+    of = parsed(treatment)
+    faster = "" if of.encoder_rate == ENCODER_RATE else f", rate × {of.encoder_rate:g}"
+    return ENCODER[of.encoder] + faster, NEW[of.new].format(of.size)
 
 
 def shown(entry: Entry) -> str:
@@ -171,11 +171,16 @@ def verdicts(studies: list[Dense]) -> str:
             having = [one for one in study.at(size) if has_cbn(one[0])]
             if not having or not without:
                 continue
-            rival, own, chosen = max(without, key=_test), dict(having).get("cbn"), _chosen(having)
-            by_default = ["not run", ""] if own is None else [_value(own.row), _ahead(own.row, rival[1].row)]
+            rival, chosen = max(without, key=_test), _chosen(having)
+            own = [_chosen(found)[1].row for found in [_everywhere(having)] if found]
+            by_default = [_value(own[0]), _ahead(own[0], rival[1].row)] if own else ["not run", ""]
             cells = [_named(*rival), *by_default, _named(*chosen), _ahead(chosen[1].row, rival[1].row)]
             lines.append(f"| {TITLES[study.name]} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
+
+
+def _everywhere(having: list[tuple[str, Entry]]) -> list[tuple[str, Entry]]:
+    return [one for one in having if parsed(one[0])[:2] == ("cbn", "cbn")]
 
 
 def _chosen(having: list[tuple[str, Entry]]) -> tuple[str, Entry]:
@@ -185,10 +190,8 @@ def _chosen(having: list[tuple[str, Entry]]) -> tuple[str, Entry]:
 
 def default_or_chosen(study: Dense, size: int) -> tuple[str, Entry] | None:
     """CBN everywhere, or where that was not run what validation chooses of the treatments with CBN."""
-    having = {t: e for t, e in study.at(size) if has_cbn(t)}
-    if "cbn" in having:
-        return "cbn", having["cbn"]
-    return _chosen(list(having.items())) if having else None
+    having = [(t, e) for t, e in study.at(size) if has_cbn(t)]
+    return _chosen(_everywhere(having) or having) if having else None
 
 
 def _test(one: tuple[str, Entry]) -> float:

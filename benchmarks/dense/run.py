@@ -2,10 +2,10 @@
 
     python -m benchmarks.dense.run --data ../shared/data --task camvid-unet [--budget-minutes 60]
 
-SGD with momentum 0.9 and weight decay 1e-4, warm-up over 5 % of the steps, cosine decay, gradients clipped to a norm of
-5; the encoder learns at 0.3 of the rate, or as the task says. Images are flipped at random. Every run sees as many.
-Writes benchmarks/results/dense/TASK.json after every run; a kill loses the one in progress. Rates are chosen on the
-validation split. The test split is looked at in the runs that may be the chosen ones when they end.
+SGD with momentum 0.9 and weight decay 1e-4, warm-up over 5 % of the steps, cosine decay, gradients clipped to a norm
+of 5; the encoder learns at 0.3 of the rate, or as the treatment says. Images are flipped at random, and every run
+sees as many. Writes benchmarks/results/dense/TASK.json after every run; a kill loses the one in progress. Rates are
+chosen on the validation split. The test split is looked at in the runs that may be the chosen ones when they end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ TREATMENTS = {
     "detection": ("bn", "frozen+bn", "frozen+gn", "tune+gn", "cbn", "cbn+gn"),
 }  # fmt: skip
 PROTOCOL = {
-    "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "clip": 5.0, "warm_up": 0.05, "schedule": "cosine",
+    "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4, "clip": 5.0, "encoder_rate": norms.ENCODER_RATE,
+    "warm_up": 0.05, "schedule": "cosine",
 }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ class Study:
         of_encoder = {id(p) for p in task.root(model).get_submodule(task.encoder).parameters()}
         groups = [
             {"params": [p for p in model.parameters() if (id(p) in of_encoder) == inner], "lr": cell.lr * factor}
-            for inner, factor in ((True, task.encoder_rate), (False, 1.0))
+            for inner, factor in ((True, norms.parsed(cell.norm).encoder_rate), (False, 1.0))
         ]
         steps = max(1, task.images // batch)
         warm = max(1, round(steps * PROTOCOL["warm_up"]))

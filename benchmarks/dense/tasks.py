@@ -37,7 +37,6 @@ class Task:
         rate: where the search of learning rates begins, at two images per step.
         metric: by which rates are chosen, on the validation split.
         classes: without background, or the class that is to be ignored.
-        encoder_rate: the pretrained part learns at so much of the rate.
     """
 
     kind: str
@@ -47,7 +46,6 @@ class Task:
     rate: float
     metric: str
     classes: int
-    encoder_rate: float = 0.3
 
     encoder = ""  # the name of the pretrained part in `root`
 
@@ -193,6 +191,5 @@ TASKS: dict[str, Task] = {
     "camvid-deeplab": Segmentation("DeepLabV3Plus", "camvid", (160, 224), 600, 0.03, "miou", 11),
     "bccd-fcos": Detection("FCOS", "bccd", (240, 320), 500, 0.03, "map", 3),
     "bccd-fcos-long": Detection("FCOS", "bccd", (240, 320), 1500, 0.03, "map", 3),
-    "bccd-fcos-equal": Detection("FCOS", "bccd", (240, 320), 1500, 0.03, "map", 3, encoder_rate=1.0),
     "bccd-faster-rcnn": Detection("FasterRCNN", "bccd", (240, 320), 500, 0.03, "map", 3),
 }

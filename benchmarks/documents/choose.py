@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 FIGURE = ROOT / "docs" / "choose.png"
 # networks by which nothing of CBN was chosen, and the batch sizes of one that chose at another
 UNTOUCHED = {"v1": (1, 2, 4), "v2-100": (2,), "convmixer": (1,)}
-UNTOUCHED_TASKS = ("bccd-fcos", "bccd-fcos-long", "bccd-fcos-equal")
+UNTOUCHED_TASKS = ("bccd-fcos", "bccd-fcos-long")
 NETWORKS = {"v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0", "resnet": "ResNet-10-T",
             "preact": "pre-activation ResNet", "convmixer": "ConvMixer", "new": "small ResNet"}  # fmt: skip
 
