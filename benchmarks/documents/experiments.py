@@ -73,12 +73,20 @@ def steepness() -> str:
     """By how much the mean patch makes a conv steeper, behind rectifiers and elsewhere."""
     if not mechanism.TRACED.is_file():
         return NOT_YET
-    report, said = json.loads(mechanism.TRACED.read_text()), []
-    for rectified, where in ((True, "whose input is not negative"), (False, "whose input has both signs")):
-        ratios = [row["ratio"] for row in report["steepness"] if row["rectified"] == rectified]
-        said.append(f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) in the {len(ratios)} convs {where}")
+    report = json.loads(mechanism.TRACED.read_text())
+    lines = [
+        "| convs | largest eigenvalue of E[p pᵀ] over that of Σ | shift of a channel through θ over that through β |",
+        "|---|---|---|",
+    ]
+    for rectified, where in ((True, "input not negative"), (False, "input of both signs")):
+        rows = [row for row in report["steepness"] if row["rectified"] == rectified]
+        cells = [f"{len(rows)}, {where}"]
+        for key in ("ratio", "shift"):
+            values = [row[key] for row in rows]
+            cells.append(f"{median(values):.3g} ({min(values):.2g} to {max(values):,.2g})")
+        lines.append(f"| {' | '.join(cells)} |")
     source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/mechanism_traces.json)"
-    return f"{said[0]}, {said[1]} (medians; {source})."
+    return "\n".join([*lines, "", f"*median and range of the layers; {source}*"])
 
 
 def traces() -> str:

@@ -15,6 +15,7 @@ import argparse
 import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,10 +31,12 @@ from benchmarks.study.high_rates import SUBJECTS, configured
 from benchmarks.study.patched import accuracies, lasting, measure
 from benchmarks.study.photos import crops, images, mobilenet
 from cbn_convert import fold
+from cbn_convert.conversion import norm_layers
 from cbn_convert.files import write_json
 from cbn_convert.norm.carried import Carried
 from cbn_convert.norm.functional import Affine
 from cbn_convert.norm.kernels import KERNELS, Kernels, forced
+from cbn_convert.training import learner
 from cbn_convert.training.alternatives import apply_norm
 
 matplotlib.use("Agg")
@@ -54,12 +57,14 @@ FORMS: dict[str, tuple[str, str, list[Any] | None]] = {
     "length": ("M and S follow the filter's length only", "cbn", ["mechanism", "follow", "length"]),
     "current": ("CBN, no gradient through M and S", "cbn", ["carried_forms", "set_window", {"gradient": "current"}]),
     "cbn": ("CBN", "cbn", None),
+    "still": ("CBN, β does not learn", "cbn", ["mechanism", "shift_rate", 0.0]),
+    "shifting": ("CBN, β at ten times the rate", "cbn", ["mechanism", "shift_rate", 10.0]),
     "new": ("every layer as a new one", "cbn", ["carried_forms", "set_window", {"start": "empty"}]),
     "ring": ("ring of 8", "cbn", ["carried_forms", "set_window", {"history": "ring", **_RING}]),
     "paper": ("as published: ring of 8, Taylor, no gradient", "cbn", ["carried_forms", "set_window", _PAPER]),
 }  # fmt: skip
 TRACES = (("frozen", 1e-3), ("frozen", 3e-3), ("variance", 3e-3), ("mean", 3e-3), ("cbn", 3e-3))
-DRAWN = ("frozen", "images", "mean", "variance", "length", "current", "cbn")
+DRAWN = ("frozen", "images", "mean", "variance", "length", "current", "cbn", "shifting")
 STEPS, SIZE = 400, 96
 
 
@@ -100,6 +105,23 @@ def follow(part: str) -> None:
     """Makes all layers of this process follow their weights in part."""
     KERNELS["plain"] = Partly(part)
     lasting(forced("plain"))
+
+
+def shift_rate(factor: float) -> None:
+    """Lets β of all norm layers learn at so many times the rate in this process."""
+    make = learner.make_optimizer
+
+    def made(model: nn.Module, settings: Any, lr: float) -> torch.optim.Optimizer:
+        optimizer = make(model, settings, lr)
+        shifts = {id(norm.bias) for norm in norm_layers(model).values()}
+        (group,) = (g for g in optimizer.param_groups if any(id(p) in shifts for p in g["params"]))
+        own = [p for p in group["params"] if id(p) in shifts]
+        group["params"] = [p for p in group["params"] if id(p) not in shifts]
+        # timm's schedules multiply by lr_scale
+        optimizer.add_param_group({**group, "params": own, "lr": lr * factor, "lr_scale": factor})
+        return optimizer
+
+    learner.make_optimizer = made
 
 
 def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
@@ -184,23 +206,28 @@ def steepness(data: Path) -> list[dict[str, Any]]:
     """Largest eigenvalue of E[p pᵀ] over that of the covariance of p, for every conv with one group.
 
     Of the pretrained network in evaluation, on 64 training images of the clothing, whose patches p [m, F] are centred
-    by their mean p̄ for the covariance: E[p pᵀ] is that and p̄ p̄ᵀ.
+    by their mean p̄ for the covariance: E[p pᵀ] is that and p̄ p̄ᵀ. And γ² |p̄|² / (S + eps), the median of the channels:
+    by how much more a step of gradient descent shifts a channel through θ, with M fixed, than through β.
     """
     torch.manual_seed(0)
     model, found = mobilenet(data).eval(), []
     x, _ = images(data / "clothing" / "train", SIZE)
 
-    def see(name: str, conv: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
+    def see(name: str, norm: Any, conv: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
         padded = F.pad(args[0], [(conv.kernel_size[0] - 1) // 2] * 4)
         p = F.unfold(padded, conv.kernel_size, stride=conv.stride).transpose(1, 2).flatten(0, 1).double()
         second, centred = p.T @ p / len(p), torch.cov(p.T, correction=0)
         most = [float(torch.linalg.eigvalsh(m)[-1]) for m in (second, centred)]
-        rectified = bool(args[0].min() >= 0)
-        found.append({"layer": name, "width": p.shape[1], "rectified": rectified, "ratio": most[0] / most[1]})
+        shift = norm.weight.square() / (norm.running_var + norm.eps) * p.mean(0).square().sum()
+        found.append({
+            "layer": name, "width": p.shape[1], "rectified": bool(args[0].min() >= 0), "ratio": most[0] / most[1],
+            "shift": float(shift.median()),
+        })  # fmt: skip
 
-    for name, module in model.named_modules():
+    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    for (name, module), (_, norm) in pairwise(modules):  # which follows it in this network
         if isinstance(module, nn.Conv2d) and module.groups == 1:
-            module.register_forward_pre_hook(partial(see, name))
+            module.register_forward_pre_hook(partial(see, name, norm))
     model(crops(x[torch.randperm(len(x))[:64]], SIZE, None))
     return found
 
