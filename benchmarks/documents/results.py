@@ -15,11 +15,11 @@ from cbn_convert.comparison.plan import Cell, Results, score
 from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
 
 LABELS = {
-    "bn": "BN", "frozen": "frozen BN", "gn": "GroupNorm", "brn": "Batch Renorm", "cbn": "**CBN**",
-    "cbn:ring:window=2": "CBN, ring of 2",
+    "bn": "BN", "frozen": "frozen BN", "tune": "frozen BN, trained folded", "gn": "GroupNorm", "brn": "Batch Renorm",
+    "cbn": "**CBN**", "cbn:ring:window=2": "CBN, ring of 2",
 }  # fmt: skip
 NETWORKS = {
-    "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",
+    "v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0", "lite0": "EfficientNet-Lite0",
     "resnet": "ResNet-10-T from clothing", "preact": "half as wide pre-activation ResNet-18 from clothing",
     "densenet": "a small DenseNet from clothing", "convmixer": "a small ConvMixer from clothing",
     "new": "a small ResNet from scratch",

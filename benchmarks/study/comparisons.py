@@ -36,6 +36,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "model": "mobilenetv2_100", "checkpoint": "mobilenetv2_100_tf2ptq.timm.safetensors",
         "model-kwargs": "pad_type=same", "mean": "0.5", "std": "0.5",
     },
+    "lite0": {
+        "model": "tf_efficientnet_lite0", "checkpoint": "tf_efficientnet_lite0_imagenet.timm.safetensors",
+        "mean": str(127 / 255), "std": str(128 / 255),
+    },
     "resnet": {"model": "resnet10t", "checkpoint": "FROM-CLOTHING"},
     "preact": {"model": "resnetv2_18", "model-kwargs": "width_factor=0.5", "checkpoint": "FROM-CLOTHING"},
     "densenet": {
@@ -58,6 +62,7 @@ RECALIBRATED = {
     "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "seeds": 3, "reference": 0,
     "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
 }  # fmt: skip
+TUNED = "bn,frozen,tune,brn,cbn"
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 NEW = {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}
 
@@ -78,6 +83,8 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
     "clothing-v2-large": ("clothing", "v2", {**RIVALS, **SHORT, "img-size": 160}),
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
+    "clothing-lite0": ("clothing", "lite0", {**RIVALS, **SHORT, "norms": TUNED, "img-size": 128}),
+    "hands-lite0": ("hands", "lite0", {**RIVALS, **SHORT, "norms": TUNED, "img-size": 128}),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
     "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
