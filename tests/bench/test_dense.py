@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,6 +221,29 @@ def test_treatments(name: str, treatment: str, study: Any, tasks: dict[str, Any]
     states = [source.state for m in new.values() for source in m._sources]
     expected = {"cbn": ("NewLayerWindow", 8192), "new:8": ("Ring", 8), "images:64": ("CarriedWindow", 64)}[kind]
     assert {(type(s).__name__, s.window.size) for s in states} == {expected}
+
+
+def test_the_encoder_learns_at_its_own_rate(study: Any, tasks: dict[str, Any]) -> None:
+    """Its share of the rate is all that differs: one step moves its weights in proportion, and the others alike."""
+    made, steps = study("unet"), []
+    made.task = replace(tasks["unet"], images=2)
+    for treatment in ("frozen+gn", "frozen+gn@0.3", "frozen+gn@3"):
+        before = made.prepared(Cell(treatment, 2, 0.01, 0))
+        after = made.trained(Cell(treatment, 2, 0.01, 0))["model"]
+        pairs = [(name, p.detach(), before.get_parameter(name).detach()) for name, p in after.named_parameters()]
+        inner = [p - q for name, p, q in pairs if name.startswith("encoder.")]
+        steps.append((inner, [p - q for name, p, q in pairs if not name.startswith("encoder.")]))
+    (default, _), (named, rest), (fast, others) = steps
+    assert all(torch.equal(a, b) for a, b in zip(default, named, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
+    lengths = [torch.cat([t.flatten() for t in own]).norm() for own in (named, fast)]
+    assert float(lengths[1] / lengths[0]) == pytest.approx(10, rel=1e-3)
+
+
+@pytest.mark.parametrize("treatment", ["cbn@", "cbn@0", "cbn@-1", "cbn@fast", "frozen@1", "cbn+new:0@1"])
+def test_treatments_that_there_are_not(treatment: str, dense: Any) -> None:
+    with pytest.raises(ValueError, match="is no treatment"):
+        dense.norms.parsed(treatment)
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
