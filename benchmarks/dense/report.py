@@ -112,11 +112,11 @@ def shown(entry: Entry) -> str:
     """The metric, the rate and what is to be said of them."""
     row = entry.row
     if row.top1 is None:
-        return "failed" if entry.complete else "not finished"
+        return "failed"
     text = f"{row.top1:.1f}" + ("" if row.std is None else f" ± {row.std:.1f}")
     text += "" if entry.second is None else f" ({entry.second:.1f})"
     marks = " (edge)" * row.at_edge + f" ({row.failed} of {row.failed + row.seeds} failed)" * (row.failed > 0)
-    return f"{text} @ {row.lr:.2g}{marks}" + ("" if entry.complete else f" ({row.seeds} seeds so far)")
+    return f"{text} @ {row.lr:.2g}, validation {entry.validation:.1f}{marks}"
 
 
 def table(study: Dense) -> str:
@@ -138,8 +138,9 @@ def table(study: Dense) -> str:
     most = max(entry.row.seeds for entry in study.entries.values())
     height, width = settings["size"]
     source = (
-        f"{METRICS[settings['metric']]} [%] of the test split @ rate, {width} × {height} px, {settings['images']} "
-        f"images per run, {len(study.report['runs'])} runs, {most} seeds; `{study.report['command']}`, "
+        f"{METRICS[settings['metric']]} [%] of the test split @ rate, validation at that rate, {width} × {height} px, "
+        f"{settings['images']} images per run, {len(study.report['runs'])} runs, {most} seeds; "
+        f"`{study.report['command']}`, "
         f"[JSON](BASE/benchmarks/results/dense/{study.name}.json)"
     )
     return "\n".join([*lines, "", f"*{source}*"])

@@ -83,7 +83,9 @@ def steepness() -> str:
         cells = [f"{len(rows)}, {where}"]
         for key in ("ratio", "shift"):
             values = [row[key] for row in rows]
-            cells.append(f"{median(values):.3g} ({min(values):.2g} to {max(values):,.2g})")
+            three = median(values), min(values), max(values)
+            middle, least, most = (f"{v:,.0f}" if v >= 100 else f"{v:.2g}" for v in three)
+            cells.append(f"{middle} ({least} to {most})")
         lines.append(f"| {' | '.join(cells)} |")
     source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/mechanism_traces.json)"
     return "\n".join([*lines, "", f"*median and range of the layers; {source}*"])

@@ -329,7 +329,7 @@ def test_rates_are_chosen_by_validation_and_the_table_has_the_test_split(
         assert entry.row.top1 == pytest.approx(np.mean(seeds))
         assert entry.row.std == pytest.approx(1)
     tables = dense.report.tables([read])
-    assert "**9.0 ± 1.0 (70.0)** @ 0.1 |" in tables["dense"]
+    assert "**9.0 ± 1.0 (70.0)** @ 0.1, validation 51.0 |" in tables["dense"]
     assert "| 2 | 9.0 ± 1.0 (frozen BN + BN) | 4.0 ± 1.0 | **-5.0 ± 0.8** |" in tables["dense-verdicts"]
     order = [(r["batch"], r["seed"]) for r in made.records]
     assert order == sorted(order, key=lambda one: (-one[0], one[1]))
