@@ -58,13 +58,14 @@ FORMS: dict[str, tuple[str, str, list[Any] | None]] = {
     "current": ("CBN, no gradient through M and S", "cbn", ["carried_forms", "set_window", {"gradient": "current"}]),
     "cbn": ("CBN", "cbn", None),
     "still": ("CBN, β does not learn", "cbn", ["mechanism", "shift_rate", 0.0]),
-    "shifting": ("CBN, β at ten times the rate", "cbn", ["mechanism", "shift_rate", 10.0]),
+    "shifting-10": ("CBN, β at 10 times the rate", "cbn", ["mechanism", "shift_rate", 10.0]),
+    "shifting-100": ("CBN, β at 100 times the rate", "cbn", ["mechanism", "shift_rate", 100.0]),
     "new": ("every layer as a new one", "cbn", ["carried_forms", "set_window", {"start": "empty"}]),
     "ring": ("ring of 8", "cbn", ["carried_forms", "set_window", {"history": "ring", **_RING}]),
     "paper": ("as published: ring of 8, Taylor, no gradient", "cbn", ["carried_forms", "set_window", _PAPER]),
 }  # fmt: skip
 TRACES = (("frozen", 1e-3), ("frozen", 3e-3), ("variance", 3e-3), ("mean", 3e-3), ("cbn", 3e-3))
-DRAWN = ("frozen", "images", "mean", "variance", "length", "current", "cbn", "shifting")
+DRAWN = ("frozen", "images", "mean", "variance", "length", "current", "cbn", "shifting-100")
 STEPS, SIZE = 400, 96
 
 
@@ -117,8 +118,7 @@ def shift_rate(factor: float) -> None:
         (group,) = (g for g in optimizer.param_groups if any(id(p) in shifts for p in g["params"]))
         own = [p for p in group["params"] if id(p) in shifts]
         group["params"] = [p for p in group["params"] if id(p) not in shifts]
-        # timm's schedules multiply by lr_scale
-        optimizer.add_param_group({**group, "params": own, "lr": lr * factor, "lr_scale": factor})
+        optimizer.add_param_group({**group, "params": own, "lr_scale": factor})  # which timm's schedules multiply by
         return optimizer
 
     learner.make_optimizer = made
