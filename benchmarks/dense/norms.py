@@ -22,6 +22,7 @@ place of ENCODER_RATE times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
@@ -55,9 +56,12 @@ def parsed(treatment: str) -> Treatment:
     kind, _, size = new.partition(":")
     with suppress(ValueError):
         rate = float(factor) if at else ENCODER_RATE
-        if encoder in ENCODER and new in NEW and rate > 0:
+        # one way to spell each
+        if at and (factor != f"{rate:g}" or not 0 < rate < math.inf or rate == ENCODER_RATE):
+            raise ValueError
+        if encoder in ENCODER and new in NEW:
             return Treatment(encoder, new, 0, rate)
-        if encoder in ENCODER and kind in ("new", "images") and size.isdecimal() and int(size) > 0 and rate > 0:
+        if encoder in ENCODER and kind in ("new", "images") and size.isdecimal() and int(size) > 0:
             return Treatment(encoder, kind, int(size), rate)
     raise ValueError(f"{treatment!r} is no treatment; see {__name__}")
 

@@ -163,8 +163,8 @@ def rates(study: Dense) -> str:
 
 
 def verdicts(studies: list[Dense]) -> str:
-    """CBN everywhere, and one with CBN that validation chooses, beside the best without, which the test split does."""
-    heads = ("task", "batch", "best without CBN", "CBN everywhere, by default", "ahead by", "with CBN", "ahead by")
+    """CBN everywhere and one with CBN, as validation chooses, beside the best without, which the test split does."""
+    heads = ("task", "batch", "best without CBN", "CBN everywhere", "ahead by", "with CBN", "ahead by")
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|---|---|"]
     for study in studies:
         for size in study.sizes:
@@ -174,7 +174,7 @@ def verdicts(studies: list[Dense]) -> str:
                 continue
             rival, chosen = max(without, key=_test), _chosen(having)
             own = [_chosen(found)[1].row for found in [_everywhere(having)] if found]
-            by_default = [_value(own[0]), _ahead(own[0], rival[1].row)] if own else ["not run", ""]
+            by_default = [_value(own[0]), _ahead(own[0], rival[1].row)] if own else ["not finished", ""]
             cells = [_named(*rival), *by_default, _named(*chosen), _ahead(chosen[1].row, rival[1].row)]
             lines.append(f"| {TITLES[study.name]} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
@@ -189,8 +189,8 @@ def _chosen(having: list[tuple[str, Entry]]) -> tuple[str, Entry]:
     return max(having, key=lambda one: one[1].validation)
 
 
-def default_or_chosen(study: Dense, size: int) -> tuple[str, Entry] | None:
-    """CBN everywhere, or where that was not run what validation chooses of the treatments with CBN."""
+def best_of_cbn(study: Dense, size: int) -> tuple[str, Entry] | None:
+    """Of CBN everywhere, or where that was not finished of the treatments with CBN, what validation chooses."""
     having = [(t, e) for t, e in study.at(size) if has_cbn(t)]
     return _chosen(_everywhere(having) or having) if having else None
 

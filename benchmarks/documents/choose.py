@@ -61,7 +61,7 @@ def cases() -> list[Case]:
         for size in study.sizes:
             entries = dict(study.at(size))
             others = {t: e.row for t, e in entries.items() if not dense.has_cbn(t)}
-            of_cbn = dense.default_or_chosen(study, size)
+            of_cbn = dense.best_of_cbn(study, size)
             if of_cbn is not None and others:
                 rival = max(others, key=lambda t: others[t].top1 or 0.0)
                 name, own = dense.TITLES[study.name], of_cbn[1].row

@@ -227,20 +227,22 @@ def test_the_encoder_learns_at_its_own_rate(study: Any, tasks: dict[str, Any]) -
     """Its share of the rate is all that differs: one step moves its weights in proportion, and the others alike."""
     made, steps = study("unet"), []
     made.task = replace(tasks["unet"], images=2)
-    for treatment in ("frozen+gn", "frozen+gn@0.3", "frozen+gn@3"):
+    for treatment in ("frozen+gn", "frozen+gn@3"):
         before = made.prepared(Cell(treatment, 2, 0.01, 0))
         after = made.trained(Cell(treatment, 2, 0.01, 0))["model"]
         pairs = [(name, p.detach(), before.get_parameter(name).detach()) for name, p in after.named_parameters()]
         inner = [p - q for name, p, q in pairs if name.startswith("encoder.")]
         steps.append((inner, [p - q for name, p, q in pairs if not name.startswith("encoder.")]))
-    (default, _), (named, rest), (fast, others) = steps
-    assert all(torch.equal(a, b) for a, b in zip(default, named, strict=True))
+    (default, rest), (fast, others) = steps
     assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
-    lengths = [torch.cat([t.flatten() for t in own]).norm() for own in (named, fast)]
+    lengths = [torch.cat([t.flatten() for t in own]).norm() for own in (default, fast)]
     assert float(lengths[1] / lengths[0]) == pytest.approx(10, rel=1e-3)
 
 
-@pytest.mark.parametrize("treatment", ["cbn@", "cbn@0", "cbn@-1", "cbn@fast", "frozen@1", "cbn+new:0@1"])
+@pytest.mark.parametrize(
+    "treatment",
+    ["cbn@", "cbn@0", "cbn@-1", "cbn@fast", "cbn@inf", "cbn@1.0", "cbn@0.3", "cbn@ 3", "frozen@1", "cbn+new:0@1"],
+)
 def test_treatments_that_there_are_not(treatment: str, dense: Any) -> None:
     with pytest.raises(ValueError, match="is no treatment"):
         dense.norms.parsed(treatment)
