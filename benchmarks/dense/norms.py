@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -54,16 +53,22 @@ def parsed(treatment: str) -> Treatment:
     encoder, _, new = norms.partition("+")
     new = new or {"bn": "bn", "cbn": "cbn"}.get(encoder, "")
     kind, _, size = new.partition(":")
-    with suppress(ValueError):
-        rate = float(factor) if at else ENCODER_RATE
-        # one way to spell each
-        if at and (factor != f"{rate:g}" or not 0 < rate < math.inf or rate == ENCODER_RATE):
-            raise ValueError
-        if encoder in ENCODER and new in NEW:
+    rate = _rate(factor) if at else ENCODER_RATE
+    if rate is not None and encoder in ENCODER:
+        if new in NEW:
             return Treatment(encoder, new, 0, rate)
-        if encoder in ENCODER and kind in ("new", "images") and size.isdecimal() and int(size) > 0:
+        if kind in ("new", "images") and size.isdecimal() and int(size) > 0:
             return Treatment(encoder, kind, int(size), rate)
     raise ValueError(f"{treatment!r} is no treatment; see {__name__}")
+
+
+def _rate(factor: str) -> float | None:
+    """A factor that is not the usual one; None unless it is spelled as Python does, so that each has one name."""
+    try:
+        rate = float(factor)
+    except ValueError:
+        return None
+    return rate if factor == f"{rate:g}" and 0 < rate < math.inf and rate != ENCODER_RATE else None
 
 
 def apply(root: nn.Module, encoder: str, treatment: str, example: Tensor, prime: Callable[[], None]) -> None:

@@ -172,10 +172,11 @@ def verdicts(studies: list[Dense]) -> str:
             having = [one for one in study.at(size) if has_cbn(one[0])]
             if not having or not without:
                 continue
-            rival, chosen = max(without, key=_test), _chosen(having)
-            own = [_chosen(found)[1].row for found in [_everywhere(having)] if found]
-            by_default = [_value(own[0]), _ahead(own[0], rival[1].row)] if own else ["not finished", ""]
-            cells = [_named(*rival), *by_default, _named(*chosen), _ahead(chosen[1].row, rival[1].row)]
+            rival, chosen, everywhere = max(without, key=_test), _chosen(having), ["not finished", ""]
+            if found := _everywhere(having):
+                own = _chosen(found)[1].row
+                everywhere = [_value(own), _ahead(own, rival[1].row)]
+            cells = [_named(*rival), *everywhere, _named(*chosen), _ahead(chosen[1].row, rival[1].row)]
             lines.append(f"| {TITLES[study.name]} | {size} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
