@@ -128,7 +128,7 @@ dense: $(INTEGRATIONS)/.installed
 	for task in camvid-unet camvid-deeplab bccd-fcos bccd-faster-rcnn \
 		"camvid-unet --treatments cbn@1,frozen+bn@1" \
 		"bccd-fcos-long --treatments frozen+gn,cbn+gn,frozen+gn@1,cbn+gn@1,frozen+gn@3,cbn+gn@10" \
-		"bccd-fcos-long --treatments frozen+gn@1,cbn+gn@10 --batch-sizes 1"; do \
+		"bccd-fcos-long --treatments frozen+gn@1,frozen+gn@3,cbn+gn@10 --batch-sizes 1"; do \
 		OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m benchmarks.dense.run --data ../shared/data --task $$task || exit; done
 	$(INTEGRATIONS)/bin/python -m benchmarks.dense.report
 
