@@ -146,7 +146,8 @@ def record(items: list[Item], folder: Path) -> None:
         if item.path.endswith(".safetensors"):
             with safe_open(folder / item.path, "pt") as opened:
                 sums[item.path]["metadata"] = dict(sorted(opened.metadata().items()))
-    SUMS.write_text(json.dumps(sums, indent=1) + "\n")
+    ordered = {item.path: sums[item.path] for item in ITEMS if item.path in sums}
+    SUMS.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

