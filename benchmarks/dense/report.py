@@ -19,6 +19,7 @@ TITLES = {
     "camvid-deeplab": "Street scenes, DeepLabV3+",
     "bccd-fcos": "Blood cells, FCOS",
     "bccd-fcos-long": "Blood cells, FCOS, three times as long",
+    "neu-fcos": "Steel defects, FCOS",
     "bccd-faster-rcnn": "Blood cells, Faster R-CNN",
 }
 METRICS = {"miou": "mIoU", "map": "mAP (AP50)"}
