@@ -191,6 +191,6 @@ TASKS: dict[str, Task] = {
     "camvid-deeplab": Segmentation("DeepLabV3Plus", "camvid", (160, 224), 600, 0.03, "miou", 11),
     "bccd-fcos": Detection("FCOS", "bccd", (240, 320), 500, 0.03, "map", 3),
     "bccd-fcos-long": Detection("FCOS", "bccd", (240, 320), 1500, 0.03, "map", 3),
-    "neu-fcos": Detection("FCOS", "neu_det", (224, 224), 2000, 0.03, "map", 6),
+    "neu-fcos": Detection("FCOS", "neu_det", (224, 224), 6000, 0.03, "map", 6),
     "bccd-faster-rcnn": Detection("FasterRCNN", "bccd", (240, 320), 500, 0.03, "map", 3),
 }
