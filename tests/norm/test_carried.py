@@ -368,6 +368,24 @@ def test_the_first_steps_look_all_and_so_do_those_of_a_layer_that_has_lost_its_p
     torch.testing.assert_close(carried.patch_mean[0], expected)
 
 
+def test_a_conv_that_learns_from_now_on_is_looked_at_as_one_that_begins() -> None:
+    conv, norm = bound_pair(Window(every=1, size=100_000))
+    conv.requires_grad_(False)
+    xs = [torch.randn(2, 3, 6, 6, dtype=torch.float64) for _ in range(FIRST_LOOKS)]
+    for x in xs:
+        norm(conv(x))
+    assert not norm.compensated
+
+    conv.requires_grad_()
+    for x in xs:
+        norm(conv(x))
+    patches = torch.stack([nn.functional.unfold(x, conv.kernel_size, padding=conv.padding).mean((0, 2)) for x in xs])
+    expected = patches[0]
+    for look, own in enumerate(patches[1:], start=2):
+        expected = expected + (own - expected) / min(look, PATCH_LOOKS)
+    torch.testing.assert_close(norm._sources[0].state.state.patch_mean[0], expected)
+
+
 @pytest.mark.parametrize(
     ("keywords", "bound", "alone"),
     [
