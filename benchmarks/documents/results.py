@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.documents.readme import fill
 from benchmarks.provenance import RESULTS, ROOT
-from benchmarks.study.comparisons import COMPARISONS, NEW_LAYERS, STUDY
+from benchmarks.study.comparisons import COMPARISONS, STUDY, default_window
 from cbn_convert.comparison.config import ComparisonConfig
 from cbn_convert.comparison.plan import Cell, Results, score
 from cbn_convert.comparison.summary import Comparison, Row, difference, exceeds
@@ -212,11 +212,7 @@ def title(name: str, study: Study) -> str:
     more = ", statistics recalibrated" if "recalibrate" in settings else ""
     more += ", batch size 8" if settings["batch-sizes"] == "8" else ""
     more += f", {settings['img-size']} px" if "img-size" in settings else ""
-    if COMPARISONS[name][1] == "new":
-        more += "" if study.report.get("window") == NEW_LAYERS else ", CBN: former ring of two"
-    elif "cbn" in study.comparison.config.norms:
-        window = study.report.get("window", "former default")
-        more += "" if "axes" in window else ", CBN: former default" if "former" in window else ", CBN: without axes"
+    more += "" if study.report["window"] == default_window(network) else ", CBN: former default"
     return f"{data}, {NETWORKS[network]}, {settings['images']} images, {settings.get('opt', 'sgd')}{more}"
 
 

@@ -25,7 +25,6 @@ from cbn_convert.norm.functional import AXES
 
 HERE = Path(__file__).parent
 STUDY = RESULTS / "study"
-NEW_LAYERS = "average of batches, the newest half"
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "v2": {
@@ -169,6 +168,11 @@ def source(network: str, data: Path, work: Path, jobs: int) -> Path:
     return folder / "best" / "model.safetensors"
 
 
+def default_window(network: str) -> str:
+    """CBN's, by which runs of another default are told."""
+    return "average of batches, the newest half" if network == "new" else f"{Window()}, {AXES} axes"
+
+
 def restore(name: str, folder: Path, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     """Makes of the committed JSON a comparison that can go on, without the runs of the norms in `again`."""
     stored = json.loads((STUDY / f"{name}.json").read_text())
@@ -195,7 +199,11 @@ def source_top1(network: str, work: Path) -> float:
 
 def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     """Runs a comparison to its end, and writes its JSON."""
-    folder = work / name
+    folder, window = work / name, default_window(COMPARISONS[name][1])
+    if (STUDY / f"{name}.json").is_file() and "cbn" not in again:
+        had = json.loads((STUDY / f"{name}.json").read_text())["window"]
+        if had != window:
+            raise SystemExit(f"{name} has runs of another default of CBN ({had}), which --again cbn runs once more")
     if again != {""} and folder.exists():
         raise SystemExit(f"{folder} is there already; --again begins with the committed JSON, in another --work")
     if not folder.exists() and (STUDY / f"{name}.json").is_file():
@@ -215,10 +223,8 @@ def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
     network = COMPARISONS[name][1]
     if NETWORKS[network].get("checkpoint") == "FROM-CLOTHING":
         stored["source"] = {"data": "clothing", **SOURCE, "top1": source_top1(network, work)}
-    if again != {""} or not (STUDY / f"{name}.json").is_file():
-        # CBN's, to tell runs of another default from these
-        stored["window"] = NEW_LAYERS if network == "new" else f"{Window()}, {AXES} axes"
-    text = json.dumps({**provenance("python -m benchmarks.study.comparisons --data ../shared/data"), **stored})
+    head = {**provenance("python -m benchmarks.study.comparisons --data ../shared/data"), "window": window}
+    text = json.dumps({**head, **stored})
     STUDY.mkdir(exist_ok=True)
     (STUDY / f"{name}.json").write_text(text.replace('}, {"norm"', '},\n{"norm"') + "\n")
 
