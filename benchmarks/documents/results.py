@@ -158,18 +158,24 @@ def verdicts(studies: dict[str, Study]) -> str:
 
 
 def headline(studies: dict[str, Study]) -> str:
-    """Their accuracies alone, for README."""
-    lines = ["| photos of | batch | CBN | best other norm | BN at 32 |", "|---|---|---|---|---|"]
-    for name, size, own, rival, reference in judged(studies):
-        cells = [
-            f"**{_shown(own)}**" if exceeds(own, rival) else _shown(own),
-            f"{_shown(rival)} ({LABELS[rival.norm]})",
-        ]
-        cells.append("" if reference is None else _shown(reference))
+    """Their accuracies alone, a row for each comparison; for README, whose words are counted."""
+    found = {(verdict.name, verdict.size): verdict for verdict in judged(studies)}
+    sizes = sorted({size for _, size in found})
+    lines = [f"| photos of | {' | '.join(f'CBN, best other at {size}' for size in sizes)} | BN at 32 |"]
+    lines.append("|---|" + "---|" * (len(sizes) + 1))
+    for name, study in studies.items():
         images, network, _ = COMPARISONS[name]
-        row = " | ".join(cells).replace(" ± ", "±")  # README counts its words
-        lines.append(f"| {images}, {network.capitalize()} | {size} | {row} |")
+        reference = study.comparison.reference
+        cells = [_beside(found.get((name, size))) for size in sizes] + ["" if reference is None else _shown(reference)]
+        lines.append(f"| {images}, {network.capitalize()} | {' | '.join(cells)} |".replace(" ± ", "±"))
     return "\n".join(lines)
+
+
+def _beside(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    own = f"**{_shown(verdict.own)}**" if exceeds(verdict.own, verdict.rival) else _shown(verdict.own)
+    return f"{own}, {_shown(verdict.rival)} ({LABELS[verdict.rival.norm]})"
 
 
 def outcome(studies: dict[str, Study], starts: tuple[str, ...] = ("pretrained", "random")) -> str:
