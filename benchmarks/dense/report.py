@@ -66,9 +66,10 @@ def has_cbn(treatment: str) -> bool:
 
 
 def read(folder: Path = RESULTS / "dense") -> list[Dense]:
-    """The tasks of which there are records."""
+    """The tasks of which a treatment at least is finished."""
     files = [(name, folder / f"{name}.json") for name in TITLES]
-    return [interpreted(name, json.loads(file.read_text())) for name, file in files if file.is_file()]
+    found = [interpreted(name, json.loads(file.read_text())) for name, file in files if file.is_file()]
+    return [study for study in found if study.entries]
 
 
 def interpreted(name: str, report: dict[str, Any]) -> Dense:
