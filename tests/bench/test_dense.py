@@ -335,3 +335,9 @@ def test_rates_are_chosen_by_validation_and_the_table_has_the_test_split(
     assert "| 2 | 9.0 ± 1.0 (frozen BN + BN) | 4.0 ± 1.0 | **-5.0 ± 0.8** |" in tables["dense-verdicts"]
     order = [(r["batch"], r["seed"]) for r in made.records]
     assert order == sorted(order, key=lambda one: (-one[0], one[1]))
+
+    file = made.output.rename(made.output.with_name("bccd-fcos.json"))
+    assert [one.name for one in dense.report.read(file.parent)] == ["bccd-fcos"]
+    begun = json.loads(file.read_text())
+    file.write_text(json.dumps({**begun, "runs": begun["runs"][:1]}))
+    assert dense.report.read(file.parent) == []
