@@ -13,6 +13,7 @@ from typing import Any
 
 from cbn_convert.comparison.plan import Cell, Column
 
+SEEDS = 3
 Records = Mapping[Cell, Mapping[str, Any]]
 
 

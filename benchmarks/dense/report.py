@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.dense.norms import ENCODER_RATE, parsed
-from benchmarks.dense.plan import DenseColumn, results
+from benchmarks.dense.plan import SEEDS, DenseColumn, results
 from benchmarks.documents.readme import NOT_YET, fill
 from benchmarks.provenance import RESULTS, ROOT
 from cbn_convert.comparison.plan import score
@@ -76,7 +76,7 @@ def interpreted(name: str, report: dict[str, Any]) -> Dense:
     """The report by treatments and batch sizes, in the order in which they were begun."""
     settings = report["settings"]
     found = results(report["runs"], settings["metric"])
-    seeds = 1 + max(run["seed"] for run in report["runs"])
+    seeds = max(SEEDS, 1 + max(run["seed"] for run in report["runs"]))
     entries = {}
     for treatment, size in dict.fromkeys((run["treatment"], run["batch"]) for run in report["runs"]):
         column = DenseColumn(settings["rate"], treatment, size, seeds)

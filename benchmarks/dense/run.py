@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.dense import norms
 from benchmarks.dense.data import Pairs, batches
-from benchmarks.dense.plan import DenseColumn, results, runs
+from benchmarks.dense.plan import SEEDS, DenseColumn, results, runs
 from benchmarks.dense.tasks import TASKS, WEIGHTS, Task, pretrained, scaled
 from benchmarks.provenance import RESULTS, provenance
 from cbn_convert.comparison.plan import Cell, score
@@ -195,11 +195,11 @@ def default_treatments(task: Task) -> tuple[str, ...]:
 def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Task] = TASKS) -> int:
     """Returns 0 if all is there, 3 if the budget ended first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with bccd/, camvid/ and weights/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with bccd/, neu_det/, camvid/ and weights/")
     parser.add_argument("--task", choices=list(tasks), required=True)
     parser.add_argument("--treatments", help="see benchmarks/dense/norms.py, separated by commas")
     parser.add_argument("--batch-sizes", default="2", help="separated by commas, one after the other")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/dense/TASK.json")
     parser.add_argument("--budget-minutes", type=float, default=math.inf)
     given = parser.parse_args(arguments)

@@ -173,7 +173,7 @@ def headline(studies: dict[str, Study]) -> str:
 
 def _beside(verdict: Verdict | None) -> str:
     if verdict is None:
-        return ""
+        return "not measured"
     own = f"**{_shown(verdict.own)}**" if exceeds(verdict.own, verdict.rival) else _shown(verdict.own)
     return f"{own}, {_shown(verdict.rival)} ({LABELS[verdict.rival.norm]})"
 

@@ -347,7 +347,7 @@ def test_the_folder_that_the_figures_were_made_with(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = [item for item in data.ITEMS if (shared_data / item.path).exists()]
-    assert {item.name for item in data.ITEMS} - {item.name for item in there} <= {"neu_det"}  # younger than the folder
+    assert {item.name for item in data.ITEMS} - {item.name for item in there} <= {"neu_det"}  # which may be absent
     assert data.main(["--check", str(shared_data), "--only", ",".join(item.name for item in there)]) == 0
     assert capsys.readouterr().out == "".join(f"{item.path} ok\n" for item in there)
     assert data.main(["--to", str(tmp_path), "--from", str(shared_data), "--only", "resnet56_cifar10"]) == 0
