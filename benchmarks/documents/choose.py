@@ -85,16 +85,14 @@ def ahead(own: list[Case], frozen: bool) -> str:
 
 
 def advice(own: list[Case]) -> str:
-    """What to take: what is clearly ahead more often; where nothing is clear, both, the better one first."""
-    clearly = sum(exceeds(c.own, c.rival) for c in own), sum(exceeds(c.rival, c.own) for c in own)
-    if clearly[0] > clearly[1]:
-        return "CBN"
+    """What to take: what is clearly ahead more often, and in the mean; else both, the better in the mean first."""
+    clearly = sum(exceeds(c.own, c.rival) for c in own) - sum(exceeds(c.rival, c.own) for c in own)
+    is_ahead = mean(difference(c.own, c.rival)[0] for c in own) > 0
     names = [c.rival_name for c in own]
     rival = max(dict.fromkeys(names), key=names.count)
-    if clearly[1] > clearly[0]:
-        return rival
-    is_ahead = mean(difference(c.own, c.rival)[0] for c in own) > 0
-    return f"CBN or {rival}" if is_ahead else f"{rival} or CBN"
+    if is_ahead:
+        return "CBN" if clearly > 0 else f"CBN or {rival}"
+    return rival if clearly < 0 else f"{rival} or CBN"
 
 
 def table(every: list[Case]) -> str:
