@@ -126,9 +126,10 @@ study: $(STAMP)
 # detection and segmentation, in the environment of the integrations: about two hours of one core for each task
 dense: $(INTEGRATIONS)/.installed
 	for task in camvid-unet camvid-deeplab bccd-fcos bccd-faster-rcnn \
-		"camvid-unet --treatments cbn@1,frozen+bn@1" "neu-fcos --treatments frozen+gn@1,cbn+gn@10" \
+		"camvid-unet --treatments cbn@1,frozen+bn@1" \
 		"bccd-fcos-long --treatments frozen+gn,cbn+gn,frozen+gn@1,cbn+gn@1,frozen+gn@3,cbn+gn@10" \
-		"bccd-fcos-long --treatments frozen+gn@1,frozen+gn@3,cbn+gn@10 --batch-sizes 1"; do \
+		"bccd-fcos-long --treatments frozen+gn@1,frozen+gn@3,cbn+gn@10 --batch-sizes 1" \
+		"neu-fcos --treatments frozen+gn@1,cbn+gn@10"; do \
 		OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m benchmarks.dense.run --data ../shared/data --task $$task || exit; done
 	$(INTEGRATIONS)/bin/python -m benchmarks.dense.report
 
