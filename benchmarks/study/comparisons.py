@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -52,6 +53,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
 SOURCE = {"norm": "bn", "batch-size": 32, "lr": 0.05, "epochs": 10, "weight-decay": 5e-4, "seed": 0}
 DATA = {"clothing": {"img-size": 96, "min-scale": 0.5}, "hands": {"img-size": 96, "hflip": 0, "min-scale": 0.5}}
 FOLDERS = {"clothing": "clothing", "hands": "sign_digits"}
+# of which so many percent of the training images are there, for few data
+PARTS = {"clothing, 15 %": ("clothing", 15), "hands, 15 %": ("hands", 15)}
 ALL = {"norms": "bn,frozen,gn,brn,cbn", "batch-sizes": "1,2,4", "seeds": 3, "reference": 32}
 SHORT = {"images": 1000}
 RIVALS = {"norms": "frozen,cbn", "batch-sizes": "2", "seeds": 3, "reference": 32}
@@ -84,6 +87,8 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clothing-v2-100": ("clothing", "v2-100", {**RIVALS, **SHORT}),
     "clothing-lite0": ("clothing", "lite0", {**RIVALS, **SHORT, **LITE0}),
     "hands-lite0": ("hands", "lite0", {**RIVALS, **SHORT, **LITE0}),
+    "clothing-lite0-few": ("clothing, 15 %", "lite0", {**RIVALS, **SHORT, **LITE0, "batch-sizes": "2"}),
+    "hands-lite0-few": ("hands, 15 %", "lite0", {**RIVALS, **SHORT, **LITE0, "batch-sizes": "2"}),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
     "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
@@ -100,10 +105,36 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def arguments(name: str, data: Path, work: Path, jobs: int) -> list[str]:
     """What `cbn compare` is called with, but for the output."""
     images, network, settings = COMPARISONS[name]
-    flags = {**NETWORKS[network], **DATA[images], **settings}
+    flags = {**NETWORKS[network], **DATA[PARTS.get(images, (images,))[0]], **settings}
     if "checkpoint" in flags:
         flags["checkpoint"] = weights(network, data, work, jobs)
-    return [str(data / FOLDERS[images]), *as_flags(flags)]
+    return [str(photos(images, data, work)), *as_flags(flags)]
+
+
+def photos(images: str, data: Path, work: Path) -> Path:
+    """The folder of a data set, or of one with a part of the training images, taken evenly from every class."""
+    if images not in PARTS:
+        return data / FOLDERS[images]
+    whole, percent = PARTS[images]
+    source, made = data / FOLDERS[whole], work / "parts" / f"{FOLDERS[whole]}-{percent}"
+    if not made.is_dir():
+        unfinished = made.with_name(f"{made.name}-unfinished")
+        for group in sorted((source / "train").iterdir()):
+            (unfinished / "train" / group.name).mkdir(parents=True, exist_ok=True)
+            files = sorted(group.iterdir())
+            count = math.ceil(len(files) * percent / 100)
+            for file in (files[i * len(files) // count] for i in range(count)):
+                link(unfinished / "train" / group.name / file.name, file)
+        for split in ("val", "test"):
+            link(unfinished / split, source / split)
+        unfinished.rename(made)
+    return made
+
+
+def link(path: Path, target: Path) -> None:
+    """A symbolic link, over one that is there."""
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
 
 
 def weights(network: str, data: Path, work: Path, jobs: int) -> Path:
@@ -146,7 +177,7 @@ def restore(name: str, folder: Path, data: Path, work: Path, jobs: int, again: s
     """Makes of the committed JSON a comparison that can go on, without the runs of the norms in `again`."""
     stored = json.loads((STUDY / f"{name}.json").read_text())
     run, network = stored["config"]["run"], COMPARISONS[name][1]
-    run |= {"data": str(data / run["data"]), "output": str(folder)}
+    run |= {"data": str(photos(COMPARISONS[name][0], data, work)), "output": str(folder)}
     if run["checkpoint"] is not None:
         run["checkpoint"] = str(weights(network, data, work, jobs))
     if "source" in stored and stored["source"]["top1"] != source_top1(network, work):
@@ -188,7 +219,7 @@ def run(name: str, data: Path, work: Path, jobs: int, again: set[str]) -> None:
         grid = {
             k: v for k, v in COMPARISONS[name][2].items() if k in ("norms", "batch-sizes", "lrs", "seeds", "reference")
         }
-        words = [str(data / FOLDERS[COMPARISONS[name][0]]), "--resume", str(folder), *as_flags(grid)]
+        words = [str(photos(COMPARISONS[name][0], data, work)), "--resume", str(folder), *as_flags(grid)]
     else:
         words = [*arguments(name, data, work, jobs), "--output", str(folder)]
     cbn("compare", [*words, "--jobs", str(jobs)])
