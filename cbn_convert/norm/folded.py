@@ -25,7 +25,7 @@ from .batch import Batch, Pass, RunningStatistics
 from .carried import Carried, CarriedWindow
 from .functional import Affine, OptTensor, cast, gradients, per_channel
 from .kernels import KERNELS, Folded, select
-from .producers import Convolution, LinearMap, Producer, as_function, as_rows, of_rows
+from .producers import Convolution, LinearMap, Producer, as_function, as_rows, is_transposed, of_rows
 
 if TYPE_CHECKING:
     from .source import Source
@@ -34,22 +34,20 @@ FEW_WEIGHTS = 2**16  # a pass over which costs less than one more call
 
 
 @dataclass
-class FoldedLayer:
-    """A conv or linear layer as a function of what the norm behind it makes of its parameters.
+class FoldedParameters:
+    """The parameters of a conv or linear layer and of the norm behind it, as the kernels take them.
 
     Args:
         module: the conv or linear layer.
-        apply: what it computes of its weight, its bias and its input.
         eps: as in BatchNorm.
         dtype: that of statistics.
         last: whether the weight lies in memory with its input channels last.
     """
 
     module: Producer
-    apply: LinearMap | Convolution
     eps: float
     dtype: torch.dtype
-    last: bool = field(default=False, kw_only=True)
+    last: bool
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """θ [C, ...] and b in the dtype of statistics, laid out as the kernels need them."""
@@ -61,13 +59,13 @@ class FoldedLayer:
         """A weight with output channels first, and the others as they lie in memory."""
         if self.last:
             return weight.movedim(1, -1)
-        return as_rows(weight, self.module) if self.apply.transposed else weight
+        return as_rows(weight, self.module) if is_transposed(self.module) else weight
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """The inverse of `as_rows`."""
         if self.last:
             return rows.movedim(-1, 1)
-        return of_rows(rows, self.module) if self.apply.transposed else rows
+        return of_rows(rows, self.module) if is_transposed(self.module) else rows
 
     def ordered(self, state: Carried) -> Carried:
         """The patches in the order of the weight in memory; windows keep them with input channels first."""
@@ -88,10 +86,11 @@ class FoldedLayer:
 
 
 @dataclass
-class FoldedStep(FoldedLayer, Pass):
+class FoldedStep(FoldedParameters, Pass):
     """One step of a layer that trains folded.
 
     Args:
+        apply: what the module computes of its weight, its bias and its input.
         window: the norm layer's.
         running: the norm layer's running statistics.
         iteration, recomputing, ranks: as in `Batch`.
@@ -100,6 +99,7 @@ class FoldedStep(FoldedLayer, Pass):
         patches_of: the module's input before any padding; not kept behind the forward pass.
     """
 
+    apply: LinearMap | Convolution
     window: CarriedWindow
     running: RunningStatistics
     iteration: int
@@ -122,10 +122,8 @@ class FoldedStep(FoldedLayer, Pass):
             input, weight, bias, gamma, beta: as in `FoldedMap`.
         """
         (theta, b), affine = self.rows(weight, bias), self.affine(gamma, beta)
-        window, kernels, size = self.window, select(theta), theta.numel()
-        # not in half precision, of which θ·p without s may leave the range
-        large = size > FEW_WEIGHTS and input.dtype == self.dtype
-        self.scales_output = large and 2 * self.apply.positions(input) <= size // len(theta)
+        window, kernels = self.window, select(theta)
+        self.scales_output = scales_output(self.apply, input, theta)
         if self.recomputing and window.last is not None:
             self.looks = window.last_looked
             folded = kernels.fold(self.ordered(window.last), theta, b, affine, with_weight=self.applies_scaled_weight)
@@ -155,6 +153,14 @@ class FoldedStep(FoldedLayer, Pass):
             x = x.flatten(0, -2)
         followed = self.followed(weight, bias)
         return window.look(Batch(x, self.module, self.patches_of, *followed, self.iteration, False, self.ranks))
+
+
+def scales_output(apply: LinearMap | Convolution, input: Tensor, theta: Tensor) -> bool:
+    """Whether s is to be multiplied into what the module makes of its input, which is smaller than θ [C, ...]."""
+    size = theta.numel()
+    # not in half precision, of which θ·p without s may leave the range
+    large = size > FEW_WEIGHTS and input.dtype == theta.dtype
+    return large and 2 * apply.positions(input) <= size // len(theta)
 
 
 class FoldedMap(torch.autograd.Function):
@@ -238,18 +244,18 @@ def plainly_folded(
     gamma: OptTensor,
     beta: OptTensor,
     state: Carried,
-    layer: FoldedLayer,
+    step: FoldedStep,
 ) -> Tensor:
     """The function that `FoldedMap` computes, in operations that can be differentiated as often as one likes.
 
     Args:
         input, weight, bias, gamma, beta: as in `FoldedMap`.
         state: as in `Kernels.fold`.
-        layer: the conv or linear layer.
+        step: of which it is.
     """
-    folded = KERNELS["plain"].fold(layer.ordered(state), *layer.rows(weight, bias), layer.affine(gamma, beta))
+    folded = KERNELS["plain"].fold(step.ordered(state), *step.rows(weight, bias), step.affine(gamma, beta))
     assert folded.weight is not None
-    return layer.apply(input, layer.of_rows(folded.weight).to(input.dtype), folded.shift.to(input.dtype))
+    return step.apply(input, step.of_rows(folded.weight).to(input.dtype), folded.shift.to(input.dtype))
 
 
 class FoldingMixin(nn.Module):

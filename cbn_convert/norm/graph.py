@@ -1,8 +1,9 @@
-"""A step of a layer that trains folded, as torch.compile sees it: one operator, then formulas.
+"""A step of a layer that trains folded, as torch.compile sees it: an operator forward, and one backward.
 
 What a step counts, remembers and looks at is Python, which would break a graph, or compile it anew in every step. It
-runs behind the operator `cbn_convert::step`, which answers with the statistics at the weights of the step; what
-normalises by them is in the graph, and so is its gradient.
+runs behind the operator `cbn_convert::step`, which answers with s and β + s (b - M), and with the statistics of which
+`cbn_convert::folded_gradient` makes the gradient: the kernels' passes over the weights, as in eager training. The
+scaled weight is made in the graph, which can make it again in the backward pass instead of keeping it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,22 @@ from torch import Tensor
 
 from ..modes import what_lasts_may_be_made
 from ..refusals import refuse_capture, refuse_export
-from .batch import Batch
 from .carried import Carried, CarriedWindow
 from .distributed import world_size
-from .functional import OptTensor, patch_shapes, statistics_dtype
-from .producers import as_function, as_rows, groups_of, is_linear
+from .folded import FoldedParameters, FoldedStep, scales_output
+from .functional import OptTensor, patch_shapes, per_channel, statistics_dtype
+from .kernels import select
+from .producers import (
+    Convolution,
+    LinearMap,
+    Producer,
+    as_function,
+    as_rows,
+    groups_of,
+    has_channels_last,
+    is_linear,
+    is_transposed,
+)
 
 if TYPE_CHECKING:
     from .source import Source
@@ -29,6 +41,8 @@ _numbers = count()
 _sources: WeakValueDictionary[int, Source] = WeakValueDictionary()
 # a graph of CUDA's would repeat what its one recorded step did
 _UNSAFE = [getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)]
+# it copies what it writes to, and may as well do so from one order to another
+_IN_ANY_ORDER = [getattr(torch.Tag, name) for name in ("flexible_layout",) if hasattr(torch.Tag, name)]
 
 
 def numbered(source: Source) -> int:
@@ -48,14 +62,15 @@ def can_fold(number: int) -> bool:
 @torch.library.custom_op(
     "cbn_convert::step",
     mutates_args=("batches",),
-    schema="(int number, Tensor(a!)? batches, Tensor input, Tensor weight, Tensor? bias, int[]? output_size) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(int number, Tensor(a!)? batches, Tensor input, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
+    "int[]? output_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_UNSAFE,
 )
 def step(
-    number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, output_size: list[int] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts a step; returns its `Carried`, with something in the place of patches where weights are not followed."""
+    number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor,
+    output_size: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Counts a step; returns s, β + s (b - M) and its `Carried`, with no patches where weights are not followed."""
     refuse_capture(input)
     source = _sources.get(number)
     with what_lasts_may_be_made():
@@ -64,53 +79,132 @@ def step(
                 "the model was converted, reverted, given hooks or other statistics since it was compiled; call "
                 "torch.compiler.reset() and compile it again"
             )
-        assert source.tap is not None
-        assert isinstance(source.state, CarriedWindow)
-        state = source.state.last
-        counts = state is None or not source.norm.is_recomputing
-        if state is None or counts:
-            source.tap.check_arrivals()
-            state = _advanced(source, input, weight, bias, output_size)
+        norm, tap, window = source.norm, source.tap, source.state
+        assert tap is not None
+        assert isinstance(window, CarriedWindow)
+        counts = window.last is None or not norm.is_recomputing
+        if counts:
+            tap.check_arrivals()
+        dtype = statistics_dtype(weight)
+        running = source.running(dtype)
+        assert running is not None, "a carried window has some"
+        apply, padded = as_function(tap.module, input, output_size)
+        one = _GraphStep(
+            tap.module, norm.eps, dtype, has_channels_last(weight, tap.module), apply, window, running, norm.iteration,
+            not counts, world_size() if norm.window.sync else 1, tap.followed, None, input,
+        )  # fmt: skip
+        folded = one.begin(padded, weight, bias, gamma, beta)
+        state = folded.state
+        if one.looks and counts:
+            x = apply(padded, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+            state = one.look(x, weight, bias)
+            window.write(running)
+        if counts:
+            norm.took_step()
     if counts and batches is not None:
         batches.add_(1)
-    if source.tap.followed and state.patch_mean is None:  # no batch yet whose patches are finite
-        rows = as_rows(weight, source.tap.module).to(state.table.dtype)
-        unknown = [rows.new_zeros(shape) for shape in patch_shapes(groups_of(source.tap.module), rows.shape[1])]
-        b = None if bias is None else bias.to(rows.dtype)
+    if tap.followed and state.patch_mean is None:  # no batch yet whose patches are finite
+        rows = as_rows(weight, tap.module).to(dtype)
+        unknown = [rows.new_zeros(shape) for shape in patch_shapes(groups_of(tap.module), rows.shape[1])]
+        b = None if bias is None else bias.to(dtype)
         state = Carried(state.table, *unknown).placed(state.mean, state.var, rows, b)
     # copies, since a graph may use what it gets as memory
     table, mean, rest, axes = [state.table.new_zeros(1) if t is None else t.clone() for t in state]
-    return table, mean, rest, axes
+    return folded.scale.clone(), folded.shift.clone(), table, mean, rest, axes
 
 
-def _advanced(source: Any, input: Tensor, weight: Tensor, bias: OptTensor, output_size: list[int] | None) -> Carried:
-    """The statistics at the weights, after a step has been taken; its running statistics are written."""
-    norm, window, module, dtype = source.norm, source.state, source.tap.module, statistics_dtype(weight)
-    theta: OptTensor = as_rows(weight, module).to(dtype)
-    b = None if bias is None else bias.to(dtype)
-    if not source.tap.followed:
-        theta = b = None
+class _GraphStep(FoldedStep):
+    """The scaled weight is made in the graph."""
 
-    def batch() -> Batch:
-        apply, padded = as_function(module, input, output_size)
-        x = apply(padded, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
-        x = x.flatten(0, -2) if is_linear(module) else x
-        return Batch(x, module, input, theta, b, norm.iteration, False, world_size() if norm.window.sync else 1)
-
-    state: Carried = window.advance(source.running(dtype), theta, b, norm.iteration, len(input), batch)
-    window.last_folded = True
-    norm.took_step()
-    return state
+    applies_scaled_weight = False
 
 
 @step.register_fake
 def _(
-    number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, output_size: list[int] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor,
+    output_size: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tap = _sources[number].tap
     assert tap is not None
     theta, dtype = as_rows(weight, tap.module), statistics_dtype(weight)
     patches = patch_shapes(groups_of(tap.module), theta.shape[1]) if tap.followed else ((1,),) * 3
-    shapes = ((5 if tap.followed else 2, len(theta)), *patches)
-    table, mean, rest, axes = [weight.new_empty(shape, dtype=dtype) for shape in shapes]
-    return table, mean, rest, axes
+    channels = len(theta)
+    shapes = ((channels,), (channels,), (5 if tap.followed else 2, channels), *patches)
+    scale, shift, table, mean, rest, axes = [weight.new_empty(shape, dtype=dtype) for shape in shapes]
+    return scale, shift, table, mean, rest, axes
+
+
+@torch.library.custom_op("cbn_convert::folded_gradient", mutates_args=(), tags=_IN_ANY_ORDER)
+def folded_gradient(
+    number: int, weight: Tensor, bias: OptTensor, gamma: OptTensor, table: Tensor, patch_mean: OptTensor,
+    patch_rest: OptTensor, patch_axes: OptTensor, g: Tensor, g_shift: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of the weight and of γ from g, that of the scaled weight, and that of the shift."""
+    norm, tap = _sources[number].norm, _sources[number].tap
+    assert tap is not None
+    layer = FoldedParameters(tap.module, norm.eps, table.dtype, has_channels_last(weight, tap.module))
+    theta, b = layer.rows(weight, bias)
+    rows = torch.empty_like(theta).copy_(layer.as_rows(g))  # the kernel writes to them
+    state = layer.ordered(Carried(table, patch_mean, patch_rest, patch_axes))
+    affine = layer.affine(gamma, None)
+    found, g_gamma = select(theta).folded_gradient(state, theta, b, affine, rows, g_shift.contiguous())
+    return layer.of_rows(found).to(weight.dtype), g_gamma.to(table.dtype if gamma is None else gamma.dtype)
+
+
+@folded_gradient.register_fake
+def _(
+    number: int, weight: Tensor, bias: OptTensor, gamma: OptTensor, table: Tensor, patch_mean: OptTensor,
+    patch_rest: OptTensor, patch_axes: OptTensor, g: Tensor, g_shift: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(weight), torch.empty_like(g_shift if gamma is None else gamma)
+
+
+def scaled(weight: Tensor, scale: Tensor, module: Producer) -> Tensor:
+    """s θ in the shape of the module's weight, and in the dtype of s [C]."""
+    factor = per_channel(scale, weight)
+    if is_transposed(module):
+        factor = scale.view(module.groups, 1, -1).expand(-1, len(weight) // module.groups, -1).flatten(0, 1)
+        factor = factor[(..., *[None] * (weight.dim() - 2))]
+    return weight.to(scale.dtype) * factor
+
+
+class FoldedInGraph(torch.autograd.Function):
+    """`FoldedMap` in a graph, of what `step` answered.
+
+    forward(input, weight, bias, γ, β, s, shift, *state, number, module, apply): as there; `Carried` without its patches
+    where M and S are to be fixed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, scale: Tensor,
+        shift: Tensor, table: Tensor, patch_mean: OptTensor, patch_rest: OptTensor, patch_axes: OptTensor, number: int,
+        module: Producer, apply: LinearMap | Convolution,
+    ) -> Tensor:  # fmt: skip
+        """See the class."""
+        ctx.save_for_backward(input, weight, bias, gamma, beta, scale, table, patch_mean, patch_rest, patch_axes)
+        ctx.number, ctx.module, ctx.apply = number, module, apply
+        if scales_output(apply, input, as_rows(weight, module).to(scale.dtype)):
+            y, axis = apply(input, weight, None), input.dim() - 1 if is_linear(module) else 1
+            return y * per_channel(scale, y, axis) + per_channel(shift, y, axis)
+        return apply(input, scaled(weight, scale, module).to(input.dtype), shift.to(input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[OptTensor, ...]:
+        """See the class; once only."""
+        (g,) = grads
+        input, weight, bias, gamma, beta, scale, *state = ctx.saved_tensors
+        g_input, of_input, apply = None, ctx.needs_input_grad[0], ctx.apply
+        if scales_output(apply, input, as_rows(weight, ctx.module).to(scale.dtype)):
+            if of_input:
+                g_input = apply.input_gradient(g, input, weight, scale)
+            _, g_folded, g_shift = apply.gradients(g, input, weight, False, scale.dtype)
+        else:
+            rows = scaled(weight, scale, ctx.module).to(input.dtype)
+            g_input, g_folded, g_shift = apply.gradients(g, input, rows, of_input, scale.dtype)
+        g_weight, g_gamma = folded_gradient(ctx.number, weight, bias, gamma, *state, g_folded, g_shift)
+        g_bias = None
+        if bias is not None:
+            g_bias = (scale * g_shift).to(bias.dtype) if state[1] is None else torch.zeros_like(bias)
+        g_beta = None if beta is None else g_shift.to(beta.dtype)
+        return (g_input, g_weight, g_bias, None if gamma is None else g_gamma, g_beta, *[None] * 9)

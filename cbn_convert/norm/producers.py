@@ -209,8 +209,6 @@ _Gradients = tuple[Tensor | None, Tensor, Tensor]
 class LinearMap:
     """x = W·y + b as a function of the weight that is applied, with its gradients; for linear layers and PyG's."""
 
-    transposed = False
-
     def __call__(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Applies a weight of the layer's shape and a bias [C] to the last axis of y."""
         return F.linear(y, weight, bias)

@@ -15,9 +15,9 @@ from ..refusals import refuse_replica, refuse_transforms
 from . import graph
 from .activation import origin
 from .batch import Batch, Pass, RunningStatistics
-from .carried import Carried, CarriedWindow
+from .carried import CarriedWindow
 from .distributed import world_size
-from .folded import FoldedLayer, FoldedMap, FoldedStep, plainly_folded
+from .folded import FoldedMap, FoldedStep
 from .functional import statistics_dtype
 from .new_layer import NewLayerWindow
 from .producers import (
@@ -249,9 +249,9 @@ class Source(OfNorm):
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             apply, padded = as_function(module, input, output_size)
             step = FoldedStep(
-                module, apply, norm.eps, running.dtype, self.state, running, norm.iteration, recomputing,
-                world_size() if norm.window.sync else 1, tap.followed,
-                None if is_transposed(module) else made_of, input.detach(), last=has_channels_last(weight, module),
+                module, norm.eps, running.dtype, has_channels_last(weight, module), apply, self.state, running,
+                norm.iteration, recomputing, world_size() if norm.window.sync else 1, tap.followed,
+                None if is_transposed(module) else made_of, input.detach(),
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
         if not recomputing:
@@ -266,16 +266,16 @@ class Source(OfNorm):
         casts = torch.is_autocast_enabled(device)
         if casts and input.dtype not in (torch.float64, torch.get_autocast_dtype(device)):
             input = input.to(torch.get_autocast_dtype(device))
-        weight, bias = module.weight, module.bias
+        weight, bias, gamma, beta = module.weight, module.bias, norm.weight, norm.bias
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             apply, padded = as_function(module, input, output_size)
-            detached = (input.detach(), weight.detach(), None if bias is None else bias.detach())
             batches = norm.num_batches_tracked if norm.track_running_stats else None
-            state = Carried(*graph.step(self.number, batches, *detached, output_size))
+            parameters = [None if t is None else t.detach() for t in (weight, bias, gamma, beta)]
+            scale, shift, *state = graph.step(self.number, batches, input.detach(), *parameters, output_size)
             if not tap.followed or norm.window.gradient != "full":
-                state = Carried(state.table)
-            layer = FoldedLayer(module, apply, norm.eps, state.table.dtype, last=has_channels_last(weight, module))
-            y = plainly_folded(padded, weight, bias, norm.weight, norm.bias, state, layer)
+                state = [state[0], None, None, None]
+            own = (weight, bias, gamma, beta, scale, shift, *state, self.number, module, apply)
+            y: Tensor = graph.FoldedInGraph.apply(padded, *own)
         tap.made_in_graph(y)
         return y
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
-from cbn_convert.norm import CrossIterationMixin, Window
+from cbn_convert.norm import CrossIterationMixin, Window, folded
+from cbn_convert.norm.folded import scales_output
 from cbn_convert.refusals import refuse_capture
 
 pytestmark = pytest.mark.usefixtures("turns")  # so that there are steps without a look
@@ -135,6 +136,77 @@ def test_a_linear_and_a_transposed_layer_train_in_one_graph() -> None:
 
     net, twin = made(), made()
     trained([(twin, twin), (torch.compile(net, backend="aot_eager", fullgraph=True), net)], 3)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_layers_with_more_weights_than_outputs(
+    dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which, in float32 and float64, the output is scaled and not the weight; a γ of 0 has a gradient as well."""
+    monkeypatch.setattr(folded, "FEW_WEIGHTS", 0)
+
+    class Few(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn_a = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+            self.b, self.bn_b = nn.Conv2d(8, 8, 3, groups=2), nn.BatchNorm2d(8)
+            self.up, self.bn_up = nn.ConvTranspose2d(8, 6, 2, groups=2), nn.BatchNorm2d(6)
+            self.c, self.bn_c = nn.Linear(24, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.bn_b(self.b(torch.relu(self.bn_a(self.a(x))))))
+            x = torch.relu(self.bn_up(self.up(x)))
+            return self.bn_c(self.c(x.flatten(1)))
+
+    sizes = []
+    monkeypatch.setattr(folded, "scales_output", lambda *of: sizes.append(scales_output(*of)) or sizes[-1])
+    torch.manual_seed(0)
+    net = randomize_norms(Few())
+    net.bn_b.weight.data[1] = 0
+    net.to(dtype, memory_format=torch.channels_last if layout == "last" else torch.contiguous_format)
+    cbn.convert(net, example_input=torch.randn(1, 3, 5, 5, dtype=dtype))
+    twin = copy.deepcopy(net.train())
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype is torch.bfloat16 else {"rtol": 1e-9, "atol": 1e-9}
+    for i in range(3):
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(i)).to(dtype).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        got, want = compiled(x), twin(y)
+        got.square().mean().backward()
+        want.square().mean().backward()
+        torch.testing.assert_close(got, want, **tolerance)
+        grads = [[x.grad, *(p.grad for p in net.parameters())], [y.grad, *(p.grad for p in twin.parameters())]]
+        torch.testing.assert_close(*grads, **tolerance)
+        with torch.no_grad():
+            for model in (net, twin):
+                for p in model.parameters():
+                    p -= 0.05 * p.grad
+                model.zero_grad()
+    assert any(sizes) == (dtype is torch.float64)
+
+
+def test_few_tokens_behind_a_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[N, T, F], of which the output is scaled along its last axis; the norm sees it transposed."""
+    monkeypatch.setattr(folded, "FEW_WEIGHTS", 0)
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn = nn.Linear(16, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.a(x).transpose(1, 2))
+
+    torch.manual_seed(0)
+    net = randomize_norms(Tokens()).double()
+    cbn.convert(net, example_input=torch.randn(2, 3, 16, dtype=torch.float64))
+    twin, x = copy.deepcopy(net.train()), torch.randn(2, 3, 16, dtype=torch.float64)
+    got, want = torch.compile(net, backend="aot_eager")(x), twin(x)
+    torch.testing.assert_close(got, want)
+    for out in (got, want):
+        out.square().mean().backward()
+    torch.testing.assert_close(net.a.weight.grad, twin.a.weight.grad)
 
 
 def test_autocast_in_a_graph() -> None:
