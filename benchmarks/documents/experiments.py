@@ -8,7 +8,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks.provenance import RESULTS
-from benchmarks.study import carried_forms, high_rates, mechanism
+from benchmarks.study import carried_forms, head_rate, high_rates, mechanism
 from benchmarks.study.estimation import ESTIMATES
 
 NOT_YET = "*Not measured yet.*"
@@ -47,6 +47,34 @@ def rates() -> str:
         parts.append("\n".join(lines))
     source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/high_rates.json), version {report['commit'][:7]}"
     return "\n\n".join([*parts, f"*test split, mean ± standard deviation; {source}*"])
+
+
+def heads() -> str:
+    """Top-1 with the head at a rate of its own, at the best rate of the rest."""
+    cells = head_rate.read()
+    if not cells:
+        return NOT_YET
+    report = json.loads(head_rate.OUTPUT.read_text())
+    columns = " | ".join(f"{factor:g} times" for factor in head_rate.FACTORS)
+    lines = [f"| training photos | norm | head at {columns} | best by validation |", "|---|---|" + "---|" * 4]
+    for subject, norm in product(head_rate.SUBJECTS, head_rate.NORMS):
+        found = []  # validation, test, shown
+        for factor in head_rate.FACTORS:
+            lr = head_rate.best_rate(cells, subject, norm, factor)
+            at = {"subject": subject, "norm": norm, "factor": factor, "lr": lr}
+            own = [cell for cell in cells if at.items() <= cell.items() and "top1" in cell]
+            if len(own) == head_rate.SEEDS:
+                tops = [cell["test_top1"] for cell in own]
+                text = f"{mean(tops):.1f} ± {stdev(tops):.1f}"
+                found.append((mean(cell["top1"] for cell in own), text, f"{text} @ {lr:.2g}"))
+        if len(found) == len(head_rate.FACTORS):
+            label = "CBN" if norm == "cbn" else "frozen BN"
+            lines.append(f"| {subject} | {label} | {' | '.join(cell for *_, cell in found)} | {max(found)[1]} |")
+    source = f"`{report['command']} --work FOLDER`, [JSON](BASE/benchmarks/results/head_rate.json)"
+    said = (
+        f"EfficientNet-Lite0, {head_rate.STEPS} steps of two images of {head_rate.IMG_SIZE} px, {head_rate.SEEDS} seeds"
+    )
+    return "\n".join([*lines, "", f"*test top-1 @ rate of the rest; {said}; {source}, version {report['commit'][:7]}*"])
 
 
 def parts() -> str:
@@ -289,6 +317,6 @@ def resume() -> str:
 def tables() -> dict[str, str]:
     """All of them, by name."""
     return {
-        "rates": rates(), "from-scratch": from_scratch(), "carried": carried(), "resume": resume(),
+        "rates": rates(), "heads": heads(), "from-scratch": from_scratch(), "carried": carried(), "resume": resume(),
         "covariance": covariance(), "estimates": estimates(), "axes": axes(), "without-axes": without_axes(),
     }  # fmt: skip
