@@ -68,7 +68,9 @@ def _is_at_hand(saved: Any, device: torch.device) -> bool:
 
     Not where activation checkpointing computes once more, which has to keep what it kept the first time.
     """
-    hook = getattr(saved, "unpack_hook", saved)  # older versions of torch do not tell
-    _, current = torch._C._autograd._top_saved_tensors_default_hooks(True) or (None, None)
+    # older versions of torch do not tell of either
+    hook = getattr(saved, "unpack_hook", saved)
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    _, current = (top and top(True)) or (None, None)
     same = hook is current and torch._C._current_graph_task_id() == -1
     return hook is None or (same and isinstance(saved.data, Tensor) and saved.data.device == device)

@@ -181,11 +181,11 @@ class FoldedMap(torch.autograd.Function):
         """See the class."""
         folded, dtype = step.begin(input, weight, bias, gamma, beta), input.dtype
         if folded.weight is not None:
-            y = step.apply(input, cast(step.of_rows(folded.weight), dtype), cast(folded.shift, dtype))
+            y = step.apply.output(input, cast(step.of_rows(folded.weight), dtype), cast(folded.shift, dtype))
         else:
             # what the conv gives under θ itself is looked at, if need be, then scaled where it stands
             seen = bias if step.looks else None  # else it is a part of the shift
-            y = step.apply(input, cast(weight, dtype), None if seen is None else cast(seen, dtype))
+            y = step.apply.output(input, cast(weight, dtype), None if seen is None else cast(seen, dtype))
             if step.looks:
                 folded = folded._replace(state=step.look(y, weight, bias))  # known only now how statistics respond
                 if not step.recomputing:
@@ -255,7 +255,7 @@ def plainly_folded(
     """
     folded = KERNELS["plain"].fold(step.ordered(state), *step.rows(weight, bias), step.affine(gamma, beta))
     assert folded.weight is not None
-    return step.apply(input, step.of_rows(folded.weight).to(input.dtype), folded.shift.to(input.dtype))
+    return step.apply.output(input, step.of_rows(folded.weight).to(input.dtype), folded.shift.to(input.dtype))
 
 
 class FoldingMixin(nn.Module):

@@ -8,6 +8,7 @@ scaled weight is made in the graph, which can make it again in the backward pass
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
 
 _numbers = count()
 _sources: WeakValueDictionary[int, Source] = WeakValueDictionary()
-# a graph of CUDA's would repeat what its one recorded step did
-_UNSAFE = [getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)]
-# it copies what it writes to, and may as well do so from one order to another
-_IN_ANY_ORDER = [getattr(torch.Tag, name) for name in ("flexible_layout",) if hasattr(torch.Tag, name)]
+
+
+def _tags(*names: str) -> dict[str, Any]:
+    """Those of an operator, as keywords, where torch knows them; 2.6 takes none."""
+    known = "tags" in signature(torch.library.custom_op).parameters
+    return {"tags": [getattr(torch.Tag, name) for name in names if hasattr(torch.Tag, name)]} if known else {}
 
 
 def numbered(source: Source) -> int:
@@ -64,7 +67,7 @@ def can_fold(number: int) -> bool:
     mutates_args=("batches",),
     schema="(int number, Tensor(a!)? batches, Tensor input, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "int[]? output_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_UNSAFE,
+    **_tags("cudagraph_unsafe"),  # a graph of CUDA's would repeat what its one recorded step did
 )
 def step(
     number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor,
@@ -96,7 +99,7 @@ def step(
         folded = one.begin(padded, weight, bias, gamma, beta)
         state = folded.state
         if one.looks and counts:
-            x = apply(padded, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+            x = apply.output(padded, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
             state = one.look(x, weight, bias)
             window.write(running)
         if counts:
@@ -134,7 +137,14 @@ def _(
     return scale, shift, table, mean, rest, axes
 
 
-@torch.library.custom_op("cbn_convert::folded_gradient", mutates_args=(), tags=_IN_ANY_ORDER)
+# g in any order: it is copied anyway
+@torch.library.custom_op(
+    "cbn_convert::folded_gradient",
+    mutates_args=(),
+    schema="(int number, Tensor weight, Tensor? bias, Tensor? gamma, Tensor table, Tensor? patch_mean, "
+    "Tensor? patch_rest, Tensor? patch_axes, Tensor g, Tensor g_shift) -> (Tensor, Tensor)",
+    **_tags("flexible_layout"),
+)
 def folded_gradient(
     number: int, weight: Tensor, bias: OptTensor, gamma: OptTensor, table: Tensor, patch_mean: OptTensor,
     patch_rest: OptTensor, patch_axes: OptTensor, g: Tensor, g_shift: Tensor,
@@ -185,9 +195,9 @@ class FoldedInGraph(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, gamma, beta, scale, table, patch_mean, patch_rest, patch_axes)
         ctx.number, ctx.module, ctx.apply = number, module, apply
         if scales_output(apply, input, as_rows(weight, module).to(scale.dtype)):
-            y, axis = apply(input, weight, None), input.dim() - 1 if is_linear(module) else 1
+            y, axis = apply.output(input, weight, None), input.dim() - 1 if is_linear(module) else 1
             return y * per_channel(scale, y, axis) + per_channel(shift, y, axis)
-        return apply(input, scaled(weight, scale, module).to(input.dtype), shift.to(input.dtype))
+        return apply.output(input, scaled(weight, scale, module).to(input.dtype), shift.to(input.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[OptTensor, ...]:

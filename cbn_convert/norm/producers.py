@@ -209,7 +209,7 @@ _Gradients = tuple[Tensor | None, Tensor, Tensor]
 class LinearMap:
     """x = W·y + b as a function of the weight that is applied, with its gradients; for linear layers and PyG's."""
 
-    def __call__(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def output(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Applies a weight of the layer's shape and a bias [C] to the last axis of y."""
         return F.linear(y, weight, bias)
 
@@ -254,7 +254,7 @@ class Convolution(NamedTuple):
     output_padding: tuple[int, ...]
     groups: int
 
-    def __call__(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def output(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Applies a weight of the conv's shape and a bias [C] to y [N, C_in, ...]."""
         return torch.convolution(y, weight, bias, *self)
 
