@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 
 INTEGRATIONS := .venv-integrations
 
-.PHONY: data docs package test test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu estimation study dense sweep chaos training clean
+.PHONY: data docs package test test-oldest test-integrations examples third-party test-gpu gpu demo lint format bench-cpu bench-gpu estimation study dense sweep chaos training clean
 
 $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -14,6 +14,16 @@ $(STAMP): pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
 # processes of one thread each: small tensors gain nothing from more; three on two cores, since some tests wait
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadgroup
+
+# with the oldest torch that pyproject.toml allows, and a numpy of its time, which Triton's interpreter needs
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: pyproject.toml setup.py cbn_convert/norm/kernels/passes.cpp
+	test -x $(OLDEST)/bin/python || python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[dev]' torch==2.6.0 torchvision==0.21.0 'numpy<2.2'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 3 --dist loadgroup
 
 # in an environment of its own, which shares the torch of the other one
 $(INTEGRATIONS)/.installed: $(STAMP)
@@ -137,4 +147,4 @@ estimation: $(STAMP)
 	$(PY) -m benchmarks.study.estimation --data ../shared/data
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) build *.egg-info demo
+	rm -rf $(VENV) $(INTEGRATIONS) $(OLDEST) build *.egg-info demo

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import randomize_norms
+from helpers.versions import tells_of_hooks
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -131,6 +132,7 @@ def shake(*models: nn.Module) -> None:
                 p += change
 
 
+@tells_of_hooks
 @pytest.mark.parametrize("look", [False, True])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_one_map_is_kept_for_an_activation_of_its_own(name: str, look: bool) -> None:
@@ -146,6 +148,7 @@ def test_one_map_is_kept_for_an_activation_of_its_own(name: str, look: bool) -> 
     assert own <= kept_bytes(model, x) < own + 60_000  # less than one map
 
 
+@tells_of_hooks
 def test_a_block_of_mobilenet_keeps_one_map_per_activation() -> None:
     """torchvision's MobileNetV3, whose activations are modules that overwrite their input."""
     settings = InvertedResidualConfig(16, 3, 64, 16, use_se=False, activation="HS", stride=1, dilation=1, width_mult=1)
@@ -173,6 +176,7 @@ class Spy(nn.Module):
         return sum(t() is not None for t in self.seen)
 
 
+@tells_of_hooks
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("kind", [nn.ReLU6, nn.SiLU, nn.Hardswish])
 def test_the_output_goes_with_the_forward_pass_and_the_input_with_the_backward_pass(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers.layers import DOUBLE, conv_pair, gradients, inputs, shake
 from helpers.models import randomize_norms
 from helpers.reference import ReferenceCBN
+from helpers.versions import tells_of_hooks
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
@@ -236,7 +237,9 @@ def test_a_chain_with_activations_that_are_made_again(act: type[nn.Module], prod
 
 
 @pytest.mark.parametrize("look", [False, True])
-@pytest.mark.parametrize("act", [None, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
+@pytest.mark.parametrize(
+    "act", [None, nn.ReLU, nn.ReLU6, *[pytest.param(act, marks=tells_of_hooks) for act in (nn.SiLU, nn.Hardswish)]]
+)
 def test_nothing_of_the_size_of_the_output_is_kept_for_the_norm(act: type[nn.Module] | None, look: bool) -> None:
     """Between two convs one map is kept: the input of the activation or its output, not both, and nothing else."""
     norm = nn.BatchNorm2d(16) if act is None else BatchNormAct2d(16, act_layer=act)
