@@ -278,7 +278,8 @@ def _kind_of_zip(path: Path) -> str | None:
     files = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in files or any("/code/" in name for name in names):
         return "a TorchScript archive, a program; save torch.jit.load(FILE).state_dict() with torch.save and give that"
-    if "archive_format" in files and "data.pkl" not in files:
+    # of torch 2.6, and of 2.14
+    if "serialized_exported_program.json" in files or ("archive_format" in files and "data.pkl" not in files):
         return "a program of torch.export; save torch.export.load(FILE).state_dict with torch.save and give that"
     if all(name.endswith(".npy") for name in names):
         return "an archive of numpy arrays"

@@ -238,12 +238,15 @@ def test_graphs_and_programs_are_called_what_they_are(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.jit.trace(linear, torch.ones(1, 2)).save(tmp_path / "a.pt")
         torch.export.save(torch.export.export(linear, (torch.ones(1, 2),)), tmp_path / "b.pt2")
+    with zipfile.ZipFile(tmp_path / "of torch 2.6.pt2", "w") as archive:
+        for name in ("serialized_exported_program.json", "serialized_state_dict.pt", "version"):
+            archive.writestr(name, b"")
     graph = onnx.helper.make_graph([], "g", [], [])
     (tmp_path / "c.pth").write_bytes(onnx.helper.make_model(graph, producer_name="pytorch").SerializeToString())
     (tmp_path / "d.pth").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     for name, expected in (
         ("a.pt", "a TorchScript archive"), ("b.pt2", "a program of torch.export"), ("c.pth", "an ONNX model"),
-        ("d.pth", "an ONNX model"),
+        ("d.pth", "an ONNX model"), ("of torch 2.6.pt2", "a program of torch.export"),
     ):  # fmt: skip
         with pytest.raises(ModelError, match=f"it is {expected}"):
             load(tmp_path / name)

@@ -274,7 +274,9 @@ def test_scale_invariance_of_the_full_gradient(options: dict) -> None:
     def radial(gradient: str) -> float:
         torch.manual_seed(0)
         conv = nn.Conv2d(3, 4, 3, bias=False).double()
-        norm = randomize_norms(CrossIterationBatchNorm2d(4, eps=1e-30, gradient=gradient, **options)).double().bind(conv)
+        norm = (
+            randomize_norms(CrossIterationBatchNorm2d(4, eps=1e-30, gradient=gradient, **options)).double().bind(conv)
+        )
         for _ in range(4):
             conv.zero_grad()
             out = norm(conv(torch.randn(2, 3, 6, 6, dtype=torch.float64)))
