@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,6 @@ from .distributed import JoinedMoments, PatchMoments, joined_moments
 from .functional import (
     LEAST_VARIANCE,
     TINY,
-    OptTensor,
     between_means,
     is_known,
     patch_shapes,
@@ -304,21 +302,14 @@ class CarriedWindow:
             self.patch_looks += 1
         return before
 
-    def advance(
-        self, running: RunningStatistics, theta: OptTensor, bias: OptTensor, iteration: int, images: int,
-        batch: Callable[[], Batch],
-    ) -> Carried:  # fmt: skip
-        """Takes a step; returns what it normalises by at θ and b. `batch` makes what it looks at, if it does.
-
-        Args:
-            running, theta, bias, images: as in `begin`.
-            iteration: as in `Batch`.
-            batch: called in a step that looks.
-        """
-        carried = self.begin(running, theta, bias, images).moved(theta, bias)
+    def advance(self, batch: Batch) -> Carried:
+        """Takes a step; returns what it normalises by at θ and b."""
+        running, theta, bias = batch.running, batch.theta, batch.bias
+        assert running is not None
+        carried = self.begin(running, theta, bias, batch.images).moved(theta, bias)
         self.arrive(carried, folded=False)
-        if self.is_due(running, iteration, theta is not None):
-            carried = self.look(batch())
+        if self.is_due(running, batch.iteration, theta is not None):
+            carried = self.look(batch)
         self.write(running)
         return carried
 
@@ -328,10 +319,7 @@ class CarriedWindow:
             carried = self.last
         else:
             with torch.no_grad():
-                assert batch.running is not None
-                detached = batch.detached()
-                at = (detached.theta, detached.bias, batch.iteration, batch.images)
-                carried = self.advance(batch.running, *at, lambda: detached)
+                carried = self.advance(batch.detached())
         if batch.theta is not None and self.window.gradient == "full":
             carried = carried.connected(batch.theta, batch.bias)
         return carried.mean, carried.var

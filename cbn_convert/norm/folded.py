@@ -38,16 +38,14 @@ class FoldedParameters:
     """The parameters of a conv or linear layer and of the norm behind it, as the kernels take them.
 
     Args:
-        module: the conv or linear layer.
         eps: as in BatchNorm.
         dtype: that of statistics.
-        last: whether the weight lies in memory with its input channels last.
+        last: how many input channels of the weight lie last in memory; 0 where they lie first.
     """
 
-    module: Producer
     eps: float
     dtype: torch.dtype
-    last: bool
+    last: int
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """θ [C, ...] and b in the dtype of statistics, laid out as the kernels need them."""
@@ -56,23 +54,18 @@ class FoldedParameters:
         return rows, self._vector(bias)
 
     def as_rows(self, weight: Tensor) -> Tensor:
-        """A weight with output channels first, and the others as they lie in memory."""
-        if self.last:
-            return weight.movedim(1, -1)
-        return as_rows(weight, self.module) if is_transposed(self.module) else weight
+        """A weight [C, ...], its input channels where they lie in memory."""
+        return weight.movedim(1, -1) if self.last else weight
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """The inverse of `as_rows`."""
-        if self.last:
-            return rows.movedim(-1, 1)
-        return of_rows(rows, self.module) if is_transposed(self.module) else rows
+        return rows.movedim(-1, 1) if self.last else rows
 
     def ordered(self, state: Carried) -> Carried:
         """The patches in the order of the weight in memory; windows keep them with input channels first."""
         if not self.last or state.patch_mean is None:
             return state
-        channels = self.module.weight.shape[1]
-        patches = [None if t is None else t.unflatten(-1, (channels, -1)).mT.flatten(-2) for t in state[1:]]
+        patches = [None if t is None else t.unflatten(-1, (self.last, -1)).mT.flatten(-2) for t in state[1:]]
         return Carried(state.table, *patches)
 
     def affine(self, gamma: Tensor | None, beta: Tensor | None) -> Affine:
@@ -90,6 +83,7 @@ class FoldedStep(FoldedParameters, Pass):
     """One step of a layer that trains folded.
 
     Args:
+        module: the conv or linear layer.
         apply: what the module computes of its weight, its bias and its input.
         window: the norm layer's.
         running: the norm layer's running statistics.
@@ -99,6 +93,7 @@ class FoldedStep(FoldedParameters, Pass):
         patches_of: the module's input before any padding; not kept behind the forward pass.
     """
 
+    module: Producer
     apply: LinearMap | Convolution
     window: CarriedWindow
     running: RunningStatistics
@@ -109,6 +104,14 @@ class FoldedStep(FoldedParameters, Pass):
     made_of: tuple[Tensor, str] | None = None
     patches_of: Tensor | None = None
     scales_output: bool = field(default=False, init=False)  # whether the output is scaled, being the smaller one
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """As `FoldedParameters`, of the weight as it is stored; a transposed conv's has input channels first."""
+        return as_rows(weight, self.module) if is_transposed(self.module) else super().as_rows(weight)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `as_rows`."""
+        return of_rows(rows, self.module) if is_transposed(self.module) else super().of_rows(rows)
 
     @property
     def applies_scaled_weight(self) -> bool:
@@ -251,7 +254,7 @@ def plainly_folded(
     Args:
         input, weight, bias, gamma, beta: as in `FoldedMap`.
         state: as in `Kernels.fold`.
-        step: of which it is.
+        step: the layer's.
     """
     folded = KERNELS["plain"].fold(step.ordered(state), *step.rows(weight, bias), step.affine(gamma, beta))
     assert folded.weight is not None

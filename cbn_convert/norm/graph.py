@@ -29,10 +29,11 @@ from .producers import (
     Producer,
     as_function,
     as_rows,
+    channels_last,
     groups_of,
-    has_channels_last,
     is_linear,
     is_transposed,
+    of_rows,
 )
 
 if TYPE_CHECKING:
@@ -66,14 +67,17 @@ def can_fold(number: int) -> bool:
     "cbn_convert::step",
     mutates_args=("batches",),
     schema="(int number, Tensor(a!)? batches, Tensor input, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
-    "int[]? output_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int[]? output_size, bool follows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     **_tags("cudagraph_unsafe"),  # a graph of CUDA's would repeat what its one recorded step did
 )
 def step(
     number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor,
-    output_size: list[int] | None,
+    output_size: list[int] | None, follows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Counts a step; returns s, β + s (b - M) and its `Carried`, with no patches where weights are not followed."""
+    """Counts a step; returns s, β + s (b - M) and its `Carried`.
+
+    Patches are zeros where none are known yet, and something of one element where weights are not followed.
+    """
     refuse_capture(input)
     source = _sources.get(number)
     with what_lasts_may_be_made():
@@ -93,8 +97,8 @@ def step(
         assert running is not None, "a carried window has some"
         apply, padded = as_function(tap.module, input, output_size)
         one = _GraphStep(
-            tap.module, norm.eps, dtype, has_channels_last(weight, tap.module), apply, window, running, norm.iteration,
-            not counts, world_size() if norm.window.sync else 1, tap.followed, None, input,
+            norm.eps, dtype, 0 if is_transposed(tap.module) else channels_last(weight), tap.module, apply, window,
+            running, norm.iteration, not counts, world_size() if norm.window.sync else 1, follows, None, input,
         )  # fmt: skip
         folded = one.begin(padded, weight, bias, gamma, beta)
         state = folded.state
@@ -106,7 +110,7 @@ def step(
             norm.took_step()
     if counts and batches is not None:
         batches.add_(1)
-    if tap.followed and state.patch_mean is None:  # no batch yet whose patches are finite
+    if follows and state.patch_mean is None:  # no batch yet whose patches are finite
         rows = as_rows(weight, tap.module).to(dtype)
         unknown = [rows.new_zeros(shape) for shape in patch_shapes(groups_of(tap.module), rows.shape[1])]
         b = None if bias is None else bias.to(dtype)
@@ -125,45 +129,44 @@ class _GraphStep(FoldedStep):
 @step.register_fake
 def _(
     number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor,
-    output_size: list[int] | None,
+    output_size: list[int] | None, follows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tap = _sources[number].tap
     assert tap is not None
     theta, dtype = as_rows(weight, tap.module), statistics_dtype(weight)
-    patches = patch_shapes(groups_of(tap.module), theta.shape[1]) if tap.followed else ((1,),) * 3
+    patches = patch_shapes(groups_of(tap.module), theta.shape[1]) if follows else ((1,),) * 3
     channels = len(theta)
-    shapes = ((channels,), (channels,), (5 if tap.followed else 2, channels), *patches)
+    shapes = ((channels,), (channels,), (5 if follows else 2, channels), *patches)
     scale, shift, table, mean, rest, axes = [weight.new_empty(shape, dtype=dtype) for shape in shapes]
     return scale, shift, table, mean, rest, axes
 
 
-# g in any order: it is copied anyway
 @torch.library.custom_op(
     "cbn_convert::folded_gradient",
     mutates_args=(),
-    schema="(int number, Tensor weight, Tensor? bias, Tensor? gamma, Tensor table, Tensor? patch_mean, "
+    schema="(Tensor weight, Tensor? bias, Tensor? gamma, float eps, Tensor table, Tensor? patch_mean, "
     "Tensor? patch_rest, Tensor? patch_axes, Tensor g, Tensor g_shift) -> (Tensor, Tensor)",
-    **_tags("flexible_layout"),
+    **_tags("flexible_layout"),  # weight and g in any order: what comes back has that of the weight
 )
 def folded_gradient(
-    number: int, weight: Tensor, bias: OptTensor, gamma: OptTensor, table: Tensor, patch_mean: OptTensor,
+    weight: Tensor, bias: OptTensor, gamma: OptTensor, eps: float, table: Tensor, patch_mean: OptTensor,
     patch_rest: OptTensor, patch_axes: OptTensor, g: Tensor, g_shift: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of the weight and of γ from g, that of the scaled weight, and that of the shift."""
-    norm, tap = _sources[number].norm, _sources[number].tap
-    assert tap is not None
-    layer = FoldedParameters(tap.module, norm.eps, table.dtype, has_channels_last(weight, tap.module))
-    theta, b = layer.rows(weight, bias)
-    rows = torch.empty_like(theta).copy_(layer.as_rows(g))  # the kernel writes to them
-    state = layer.ordered(Carried(table, patch_mean, patch_rest, patch_axes))
-    affine = layer.affine(gamma, None)
+    """The gradients of the weight [C, ...] and of γ from g, that of the scaled weight, and that of the shift."""
+    own = FoldedParameters(eps, table.dtype, channels_last(weight))
+    (theta, b), affine = own.rows(weight, bias), own.affine(gamma, None)
+    rows = torch.empty_like(theta).copy_(own.as_rows(g))  # the kernel writes to them
+    state = own.ordered(Carried(table, patch_mean, patch_rest, patch_axes))
     found, g_gamma = select(theta).folded_gradient(state, theta, b, affine, rows, g_shift.contiguous())
-    return layer.of_rows(found).to(weight.dtype), g_gamma.to(table.dtype if gamma is None else gamma.dtype)
+    g_weight, like = own.of_rows(found).to(weight.dtype), torch.empty_like(weight)
+    if g_weight.stride() != like.stride():
+        g_weight = like.copy_(g_weight)
+    return g_weight, g_gamma.to(table.dtype if gamma is None else gamma.dtype)
 
 
 @folded_gradient.register_fake
 def _(
-    number: int, weight: Tensor, bias: OptTensor, gamma: OptTensor, table: Tensor, patch_mean: OptTensor,
+    weight: Tensor, bias: OptTensor, gamma: OptTensor, eps: float, table: Tensor, patch_mean: OptTensor,
     patch_rest: OptTensor, patch_axes: OptTensor, g: Tensor, g_shift: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(weight), torch.empty_like(g_shift if gamma is None else gamma)
@@ -171,29 +174,30 @@ def _(
 
 def scaled(weight: Tensor, scale: Tensor, module: Producer) -> Tensor:
     """s θ in the shape of the module's weight, and in the dtype of s [C]."""
-    factor = per_channel(scale, weight)
     if is_transposed(module):
         factor = scale.view(module.groups, 1, -1).expand(-1, len(weight) // module.groups, -1).flatten(0, 1)
         factor = factor[(..., *[None] * (weight.dim() - 2))]
+    else:
+        factor = per_channel(scale, weight)
     return weight.to(scale.dtype) * factor
 
 
 class FoldedInGraph(torch.autograd.Function):
     """`FoldedMap` in a graph, of what `step` answered.
 
-    forward(input, weight, bias, γ, β, s, shift, *state, number, module, apply): as there; `Carried` without its patches
-    where M and S are to be fixed.
+    forward(input, weight, bias, γ, β, s, shift, *state, eps, module, apply): as there; `Carried` without its patches
+    where M and S are to be fixed. It has no second derivative.
     """
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor, scale: Tensor,
-        shift: Tensor, table: Tensor, patch_mean: OptTensor, patch_rest: OptTensor, patch_axes: OptTensor, number: int,
+        shift: Tensor, table: Tensor, patch_mean: OptTensor, patch_rest: OptTensor, patch_axes: OptTensor, eps: float,
         module: Producer, apply: LinearMap | Convolution,
     ) -> Tensor:  # fmt: skip
         """See the class."""
         ctx.save_for_backward(input, weight, bias, gamma, beta, scale, table, patch_mean, patch_rest, patch_axes)
-        ctx.number, ctx.module, ctx.apply = number, module, apply
+        ctx.eps, ctx.module, ctx.apply = eps, module, apply
         if scales_output(apply, input, as_rows(weight, module).to(scale.dtype)):
             y, axis = apply.output(input, weight, None), input.dim() - 1 if is_linear(module) else 1
             return y * per_channel(scale, y, axis) + per_channel(shift, y, axis)
@@ -201,7 +205,7 @@ class FoldedInGraph(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[OptTensor, ...]:
-        """See the class; once only."""
+        """See the class."""
         (g,) = grads
         input, weight, bias, gamma, beta, scale, *state = ctx.saved_tensors
         g_input, of_input, apply = None, ctx.needs_input_grad[0], ctx.apply
@@ -212,7 +216,10 @@ class FoldedInGraph(torch.autograd.Function):
         else:
             rows = scaled(weight, scale, ctx.module).to(input.dtype)
             g_input, g_folded, g_shift = apply.gradients(g, input, rows, of_input, scale.dtype)
-        g_weight, g_gamma = folded_gradient(ctx.number, weight, bias, gamma, *state, g_folded, g_shift)
+        transposed = is_transposed(ctx.module)
+        theta, g_rows = [as_rows(t, ctx.module) if transposed else t for t in (weight, g_folded)]
+        g_theta, g_gamma = folded_gradient(theta, bias, gamma, ctx.eps, *state, g_rows, g_shift)
+        g_weight = of_rows(g_theta, ctx.module) if transposed else g_theta
         g_bias = None
         if bias is not None:
             g_bias = (scale * g_shift).to(bias.dtype) if state[1] is None else torch.zeros_like(bias)

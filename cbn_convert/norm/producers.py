@@ -160,11 +160,12 @@ def as_rows(weight: Tensor, module: Producer) -> Tensor:
     return weight.flatten(1)
 
 
-def has_channels_last(weight: Tensor, module: Producer) -> bool:
-    """Whether the weight of a conv lies in memory with its input channels last, and not first as well."""
-    if weight.is_contiguous() or weight.dim() not in (4, 5) or is_transposed(module):
-        return False
-    return weight.is_contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.channels_last_3d)
+def channels_last(weight: Tensor) -> int:
+    """How many input channels of a conv's weight, not transposed, lie last in memory; 0 where they lie first."""
+    if weight.is_contiguous() or weight.dim() not in (4, 5):
+        return 0
+    order = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+    return weight.shape[1] if weight.is_contiguous(memory_format=order) else 0
 
 
 def theta_and_bias(module: Producer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -22,9 +22,9 @@ from .functional import statistics_dtype
 from .new_layer import NewLayerWindow
 from .producers import (
     as_function,
+    channels_last,
     fan_in,
     groups_of,
-    has_channels_last,
     is_at_hand,
     is_linear,
     is_transposed,
@@ -248,10 +248,10 @@ class Source(OfNorm):
         assert running is not None, "a carried window has some"
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             apply, padded = as_function(module, input, output_size)
+            last, made_of = (0, None) if is_transposed(module) else (channels_last(weight), made_of)
             step = FoldedStep(
-                module, norm.eps, running.dtype, has_channels_last(weight, module), apply, self.state, running,
-                norm.iteration, recomputing, world_size() if norm.window.sync else 1, tap.followed,
-                None if is_transposed(module) else made_of, input.detach(),
+                norm.eps, running.dtype, last, module, apply, self.state, running, norm.iteration, recomputing,
+                world_size() if norm.window.sync else 1, tap.followed, made_of, input.detach(),
             )  # fmt: skip
             y: Tensor = FoldedMap.apply(padded, weight, bias, gamma, beta, step)
         if not recomputing:
@@ -271,10 +271,11 @@ class Source(OfNorm):
             apply, padded = as_function(module, input, output_size)
             batches = norm.num_batches_tracked if norm.track_running_stats else None
             parameters = [None if t is None else t.detach() for t in (weight, bias, gamma, beta)]
-            scale, shift, *state = graph.step(self.number, batches, input.detach(), *parameters, output_size)
-            if not tap.followed or norm.window.gradient != "full":
+            follows = tap.followed
+            scale, shift, *state = graph.step(self.number, batches, input.detach(), *parameters, output_size, follows)
+            if not follows or norm.window.gradient != "full":
                 state = [state[0], None, None, None]
-            own = (weight, bias, gamma, beta, scale, shift, *state, self.number, module, apply)
+            own = (weight, bias, gamma, beta, scale, shift, *state, norm.eps, module, apply)
             y: Tensor = graph.FoldedInGraph.apply(padded, *own)
         tap.made_in_graph(y)
         return y

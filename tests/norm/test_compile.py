@@ -115,6 +115,36 @@ def test_inductor_trains_a_network() -> None:
     trained([(twin, twin), (torch.compile(net, backend="inductor", fullgraph=True), net)], 4)
 
 
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_inductor_trains_layers_of_all_kinds(layout: str) -> None:
+    """It chooses the order in memory of what comes between operators, and insists on that of what they return."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        parts = [nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 4, 3), nn.ConvTranspose2d(4, 6, 2, 2, groups=2)]
+        norms = [nn.BatchNorm2d(6), nn.BatchNorm2d(4), nn.BatchNorm2d(6), nn.BatchNorm1d(5)]
+        parts += [nn.Sequential(nn.Flatten(), nn.Linear(6 * 36, 5))]
+        order = torch.channels_last if layout == "last" else torch.contiguous_format
+        model = nn.Sequential(*[m for pair in zip(parts, norms, strict=True) for m in pair])
+        model = randomize_norms(model).double().to(memory_format=order)
+        cbn.convert(model, example_input=torch.randn(2, 3, 3, 3, dtype=torch.float64))
+        return model.train()
+
+    net, twin = made(), made()
+    trained([(twin, twin), (torch.compile(net, backend="inductor", fullgraph=True), net)], 3, 3, 1e-3)
+
+
+def test_a_graph_is_differentiated_when_its_model_is_gone() -> None:
+    net, x = converted("carried"), torch.randn(2, 3, 12, 12)
+    twin, weight = copy.deepcopy(net), net.a.weight
+    out = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    cbn.revert(net)
+    del net
+    out.square().mean().backward()
+    twin(x).square().mean().backward()
+    torch.testing.assert_close(weight.grad, twin.a.weight.grad)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("window", [Window(gradient="current"), Window.TUNE], ids=str)
 def test_windows_of_other_kinds_train_in_one_graph(window: Window, bias: bool) -> None:
@@ -329,7 +359,9 @@ def test_one_compiled_model_between_training_and_evaluation() -> None:
         trained([(net, net), (twin, twin)], 2)  # eager in between
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 fails with operators of others there")
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 fails with operators of others there"
+)
 def test_what_is_seen_under_inference_mode_trains_afterwards() -> None:
     net, x = converted("carried"), torch.randn(2, 3, 12, 12)
     with torch.inference_mode():
