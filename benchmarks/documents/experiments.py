@@ -70,7 +70,7 @@ def heads() -> str:
         if len(found) == len(head_rate.FACTORS):
             label = "CBN" if norm == "cbn" else "frozen BN"
             lines.append(f"| {subject} | {label} | {' | '.join(cell for *_, cell in found)} | {max(found)[1]} |")
-    source = f"`{report['command']} --work FOLDER`, [JSON](BASE/benchmarks/results/head_rate.json)"
+    source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/head_rate.json)"
     said = (
         f"EfficientNet-Lite0, {head_rate.STEPS} steps of two images of {head_rate.IMG_SIZE} px, {head_rate.SEEDS} seeds"
     )

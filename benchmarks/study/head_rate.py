@@ -1,12 +1,11 @@
 """What remains of CBN's lead where the new head learns faster, or slower, than the pretrained network before it?
 
-    python -m benchmarks.study.head_rate --data ../shared/data --work FOLDER [--only hands] [--jobs 2]
+    python -m benchmarks.study.head_rate --data ../shared/data [--only hands] [--jobs 2]
 
-EfficientNet-Lite0, two images per step, on the hands and the clothing, with all training images and with 15 % of them:
-the head at 1/10, 1 and 10 times the rate of the rest, the last as the Transfer-Learning-Library has it. Rates √10 apart
-with seed 0, and the rate best on validation with two more seeds. Writes benchmarks/results/head_rate.json after every
-run; runs that are there already are not made again. FOLDER keeps the folders of 15 %. benchmarks/documents/
-experiments.py makes the table of docs/experiments.md of it.
+EfficientNet-Lite0, two images per step, on the hands and the clothing: the head at 1/10, 1 and 10 times the rate of the
+rest, the last as the Transfer-Learning-Library has it. Rates √10 apart with seed 0, and the rate best on validation
+with two more seeds. Writes benchmarks/results/head_rate.json after every run; runs that are there already are not made
+again. benchmarks/documents/experiments.py makes the table of docs/experiments.md of it.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ import torch
 
 import cbn_convert.training.optimization
 from benchmarks.provenance import RESULTS
-from benchmarks.study.comparisons import DATA, NETWORKS, PARTS, photos
+from benchmarks.study.comparisons import DATA, FOLDERS, NETWORKS
 from benchmarks.study.patched import measure, outcome
 
 OUTPUT = RESULTS / "head_rate.json"
 COMMAND = "python -m benchmarks.study.head_rate --data ../shared/data"
-SUBJECTS = ("hands", "clothing", *PARTS)
+SUBJECTS = ("hands", "clothing")
 NORMS, FACTORS, SEEDS = ("frozen", "cbn"), (0.1, 1.0, 10.0), 3
 RATES = (3e-4, 9.49e-4, 3e-3, 9.49e-3, 3e-2)  # of all but the head
 STEPS, BATCH_SIZE, IMG_SIZE = 500, 2, 128
@@ -50,12 +49,11 @@ def scale_head(factor: float) -> None:
     cbn_convert.training.optimization.create_optimizer_v2 = create
 
 
-def run(cell: dict[str, Any], data: Path, work: Path) -> dict[str, Any]:
+def run(cell: dict[str, Any], data: Path) -> dict[str, Any]:
     """One run; its accuracies."""
-    shown = DATA[PARTS.get(cell["subject"], (cell["subject"],))[0]]
-    network = NETWORKS["lite0"]
+    shown, network = DATA[cell["subject"]], NETWORKS["lite0"]
     config = {
-        "data": str(photos(cell["subject"], data, work)), "model": network["model"],
+        "data": str(data / FOLDERS[cell["subject"]]), "model": network["model"],
         "checkpoint": str(data / "weights" / network["checkpoint"]), "mean": (float(network["mean"]),) * 3,
         "std": (float(network["std"]),) * 3, "img_size": IMG_SIZE, "hflip": shown.get("hflip", 0.5),
         "min_scale": shown["min-scale"], "norm": cell["norm"], "lr": cell["lr"], "batch_size": BATCH_SIZE,
@@ -80,23 +78,22 @@ def read() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing/, sign_digits/ and weights/")
-    parser.add_argument("--work", type=Path, required=True, help="folder for those of 15 %")
-    parser.add_argument("--only", default=":".join(SUBJECTS), help="subjects, with : between them")
+    parser.add_argument("--only", default=",".join(SUBJECTS), help="photos, separated by commas")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    data, work = given.data.resolve(), given.work.resolve()
-    for subject in given.only.split(":"):
+    data = given.data.resolve()
+    for subject in given.only.split(","):
         searched = [
             {"subject": subject, "norm": norm, "factor": factor, "lr": lr, "seed": 0}
             for lr, factor, norm in product(RATES, FACTORS, NORMS)
         ]
-        measure(OUTPUT, COMMAND, searched, lambda cell: run(cell, data, work), given.jobs)
+        measure(OUTPUT, COMMAND, searched, lambda cell: run(cell, data), given.jobs)
         repeated = [
             {"subject": subject, "norm": norm, "factor": factor, "lr": lr, "seed": seed}
             for seed, factor, norm in product(range(1, SEEDS), FACTORS, NORMS)
             if (lr := best_rate(read(), subject, norm, factor)) is not None
         ]
-        measure(OUTPUT, COMMAND, repeated, lambda cell: run(cell, data, work), given.jobs)
+        measure(OUTPUT, COMMAND, repeated, lambda cell: run(cell, data), given.jobs)
 
 
 if __name__ == "__main__":
