@@ -216,15 +216,9 @@ class FoldedMap(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*gradients(plainly_folded, (input, weight, bias, gamma, beta), g, state, step), None)
         theta, b = step.rows(weight, bias)
-        g_input, of_input = None, ctx.needs_input_grad[0]
-        if step.scales_output:
-            applied = cast(weight, input.dtype)
-            if of_input:
-                g_input = step.apply.input_gradient(g, input, applied, cast(scale, g.dtype))
-            _, g_folded, g_shift = step.apply.gradients(g, input, applied, False, scale.dtype)
-        else:
-            rows = cast(step.of_rows(theta * per_channel(scale, theta)), input.dtype)
-            g_input, g_folded, g_shift = step.apply.gradients(g, input, rows, of_input, scale.dtype)
+        scaled = None if step.scales_output else cast(step.of_rows(theta * per_channel(scale, theta)), input.dtype)
+        at = (step.apply, input, weight, scaled, scale)
+        g_input, g_folded, g_shift = folded_map_gradients(g, *at, ctx.needs_input_grad[0])
         (g_rows, _), affine = step.rows(g_folded, None), step.affine(gamma, None)
         g_theta, g_gamma = select(theta).folded_gradient(step.ordered(state), theta, b, affine, g_rows, g_shift)
         g_bias = None
@@ -238,6 +232,31 @@ class FoldedMap(torch.autograd.Function):
             None if beta is None else cast(g_shift, beta.dtype),
             None,
         )
+
+
+def folded_map_gradients(
+    g: Tensor,
+    apply: LinearMap | Convolution,
+    input: Tensor,
+    weight: Tensor,
+    scaled: Tensor | None,
+    scale: Tensor,
+    of_input: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """∂L/∂input (if wanted), and the gradients of the folded weight and bias as `FoldedMap` has them.
+
+    Args:
+        g: the gradient of the output.
+        apply, input, weight: as in `FoldedStep` and `FoldedMap`.
+        scaled: s θ as it was applied; None where the output was scaled.
+        scale: s [C].
+        of_input: whether ∂L/∂input is wanted.
+    """
+    if scaled is not None:
+        return apply.gradients(g, input, scaled, of_input, scale.dtype)
+    applied = cast(weight, input.dtype)
+    g_input = apply.input_gradient(g, input, applied, cast(scale, g.dtype)) if of_input else None
+    return g_input, *apply.gradients(g, input, applied, False, scale.dtype)[1:]
 
 
 def plainly_folded(

@@ -20,7 +20,7 @@ from ..modes import what_lasts_may_be_made
 from ..refusals import refuse_capture, refuse_export
 from .carried import Carried, CarriedWindow
 from .distributed import world_size
-from .folded import FoldedParameters, FoldedStep, scales_output
+from .folded import FoldedParameters, FoldedStep, folded_map_gradients, scales_output
 from .functional import OptTensor, patch_shapes, per_channel, statistics_dtype
 from .kernels import select
 from .producers import (
@@ -198,7 +198,8 @@ class FoldedInGraph(torch.autograd.Function):
         """See the class."""
         ctx.save_for_backward(input, weight, bias, gamma, beta, scale, table, patch_mean, patch_rest, patch_axes)
         ctx.eps, ctx.module, ctx.apply = eps, module, apply
-        if scales_output(apply, input, as_rows(weight, module).to(scale.dtype)):
+        ctx.scales_output = scales_output(apply, input, as_rows(weight, module).to(scale.dtype))
+        if ctx.scales_output:
             y, axis = apply.output(input, weight, None), input.dim() - 1 if is_linear(module) else 1
             return y * per_channel(scale, y, axis) + per_channel(shift, y, axis)
         return apply.output(input, scaled(weight, scale, module).to(input.dtype), shift.to(input.dtype))
@@ -208,14 +209,9 @@ class FoldedInGraph(torch.autograd.Function):
         """See the class."""
         (g,) = grads
         input, weight, bias, gamma, beta, scale, *state = ctx.saved_tensors
-        g_input, of_input, apply = None, ctx.needs_input_grad[0], ctx.apply
-        if scales_output(apply, input, as_rows(weight, ctx.module).to(scale.dtype)):
-            if of_input:
-                g_input = apply.input_gradient(g, input, weight, scale)
-            _, g_folded, g_shift = apply.gradients(g, input, weight, False, scale.dtype)
-        else:
-            rows = scaled(weight, scale, ctx.module).to(input.dtype)
-            g_input, g_folded, g_shift = apply.gradients(g, input, rows, of_input, scale.dtype)
+        applied = None if ctx.scales_output else scaled(weight, scale, ctx.module).to(input.dtype)
+        at = (ctx.apply, input, weight, applied, scale)
+        g_input, g_folded, g_shift = folded_map_gradients(g, *at, ctx.needs_input_grad[0])
         transposed = is_transposed(ctx.module)
         theta, g_rows = [as_rows(t, ctx.module) if transposed else t for t in (weight, g_folded)]
         g_theta, g_gamma = folded_gradient(theta, bias, gamma, ctx.eps, *state, g_rows, g_shift)
