@@ -26,6 +26,7 @@ from timm.models import _hub, adapt_input_conv
 from timm.models._input import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
+from .classifier import classifier_names
 from .damage import damaged_value
 from .errors import CbnWarning, ModelError
 from .weight_files import find_weights, read_checkpoint, refuse_other_files
@@ -175,8 +176,7 @@ def load_weights(model: Any, checkpoint: str | Path, new_head: bool = False) -> 
     if found is None:
         raise ModelError(f"cannot load weights from {checkpoint}: it holds no state_dict of tensors; check the file")
     state = found.state
-    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+    heads = tuple(f"{head}." for head in classifier_names(model))
     weight = state.get(f"{heads[0]}weight") if heads else None
     if not new_head and heads and (weight is None or len(weight) != model.num_classes):
         model.reset_classifier(0 if weight is None else len(weight))
@@ -270,18 +270,6 @@ def _check_loaded(model: nn.Module, path: Path) -> None:
             f"{path} was not loaded: {type(model).__name__}, as it is registered with timm, ignores pretrained=True; "
             "let its function build it by timm.models.build_model_with_cfg"
         )
-
-
-def reset_head(model: Any) -> None:
-    """Sets the classifier of a timm model to zero: all classes equally likely, no noise from random logits."""
-    classifier = model.get_classifier()
-    heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-    for module in (m for head in heads if isinstance(head, nn.Module) for m in head.modules()):
-        # a norm layer or a hidden layer in the head keeps its weights: zero there would block every gradient
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.shape[0] == model.num_classes:
-            nn.init.zeros_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def _resolve(spec: ModelSpec) -> tuple[str, str | None]:

@@ -35,7 +35,7 @@ def compare(
     norms: Annotated[
         str,
         typer.Option(
-            help="bn, frozen, tune, gn, brn, cbn; variants such as cbn:taylor, cbn:current, cbn:none:window=4.",
+            help="bn, frozen, tune, gn, brn, cbn; variants such as cbn:taylor, cbn:window=4, frozen:head_lr_scale=10.",
             rich_help_panel=GRID_PANEL,
         ),
     ] = _joined("norms"),

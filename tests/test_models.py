@@ -18,8 +18,9 @@ from timm.models import register_model
 from typer.testing import CliRunner
 
 from cbn_convert import export
+from cbn_convert.classifier import reset_head
 from cbn_convert.errors import CbnWarning, ModelError
-from cbn_convert.models import ModelSpec, create_model, reset_head
+from cbn_convert.models import ModelSpec, create_model
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,13 @@ def test_reset_head_gives_equal_classes(source) -> None:
     model = create_model(ModelSpec("test_resnet", pretrained=False), 4)
     reset_head(model)
     assert torch.equal(model.eval()(torch.randn(2, 3, 64, 64)), torch.zeros(2, 4))
+
+
+def test_reset_head_gives_equal_classes_where_a_second_one_is_added() -> None:
+    model = create_model(ModelSpec("volo_d1_224", pretrained=False), 4)
+    assert torch.count_nonzero(model.eval()(torch.randn(1, 3, 224, 224))) > 0
+    reset_head(model)
+    assert torch.equal(model(torch.randn(1, 3, 224, 224)), torch.zeros(1, 4))
 
 
 class Malicious:

@@ -12,6 +12,7 @@ from benchmarks.study import carried_forms, head_rate, high_rates, mechanism
 from benchmarks.study.estimation import ESTIMATES
 
 NOT_YET = "*Not measured yet.*"
+NETWORK = {"lite0": "Lite0", "v1": "V1"}
 FORMER_AXES = "former/axes_accuracy.json"
 
 
@@ -56,7 +57,7 @@ def heads() -> str:
         return NOT_YET
     report = json.loads(head_rate.OUTPUT.read_text())
     columns = " | ".join(f"{factor:g} times" for factor in head_rate.FACTORS)
-    lines = [f"| training photos | norm | head at {columns} | best by validation |", "|---|---|" + "---|" * 4]
+    lines = [f"| photos, network | norm | head at {columns} | best by validation |", "|---|---|" + "---|" * 4]
     for subject, norm in product(head_rate.SUBJECTS, head_rate.NORMS):
         found = []  # validation, test, shown
         for factor in head_rate.FACTORS:
@@ -69,11 +70,10 @@ def heads() -> str:
                 found.append((mean(cell["top1"] for cell in own), text, f"{text} @ {lr:.2g}"))
         if len(found) == len(head_rate.FACTORS):
             label = "CBN" if norm == "cbn" else "frozen BN"
-            lines.append(f"| {subject} | {label} | {' | '.join(cell for *_, cell in found)} | {max(found)[1]} |")
+            where = ", ".join((head_rate.SUBJECTS[subject][0], NETWORK[head_rate.SUBJECTS[subject][1]]))
+            lines.append(f"| {where} | {label} | {' | '.join(cell for *_, cell in found)} | {max(found)[1]} |")
     source = f"`{report['command']}`, [JSON](BASE/benchmarks/results/head_rate.json)"
-    said = (
-        f"EfficientNet-Lite0, {head_rate.STEPS} steps of two images of {head_rate.IMG_SIZE} px, {head_rate.SEEDS} seeds"
-    )
+    said = f"{head_rate.STEPS} steps of two images of 128 px (Lite0) or 96 px (V1), {head_rate.SEEDS} seeds"
     return "\n".join([*lines, "", f"*test top-1 @ rate of the rest; {said}; {source}, version {report['commit'][:7]}*"])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as transforms
 
-from cbn_convert.models import reset_head
+from cbn_convert.classifier import reset_head
 
 
 def images(folder: Path, size: int) -> tuple[Tensor, Tensor]:

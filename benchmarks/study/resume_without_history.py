@@ -30,7 +30,8 @@ from torchvision.transforms import v2 as transforms
 
 import cbn_convert as cbn
 from benchmarks.provenance import RESULTS, provenance
-from cbn_convert.models import ModelSpec, create_model, reset_head
+from cbn_convert.classifier import reset_head
+from cbn_convert.models import ModelSpec, create_model
 from cbn_convert.norm import CrossIterationMixin, history_state, load_history_state
 
 OUTPUT = RESULTS / "resume_without_history.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -17,7 +18,8 @@ VARIANTS = {
     "history": ("ring", "ema"),
     "start": ("running", "empty"),
 }
-NUMBERS = ("window", "burn_in")
+NUMBERS = {"window": int, "burn_in": int}
+OF_ANY_NORM = {"head_lr_scale": float}
 GRID = ("norm", "batch_size", "lr")  # the settings of a run that the comparison sets itself
 PLACE = ("data", "output", "workers", "device")  # say where it runs, not what it computes
 
@@ -27,11 +29,11 @@ class ComparisonConfig:
     """Arguments of `compare`.
 
     run: the settings that all cells share; its norm, batch size and rate are of no meaning, its seed is the first and
-    its output the folder of the comparison. norms: names as in FinetuneConfig, of CBN also variants, such as
-    "cbn:taylor:window=8". lrs: peak learning rates to try; None searches around the automatic one until the best has a
-    worse one on either side. images: training images that each run sees, None for those of `run.epochs`. seeds: runs at
-    the best rate. reference: batch size of the BN that the others are measured
-    against, 0 for none. jobs: cells at a time.
+    its output the folder of the comparison. norms: names as in FinetuneConfig, also with a rate of its own for the
+    head, as in "frozen:head_lr_scale=10", and variants of CBN, such as "cbn:taylor:window=8". lrs: peak learning rates
+    to try; None searches around the automatic one until the best has a worse one on either side. images: training
+    images that each run sees, None for those of `run.epochs`. seeds: runs at the best rate. reference: batch size of
+    the BN that the others are measured against, 0 for none. jobs: cells at a time.
     """
 
     run: FinetuneConfig
@@ -62,7 +64,7 @@ class ComparisonConfig:
                 raise RunError(f"{name} must be a whole number of at least {least}, got {value!r}")
         known: dict[str, str] = {}
         for norm in self.norms:
-            if (other := known.setdefault(repr(sorted(read_norm(norm).items())), norm)) != norm:
+            if (other := known.setdefault(repr(self.cell(norm, 1, None, 0)), norm)) != norm:
                 raise RunError(f"the norms {other} and {norm} are the same; leave one out")
         for norm, batch_size in self.columns:
             for seed in (self.run.seed, self.run.seed + self.seeds - 1):
@@ -115,17 +117,27 @@ def read_norm(name: str) -> dict[str, Any]:
     norm, *parts = name.split(":")
     if norm not in NORMS:
         raise RunError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    if parts and norm != "cbn":
-        raise RunError(f"only cbn has variants, got {name!r}")
     settings: dict[str, Any] = {"norm": norm}
+    words = VARIANTS if norm == "cbn" else {}
+    numbers = {**OF_ANY_NORM, **(NUMBERS if norm == "cbn" else {})}
     for part in parts:
-        key, _, value = part.partition("=")
-        found = next((setting for setting, values in VARIANTS.items() if part in values), None)
-        number = key in NUMBERS and value.isascii() and value.isdecimal()
-        if found is None and not number:
-            known = [*(v for values in VARIANTS.values() for v in values), *(f"{key}=N" for key in NUMBERS)]
-            raise RunError(f"{name!r} has the unknown part {part!r}; known are {', '.join(known)}")
-        if (found or key) in settings:
-            raise RunError(f"{name!r} sets {found or key} twice; leave one out")
-        settings[found or key] = int(value) if number else part
+        setting = next((setting for setting, values in words.items() if part in values), None)
+        value: Any = part
+        if setting is None:
+            setting, _, text = part.partition("=")
+            value = _number(numbers[setting], text) if setting in numbers else None
+        if value is None:
+            known = [*(v for values in words.values() for v in values), *(f"{key}=N" for key in numbers)]
+            raise RunError(f"{name!r} has the unknown part {part!r}; {norm} can have {', '.join(known)}")
+        if setting in settings:
+            raise RunError(f"{name!r} sets {setting} twice; leave one out")
+        settings[setting] = value
     return settings
+
+
+def _number(kind: type, text: str) -> Any:
+    """None for a text that is no number, or no whole one where that is wanted."""
+    try:
+        return kind(text) if re.fullmatch(r"[0-9]+" if kind is int else r"[0-9.]+(e-?[0-9]+)?", text) else None
+    except ValueError:
+        return None

@@ -83,7 +83,8 @@ def page(comparison: Comparison, plots: list[Plot]) -> str:
     figures = (f"<figure><figcaption>{escape(p.title)}</figcaption>\n{p.svg}</figure>" for p in plots)
     used = {
         "model": run.model, "data": run.data, "images seen by each run": _budget(comparison),
-        "optimizer": f"{run.opt}, {run.sched} schedule, clipped at {run.clip_grad:g}",
+        "optimizer": f"{run.opt}, {run.sched} schedule, clipped at {run.clip_grad:g}"
+        + ("" if run.head_lr_scale == 1 else f", the classifier at {run.head_lr_scale:g} times the rate"),
         "input": "that of the model" if run.img_size is None else f"{run.img_size} px",
         "recalibration": _recalibration(run.recalibrate, run.ema),
         "learning rates": "searched by factors of √10 around the automatic one"

@@ -10,6 +10,7 @@ import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from ..classifier import classifier_names
 from ..errors import ExportError
 
 _logger = logging.getLogger(__name__)
@@ -73,9 +74,8 @@ def original_state_dict(backbone: nn.Module, original: nn.Module) -> dict[str, T
 
 def _warn_of_missing(original: Any, missing: list[str]) -> None:
     """Logs what timm will leave at random values in silence; a new classifier is nobody's surprise."""
-    classifier = original.pretrained_cfg.get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    missing = [name for name in missing if not name.startswith(tuple(f"{head}." for head in heads))]
+    heads = tuple(f"{head}." for head in classifier_names(original))
+    missing = [name for name in missing if not name.startswith(heads)]
     if missing:
         _logger.warning(
             "the backbone has no %s%s; timm gives them random values in models that have them",

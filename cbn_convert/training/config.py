@@ -108,9 +108,10 @@ class FinetuneConfig(
             }
         else:
             described = {}
+        factors = {n: getattr(self, n) for n in ("layer_decay", "head_lr_scale") if getattr(self, n) not in (None, 1)}
         return {
             "data": Path(self.data).resolve().name, "norm": self.norm, **described,
-            **{name: getattr(self, name) for name in names}, "lr": self.peak_lr(),
+            **{name: getattr(self, name) for name in names}, "lr": self.peak_lr(), **factors,
         }  # fmt: skip
 
     @classmethod

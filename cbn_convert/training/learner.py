@@ -22,7 +22,7 @@ from .config import FinetuneConfig
 from .faults import first_non_finite
 from .loading import Batch
 from .losses import make_loss
-from .optimization import FUSED, make_optimizer, make_scheduler
+from .optimization import FUSED, make_optimizer, make_scheduler, rate
 from .parallel import Ranks
 from .setup import Setup
 from .totals import Totals
@@ -88,7 +88,7 @@ class Learner:
     def update(self, parts: list[Batch]) -> None:
         """One update of the weights, by the gradient of all parts."""
         self.scheduler.step_update(self.updates)
-        self.totals.lr = self.optimizer.param_groups[0]["lr"]
+        self.totals.lr = rate(self.optimizer)
         before = [buffer.clone() for buffer in self.guarded]
         for part, batch in enumerate(parts, 1):
             x, y = self.on_device(batch.images), batch.labels.to(self.device, non_blocking=True)

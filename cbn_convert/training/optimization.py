@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from ..classifier import classifiers
 from ..errors import RunError
 from .settings import OptimizerSettings
 
@@ -48,13 +50,18 @@ def _stages(model: Any) -> dict[str, list[str]]:
     return {"stem" if number == 0 else f"stage{number}": groups[number] for number in numbers}
 
 
-def freeze(model: nn.Module, modules: list[str]) -> None:
-    """Takes the parameters of the modules out of training."""
+def freeze(model: nn.Module, modules: list[str], head_lr_scale: float = 1.0) -> None:
+    """Takes the parameters of the modules out of training.
+
+    Raises RunError if none is left, or none of a classifier that is to have a rate of its own.
+    """
     for name in modules:
         for parameter in model.get_submodule(name).parameters(recurse=False):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise RunError("freeze leaves no weight to train; name fewer parts")
+    if head_lr_scale != 1 and not any(p.requires_grad for head in classifiers(model) for p in head.parameters()):
+        raise RunError("head_lr_scale is for a classifier that learns, and freeze has it; leave one of them out")
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings, lr: float) -> torch.optim.Optimizer:
@@ -63,12 +70,33 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, lr: float) -> 
         raise RunError(f"opt must be sgd, adamw or another of timm's optimizers, got {settings.opt!r}")
     more: dict[str, Any] = {"fused": True} if settings.opt in FUSED else {}
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, opt=settings.opt, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum,
             layer_decay=settings.layer_decay, **more,
         )  # fmt: skip
     except (TypeError, ValueError, AssertionError, ModuleNotFoundError) as error:
         raise RunError(f"optimizer {settings.opt} cannot be made ({error}); take sgd or adamw") from error
+    if settings.head_lr_scale != 1:
+        _scale_head(optimizer, {p for head in classifiers(model) for p in head.parameters()}, settings.head_lr_scale)
+    return optimizer
+
+
+def _scale_head(optimizer: torch.optim.Optimizer, head: set[nn.Parameter], scale: float) -> None:
+    """Gives the parameters of the head groups of their own, behind the others; timm's schedules read their scale."""
+    body, scaled = [], []
+    for group in optimizer.param_groups:
+        own = {part: [p for p in group["params"] if (p in head) == part] for part in (False, True)}
+        if own[False]:
+            body.append({**group, "params": own[False]})
+        if own[True]:
+            scaled.append({**group, "params": own[True], "lr_scale": scale * group.get("lr_scale", 1.0)})
+    optimizer.param_groups[:] = [*body, *scaled]
+
+
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate that layers with a scale of 1 have now, whether there are any or not."""
+    lr, scale = max(((g["lr"], g.get("lr_scale", 1.0)) for g in optimizer.param_groups), key=itemgetter(1))
+    return float(lr / scale)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, lr: float, steps: int) -> Scheduler:

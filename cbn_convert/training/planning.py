@@ -9,6 +9,7 @@ from .advice import advice, measure
 from .config import FinetuneConfig
 from .evaluation import resolve_device
 from .loading import StepSampler
+from .optimization import make_optimizer
 from .setup import build, total_steps
 
 
@@ -17,6 +18,7 @@ def plan(config: FinetuneConfig) -> dict[str, Any]:
     config.check()
     device = resolve_device(config.device)
     setup = build(config)
+    make_optimizer(setup.model, config, config.peak_lr())
     shift = measure(setup.model.to(device), setup, config, device)
     counts = setup.training.counts()
     sampler = StepSampler(len(setup.training.samples), config.batch_size, config.seed, accumulate=config.accumulate)

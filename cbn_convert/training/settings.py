@@ -6,6 +6,7 @@ The command line makes its flags from these tables, and `config` one object of a
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -160,6 +161,9 @@ class OptimizerSettings:
     clip_grad: float = _setting(5.0, "Largest norm of the gradient; 0 for no limit.", least=0)
     layer_decay: float | None = _setting(
         None, "Factor of the rate from a block to the one below, e.g. 0.75.", above=0, most=1
+    )
+    head_lr_scale: float = _setting(
+        1.0, "Factor of the classifier's rate over that of the rest, e.g. 10.", above=0, below=math.inf
     )
     sched: str = _setting("cosine", "cosine, linear or constant, after the warm-up.", choices=SCHEDULES)
     warmup_ratio: float = _setting(0.05, "Part of the updates in which the rate rises.", least=0, below=1)

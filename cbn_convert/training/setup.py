@@ -15,10 +15,11 @@ from accelerate.utils import set_seed
 from timm.data import resolve_model_data_config
 
 from .. import __version__
+from ..classifier import reset_head
 from ..conversion import norm_layers
 from ..errors import ModelError, RunError
 from ..files import check_output, check_replaceable, clean_up, remove_directory, write_json, writing
-from ..models import create_model, reset_head
+from ..models import create_model
 from .alternatives import apply_norm
 from .checkpoint import checkpoints
 from .config import FinetuneConfig
@@ -70,7 +71,7 @@ def build(config: FinetuneConfig, resumed: bool = False) -> Setup:
             ) from error
     data_config = resolve_model_data_config(model)
     still = frozen_modules(model, config.freeze)
-    freeze(model, still)
+    freeze(model, still, config.head_lr_scale)
     apply_norm(
         model, config.norm, set(still) & set(norm_layers(model)),
         window=config.normalization_window(), example_input=torch.zeros(1, *data_config["input_size"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,52 @@ def test_layer_decay_lowers_the_rate_layer_by_layer_through_the_whole_schedule(s
         for place, layer in enumerate(order):
             own = {round(f, 9) for name, f in factors.items() if name.startswith(f"{layer}.")}
             assert own == {round(0.5 ** (len(order) - 1 - place), 9)}
+
+
+@pytest.mark.parametrize("sched", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_the_head_learns_at_so_many_times_the_rate_through_the_whole_schedule(
+    layer_decay: float | None, sched: str
+) -> None:
+    settings = replace(CONFIG, sched=sched, warmup_ratio=0.25, layer_decay=layer_decay)
+    plain = rates(timm.create_model("test_resnet"), settings, 20)
+    got = rates(timm.create_model("test_resnet"), replace(settings, head_lr_scale=3.0), 20)
+    for before, after in zip(plain, got, strict=True):
+        factors = {name: 3.0 if name.startswith("fc.") else 1.0 for name in before}
+        assert after == pytest.approx({name: factors[name] * rate for name, rate in before.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("levit_128s", ("head.linear.", "head_dist.linear.")),  # distilled
+        ("volo_d1_224", ("head.", "aux_head.")),  # get_classifier gives one of two
+        ("caformer_s18", ("head.fc.fc2.",)),  # what is before it is pretrained
+    ],
+)
+def test_the_head_is_what_depends_on_the_classes(name: str, prefixes: tuple[str, ...]) -> None:
+    model = timm.create_model(name, num_classes=3)
+    (got,) = rates(model, replace(CONFIG, head_lr_scale=3.0), 1)
+    scaled = {key for key, rate in got.items() if rate == pytest.approx(1.5)}
+    assert scaled == {key for key in got if key.startswith(prefixes)}
+    assert got.keys() == {key for key, _ in model.named_parameters()}
+
+
+def test_a_rate_of_its_own_for_a_head_that_does_not_learn(colors: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="head_lr_scale is for a classifier that learns"):
+        cbn.finetune(config(colors, tmp_path / "run", freeze="fc", head_lr_scale=10.0), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [{"layer_decay": 0.5}, {"head_lr_scale": 4.0}, {}])
+def test_a_run_reports_the_rate_without_the_factor_of_a_layer(
+    changes: dict[str, float], colors: Path, tmp_path: Path
+) -> None:
+    given = config(colors, tmp_path / "run", lr=0.01, sched="constant", warmup_ratio=0.0, max_steps=2, **changes)
+    cbn.finetune(given, quiet=True)
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (logged,) = {e["lr"] for e in events if e["event"] == "train"}
+    assert logged == pytest.approx(0.01)
 
 
 def test_weight_decay_is_for_weights_only() -> None:

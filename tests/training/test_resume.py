@@ -24,7 +24,7 @@ from cbn_convert.training.learner import Learner
 
 CASES = {
     "cbn": {"norm": "cbn", "history": "ema", "no_aug": False},
-    "ring, adamw, accumulation": {"history": "ring", "opt": "adamw", "accumulate": 3, "lr": 1e-3},
+    "ring, adamw, accumulation": {"history": "ring", "opt": "adamw", "accumulate": 3, "lr": 1e-3, "head_lr_scale": 5.0},
     "EMA, mixup, drop path": {
         "ema": 0.9, "recalibrate": 2, "mixup": 0.4, "drop_path": 0.2, "eval_every": 11, "no_aug": False,
     },
