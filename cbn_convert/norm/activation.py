@@ -38,6 +38,32 @@ class _ClampInPlace(torch.autograd.Function):
         return out
 
 
+class _Clamp(torch.autograd.Function):
+    """ReLU6 that keeps its output, in a graph, where torch's would keep a mask beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x [...] of any float dtype."""
+        y = F.relu6(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """As that of `_ClampInPlace`."""
+        (y,) = ctx.saved_tensors
+        out: Tensor = torch.ops.aten.hardtanh_backward(grads[0], y, 0.0, 6.0)
+        return out
+
+
+def activate_in_graph(x: Tensor, act: nn.Module) -> Tensor:
+    """The activation of what a graph has folded."""
+    if type(act) is not nn.ReLU6 or is_watched(act):
+        return act(x)  # type: ignore[no-any-return]
+    y: Tensor = _Clamp.apply(x)
+    return y
+
+
 def activate(x: Tensor, act: nn.Module) -> Tensor:
     """The activation of x, which nobody else has or needs; in place only where that takes no copy."""
     kind = nn.Module if is_watched(act) else type(act)

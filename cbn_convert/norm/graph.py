@@ -68,7 +68,8 @@ def can_fold(number: int) -> bool:
     mutates_args=("batches",),
     schema="(int number, Tensor(a!)? batches, Tensor input, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
     "int[]? output_size, bool follows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    **_tags("cudagraph_unsafe"),  # a graph of CUDA's would repeat what its one recorded step did
+    # a graph of CUDA's would repeat what its one recorded step did; the input in any order, else inductor copies it
+    **_tags("cudagraph_unsafe", "flexible_layout"),
 )
 def step(
     number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor,

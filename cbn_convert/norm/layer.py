@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from ..modes import what_lasts_may_be_made
 from ..refusals import qconfig, refuse_proxy, refuse_replica, refuse_script, refuse_transforms
-from .activation import activate
+from .activation import activate, activate_in_graph
 from .batch import Batch, Pass
 from .carried import CarriedWindow
 from .distributed import world_size
@@ -324,7 +324,7 @@ class CrossIterationMixin(_BatchNorm):
             if torch.compiler.is_compiling():
                 tap = self._sources[0].tap
                 if tap is not None and tap.take_in_graph(x):
-                    return x if act is None else act(x)
+                    return x if act is None else activate_in_graph(x, act)
                 unfolded: Tensor = torch.compiler.disable(self._normalize_by_window)(x, act)
                 return unfolded
             if not torch.is_inference_mode_enabled():

@@ -11,12 +11,16 @@ import pytest
 import timm
 import torch
 import torch._dynamo
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from helpers.models import randomize_norms
+from timm.layers import BatchNormAct2d
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
 
 import cbn_convert as cbn
-from cbn_convert.norm import CrossIterationMixin, Window, folded
+from cbn_convert.norm import CrossIterationMixin, Window, folded, graph
 from cbn_convert.norm.folded import scales_output
 from cbn_convert.refusals import refuse_capture
 
@@ -132,6 +136,52 @@ def test_inductor_trains_layers_of_all_kinds(layout: str) -> None:
 
     net, twin = made(), made()
     trained([(twin, twin), (torch.compile(net, backend="inductor", fullgraph=True), net)], 3, 3, 1e-3)
+
+
+class Clamped(nn.Module):
+    """Convs whose norms end in ReLU6, as MobileNetV2 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn_a = nn.Conv2d(3, 16, 3, bias=False), BatchNormAct2d(16, act_layer=nn.ReLU6)
+        self.b, self.bn_b = nn.Conv2d(16, 16, 3, bias=False), BatchNormAct2d(16, act_layer=nn.ReLU6)
+        self.c, self.bn_c = nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn_b(self.b(self.bn_a(self.a(4 * x))))
+        return self.bn_c(self.c(x)).mean((2, 3))
+
+
+def test_a_graph_keeps_no_mask_of_a_clamp_whose_output_it_keeps() -> None:
+    net = randomize_norms(Clamped())
+    cbn.convert(net, example_input=torch.randn(1, 3, 12, 12))
+    twin, kept = copy.deepcopy(net.train()), []
+
+    def forward(graph, inputs):
+        kept.extend(one.meta["val"] for one in graph.graph.find_nodes(op="output")[0].args[0] if one is not None)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=forward, bw_compiler=lambda graph, inputs: make_boxed_func(graph),
+        partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table(),
+    )  # fmt: skip
+    trained([(twin, twin), (torch.compile(net, backend=backend, fullgraph=True), net)])
+    activations = [t for t in kept if isinstance(t, torch.Tensor) and t.dim() == 4 and t.shape[0] == 2]
+    assert [t.dtype for t in activations] == 3 * [torch.float32]  # the inputs of the convs
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tag, "flexible_layout"), reason="inductor copies inputs in any case"
+)
+def test_inductor_gives_a_step_its_input_in_the_order_in_which_the_conv_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = randomize_norms(Clamped())
+    cbn.convert(net, example_input=torch.randn(1, 3, 12, 12))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(graph, "refuse_capture", seen.append)
+    torch.compile(net.train(), fullgraph=True)(torch.randn(2, 3, 12, 12)).sum().backward()
+    inner = [x for x in seen if x.shape[1] == 16]
+    assert len(inner) == 2
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inner)
 
 
 def test_a_graph_is_differentiated_when_its_model_is_gone() -> None:
