@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.provenance import RESULTS
@@ -55,6 +57,22 @@ def best_rate(cells: list[dict[str, Any]], subject: str, norm: str, factor: floa
     at = {"subject": subject, "norm": norm, "factor": factor, "seed": 0}
     own = [c for c in cells if at.items() <= c.items() and "top1" in c]
     return max(own, key=lambda c: (c["top1"], -c["lr"]))["lr"] if own else None
+
+
+def at_best_rate(cells: list[dict[str, Any]], subject: str, norm: str, factor: float) -> list[dict[str, Any]]:
+    """The runs at the rate of `best_rate` that ended well, of all seeds."""
+    at = {"subject": subject, "norm": norm, "factor": factor, "lr": best_rate(cells, subject, norm, factor)}
+    return [cell for cell in cells if at.items() <= cell.items() and "top1" in cell]
+
+
+def best_factor(cells: list[dict[str, Any]], subject: str, norm: str) -> float:
+    """The one whose runs are best on the validation photos; of equals the one nearest to 1, and then the lowest."""
+
+    def rank(factor: float) -> tuple[float, float, float]:
+        top1 = mean(cell["top1"] for cell in at_best_rate(cells, subject, norm, factor))
+        return round(top1, 6), -abs(math.log(factor)), -factor
+
+    return max(FACTORS, key=rank)
 
 
 def searched(cells: list[dict[str, Any]], subject: str) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.study.head_rate import FIRST, RATES, best_rate, searched
+import pytest
+
+from benchmarks.study.head_rate import FACTORS, FIRST, RATES, best_factor, best_rate, searched
 
 
 def test_the_rate_is_chosen_by_validation_and_the_first_seed() -> None:
@@ -34,3 +36,13 @@ def test_the_search_goes_on_beyond_a_best_rate_at_the_edge() -> None:
 def test_a_search_in_which_no_run_ends_well_ends() -> None:
     cells = [{**cell, "error": "diverged"} for cell in searched([], "hands-v1")]
     assert not searched(cells, "hands-v1")
+
+
+@pytest.mark.parametrize(
+    ("top1", "best"),
+    [((70.0, 71.0, 71.5), 10.0), ((71.5, 71.5, 70.0), 1.0), ((70.0, 71.5, 71.5), 1.0), ((71.5, 70.0, 71.5), 0.1)],
+)
+def test_equal_factors_are_not_told_apart_by_the_test_photos(top1: tuple[float, ...], best: float) -> None:
+    at = {"subject": "hands-v1", "norm": "cbn", "lr": 0.003, "seed": 0}
+    cells = [{**at, "factor": f, "top1": t, "test_top1": 10 * f} for f, t in zip(FACTORS, top1, strict=True)]
+    assert best_factor(cells, "hands-v1", "cbn") == best
