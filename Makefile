@@ -135,7 +135,8 @@ study: $(STAMP)
 
 # detection and segmentation, in the environment of the integrations: about two hours of one core for each task
 dense: $(INTEGRATIONS)/.installed
-	for task in camvid-unet camvid-deeplab bccd-fcos bccd-faster-rcnn \
+	for task in camvid-unet "camvid-deeplab --treatments bn,frozen+bn,frozen+gn,cbn" bccd-fcos \
+		"bccd-faster-rcnn --treatments frozen+gn@1,frozen+gn@3,frozen+gn,cbn+gn@10,bn@1" \
 		"camvid-unet --treatments cbn@1,frozen+bn@1" \
 		"bccd-fcos-long --treatments frozen+gn,cbn+gn,frozen+gn@1,cbn+gn@1,frozen+gn@3,cbn+gn@10" \
 		"bccd-fcos-long --treatments frozen+gn@1,frozen+gn@3,cbn+gn@10 --batch-sizes 1" \
