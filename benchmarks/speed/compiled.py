@@ -126,7 +126,7 @@ def times(report: dict[str, Any]) -> str:
         ratios = " | ".join(over_bn(of[c]) for c in columns)
         lines.append(f"| {one['network']} | {of['bn']['step']:.0f} | {ratios} |")
     source = f"2 images of 224 px, float32; `{report['command']}`, [JSON](../benchmarks/results/compiled.json)"
-    return "\n".join([*lines, "", f"*{source}, {report['machine']}*"])
+    return "\n".join([*lines, "", f"*{source}, version {report['commit'][:7]}, {report['machine']}*"])
 
 
 def main() -> None:
