@@ -19,27 +19,8 @@ from .tap import is_watched
 _OF_INPUT = {"HardtanhBackward0": "relu6", "SiluBackward0": "silu", "HardswishBackward0": "hardswish"}
 
 
-class _ClampInPlace(torch.autograd.Function):
-    """ReLU6 that keeps its output, which takes the place of its input; torch's keeps its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """x [...] of any float dtype, which is overwritten."""
-        ctx.mark_dirty(x)
-        F.relu6(x, inplace=True)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Zero where the output is at one of its ends, as it is where the input is there or beyond."""
-        (y,) = ctx.saved_tensors
-        out: Tensor = torch.ops.aten.hardtanh_backward(grads[0], y, 0.0, 6.0)
-        return out
-
-
 class _Clamp(torch.autograd.Function):
-    """ReLU6 that keeps its output, in a graph, where torch's would keep a mask beside it."""
+    """ReLU6 that keeps its output; torch's keeps its input, or in a graph a mask beside the output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -50,10 +31,22 @@ class _Clamp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """As that of `_ClampInPlace`."""
+        """Zero where the output is at one of its ends, as it is where the input is there or beyond."""
         (y,) = ctx.saved_tensors
         out: Tensor = torch.ops.aten.hardtanh_backward(grads[0], y, 0.0, 6.0)
         return out
+
+
+class _ClampInPlace(_Clamp):
+    """The same, with the output in the place of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x [...] of any float dtype, which is overwritten."""
+        ctx.mark_dirty(x)
+        F.relu6(x, inplace=True)
+        ctx.save_for_backward(x)
+        return x
 
 
 def activate_in_graph(x: Tensor, act: nn.Module) -> Tensor:
