@@ -177,6 +177,21 @@ def test_a_conversion_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--head-lr-scale", 10, "--freeze", "fc"), "head_lr_scale is for a classifier that learns"),
+        (("--head-lr-scale", "nan"), "head_lr_scale must be above 0"),
+        (("--opt", "sdg", "--lr", 0.1), "another of timm's optimizers, got 'sdg'"),
+    ],
+)
+def test_a_dry_run_ends_as_the_run_would(flags: tuple[Any, ...], message: str, colors: Path, tmp_path: Path) -> None:
+    code, _, err = cbn("finetune", colors, "-m", "test_resnet", "-o", tmp_path / "run", *SMALL, *flags, "--dry-run")
+    assert code == 1
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_finetune_dry_run_resume_and_one_folder(colors: Path, tmp_path: Path) -> None:
     arguments = ["finetune", colors / "train", "-m", "test_resnet", "-o", tmp_path / "run", "--epochs", 1, *SMALL]
     code, out, _ = cbn(*arguments, "--val-fraction", 0.25, "--dry-run", "--json")
@@ -251,7 +266,8 @@ def test_export_of_a_group_norm_run_is_refused(colors: Path, tmp_path: Path) -> 
 
 def test_export_of_graphs_and_what_the_card_tells(colors: Path, tmp_path: Path) -> None:
     run, out, again = tmp_path / "run", tmp_path / "out", tmp_path / "again"
-    assert cbn("finetune", colors, "-m", "test_resnet", "-o", run, "--max-steps", 2, "--lr", 0.01, *SMALL)[0] == 0
+    flags = ("--max-steps", 2, "--lr", 0.01, "--head-lr-scale", 5, *SMALL)
+    assert cbn("finetune", colors, "-m", "test_resnet", "-o", run, *flags)[0] == 0
     code, text, _ = cbn("export", run, "-o", out, "--onnx", "--torch-export", "--dry-run")
     assert code == 0
     files = ["model.safetensors", "config.json", "README.md", "class_map.txt", "model.onnx", "model.pt2"]
@@ -267,7 +283,7 @@ def test_export_of_graphs_and_what_the_card_tells(colors: Path, tmp_path: Path) 
         for line in (
             "- **classes:** blue, red", "- **data:** colors", "- **norm:** cbn", "- **window:** 4",
             "- **compensation:** projection", "- **epochs:** 10", "- **batch size:** 2",
-            "- **peak learning rate:** 0.01", "- **best epoch:** 1",
+            "- **peak learning rate:** 0.01", "- **head lr scale:** 5", "- **best epoch:** 1",
         ):  # fmt: skip
             assert line in card
         assert str(tmp_path) not in "".join(card)
