@@ -21,6 +21,7 @@ TITLES = {
     "bccd-fcos-long": "Blood cells, FCOS, three times as long",
     "neu-fcos": "Steel defects, FCOS",
     "bccd-faster-rcnn": "Blood cells, Faster R-CNN",
+    "bccd-faster-rcnn-long": "Blood cells, Faster R-CNN, three times as long",
 }
 METRICS = {"miou": "mIoU", "map": "mAP (AP50)"}
 ENCODER = {"bn": "BN", "frozen": "frozen BN", "tune": "frozen BN, trained folded", "cbn": "CBN"}

@@ -193,4 +193,5 @@ TASKS: dict[str, Task] = {
     "bccd-fcos-long": Detection("FCOS", "bccd", (240, 320), 1500, 0.03, "map", 3),
     "neu-fcos": Detection("FCOS", "neu_det", (224, 224), 6000, 0.03, "map", 6),
     "bccd-faster-rcnn": Detection("FasterRCNN", "bccd", (240, 320), 500, 0.03, "map", 3),
+    "bccd-faster-rcnn-long": Detection("FasterRCNN", "bccd", (240, 320), 1500, 0.03, "map", 3),
 }
