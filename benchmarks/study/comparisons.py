@@ -65,6 +65,8 @@ RECALIBRATED = {
     "lrs": "0.0003,0.000949,0.003,0.00949", "recalibrate": 32,
 }  # fmt: skip
 LITE0 = {"norms": "bn,frozen,tune,brn,cbn", "batch-sizes": "1,2,4", "img-size": 128}
+LITE0_LARGE = {**LITE0, "norms": "frozen,tune,cbn", "batch-sizes": "2", "img-size": 224, "reference": 0}
+LITE0_EIGHT = {**LITE0, "batch-sizes": "8", "reference": 0}
 LONGEST = {"images": 8000, "lrs": "0.0003,0.000949,0.003", "seeds": 1, "reference": 0}
 NEW = {**RIVALS, "images": 4000, "norms": "bn,gn,brn,cbn"}
 
@@ -89,6 +91,10 @@ COMPARISONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hands-lite0": ("hands", "lite0", {**RIVALS, **SHORT, **LITE0}),
     "clothing-lite0-few": ("clothing, 15 %", "lite0", {**RIVALS, **SHORT, **LITE0, "batch-sizes": "2"}),
     "hands-lite0-few": ("hands, 15 %", "lite0", {**RIVALS, **SHORT, **LITE0, "batch-sizes": "2"}),
+    "clothing-lite0-large": ("clothing", "lite0", {**RIVALS, **SHORT, **LITE0_LARGE}),
+    "hands-lite0-large": ("hands", "lite0", {**RIVALS, **SHORT, **LITE0_LARGE}),
+    "clothing-lite0-batch8": ("clothing", "lite0", {**RIVALS, **SHORT, **LITE0_EIGHT}),
+    "hands-lite0-batch8": ("hands", "lite0", {**RIVALS, **SHORT, **LITE0_EIGHT}),
     "hands-resnet": ("hands", "resnet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
     "hands-preact": ("hands", "preact", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn", "batch-sizes": "1,2"}),
     "hands-densenet": ("hands", "densenet", {**RIVALS, **SHORT, "norms": "bn,frozen,brn,cbn"}),
