@@ -67,17 +67,17 @@ def can_fold(number: int) -> bool:
     "cbn_convert::step",
     mutates_args=("batches",),
     schema="(int number, Tensor(a!)? batches, Tensor input, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, "
-    "int[]? output_size, bool follows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int[]? output_size, bool learned) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a graph of CUDA's would repeat what its one recorded step did; the input in any order, else inductor copies it
     **_tags("cudagraph_unsafe", "flexible_layout"),
 )
 def step(
     number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor,
-    output_size: list[int] | None, follows: bool,
+    output_size: list[int] | None, learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Counts a step; returns s, β + s (b - M) and its `Carried`.
 
-    Patches are zeros where none are known yet, and something of one element where weights are not followed.
+    Patches are zeros where none are known yet, and something of one element where the weights are not learned.
     """
     refuse_capture(input)
     source = _sources.get(number)
@@ -93,13 +93,14 @@ def step(
         counts = window.last is None or not norm.is_recomputing
         if counts:
             tap.check_arrivals()
+            tap.watch()
         dtype = statistics_dtype(weight)
         running = source.running(dtype)
         assert running is not None, "a carried window has some"
         apply, padded = as_function(tap.module, input, output_size)
         one = _GraphStep(
             norm.eps, dtype, 0 if is_transposed(tap.module) else channels_last(weight), tap.module, apply, window,
-            running, norm.iteration, not counts, world_size() if norm.window.sync else 1, follows, None, input,
+            running, norm.iteration, not counts, world_size() if norm.window.sync else 1, tap.followed, None, input,
         )  # fmt: skip
         folded = one.begin(padded, weight, bias, gamma, beta)
         state = folded.state
@@ -111,11 +112,13 @@ def step(
             norm.took_step()
     if counts and batches is not None:
         batches.add_(1)
-    if follows and state.patch_mean is None:  # no batch yet whose patches are finite
+    if learned and state.patch_mean is None:  # no batch yet whose patches are finite
         rows = as_rows(weight, tap.module).to(dtype)
         unknown = [rows.new_zeros(shape) for shape in patch_shapes(groups_of(tap.module), rows.shape[1])]
         b = None if bias is None else bias.to(dtype)
         state = Carried(state.table, *unknown).placed(state.mean, state.var, rows, b)
+    elif not learned:  # although they may be followed
+        state = Carried(state.table[:2])
     # copies, since a graph may use what it gets as memory
     table, mean, rest, axes = [state.table.new_zeros(1) if t is None else t.clone() for t in state]
     return folded.scale.clone(), folded.shift.clone(), table, mean, rest, axes
@@ -130,14 +133,14 @@ class _GraphStep(FoldedStep):
 @step.register_fake
 def _(
     number: int, batches: OptTensor, input: Tensor, weight: Tensor, bias: OptTensor, gamma: OptTensor, beta: OptTensor,
-    output_size: list[int] | None, follows: bool,
+    output_size: list[int] | None, learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tap = _sources[number].tap
     assert tap is not None
     theta, dtype = as_rows(weight, tap.module), statistics_dtype(weight)
-    patches = patch_shapes(groups_of(tap.module), theta.shape[1]) if follows else ((1,),) * 3
+    patches = patch_shapes(groups_of(tap.module), theta.shape[1]) if learned else ((1,),) * 3
     channels = len(theta)
-    shapes = ((channels,), (channels,), (5 if follows else 2, channels), *patches)
+    shapes = ((channels,), (channels,), (5 if learned else 2, channels), *patches)
     scale, shift, table, mean, rest, axes = [weight.new_empty(shape, dtype=dtype) for shape in shapes]
     return scale, shift, table, mean, rest, axes
 

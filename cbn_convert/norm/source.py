@@ -28,6 +28,7 @@ from .producers import (
     is_at_hand,
     is_linear,
     is_transposed,
+    learns,
     plain_class,
     theta_and_bias,
 )
@@ -271,9 +272,10 @@ class Source(OfNorm):
             apply, padded = as_function(module, input, output_size)
             batches = norm.num_batches_tracked if norm.track_running_stats else None
             parameters = [None if t is None else t.detach() for t in (weight, bias, gamma, beta)]
-            follows = tap.followed
-            scale, shift, *state = graph.step(self.number, batches, input.detach(), *parameters, output_size, follows)
-            if not follows or norm.window.gradient != "full":
+            # a weight that moves without a gradient is followed behind the operator, and needs none of its state
+            learned = norm.window.compensation != "none" and learns(module)
+            scale, shift, *state = graph.step(self.number, batches, input.detach(), *parameters, output_size, learned)
+            if not learned or norm.window.gradient != "full":
                 state = [state[0], None, None, None]
             own = (weight, bias, gamma, beta, scale, shift, *state, norm.eps, module, apply)
             y: Tensor = graph.FoldedInGraph.apply(padded, *own)

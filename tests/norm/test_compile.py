@@ -102,6 +102,22 @@ def test_compiled_training_has_the_same_numbers(way: str, graphs: int) -> None:
             assert net.get_submodule(layer).iteration == 7
 
 
+def test_a_momentum_encoder_is_followed() -> None:
+    """That its weights move without a gradient is found out behind the graph, which is compiled once."""
+    nets, counted = [converted("carried").double().requires_grad_(False) for _ in range(2)], Counted("aot_eager")
+    call = torch.compile(nets[1], backend=counted)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(24):
+        x = torch.randn(2, 3, 12, 12, generator=generator, dtype=torch.float64)
+        torch.testing.assert_close(call(x), nets[0](x), rtol=1e-9, atol=1e-9)
+        change = 0.05 * torch.randn(6, 3, 3, 3, generator=generator, dtype=torch.float64)
+        for net in nets:
+            net.a.weight.add_(change)
+    assert nets[1].bn_a.compensated
+    assert not nets[1].bn_b.compensated
+    assert counted.graphs == 1
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_a_network_trains_in_one_graph(name: str) -> None:
     """Steps that look, and that do not, in the graph that the first one was compiled to."""
