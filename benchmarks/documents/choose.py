@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 
 FIGURE = ROOT / "docs" / "choose.png"
 # networks by which nothing of CBN was chosen, and the batch sizes of one that chose at another
-UNTOUCHED = {"v1": (1, 2, 4), "v2-100": (2,), "lite0": (1, 2, 4), "convmixer": (1,)}
+UNTOUCHED = {"v1": (1, 2, 4), "v2-100": (2,), "lite0": (1, 2, 4, 8), "convmixer": (1,)}
 UNTOUCHED_TASKS = ("bccd-fcos", "bccd-fcos-long", "neu-fcos")
 NETWORKS = {"v2": "MobileNetV2-0.35", "v1": "MobileNetV1-0.25", "v2-100": "MobileNetV2-1.0",
             "lite0": "EfficientNet-Lite0", "resnet": "ResNet-10-T",
