@@ -17,6 +17,12 @@ def is_utf8(path: str) -> bool:
     return True
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without a full stop; the name of its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
 class CbnError(Exception):
     """Base of all errors that end in one sentence on the command line."""
 

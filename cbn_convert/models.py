@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .classifier import classifier_names
 from .damage import damaged_value
-from .errors import CbnWarning, ModelError
+from .errors import CbnWarning, ModelError, first_line
 from .weight_files import find_weights, read_checkpoint, refuse_other_files
 
 _SOURCES = ("hf-hub:", "local-dir:")
@@ -330,7 +330,7 @@ def _create(name: str, kwargs: dict[str, Any], spec: ModelSpec) -> Any:
             f"the memory of this machine is not enough for {name}; free some, or take a smaller one"
         ) from error
     except Exception as error:
-        first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        first = first_line(error)
         if name.startswith("local-dir:") and isinstance(error, LocalEntryNotFoundError):
             raise ModelError(
                 f"cannot load {name}: timm wants weights of its backbone from {hub_constants.ENDPOINT} first, which "

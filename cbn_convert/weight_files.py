@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import ModelError
+from .errors import ModelError, first_line
 
 _HEAD = 1 << 16  # bytes that tell what a file is
 _DEPTH = 4  # of entries in entries
@@ -203,7 +203,7 @@ def _harmless() -> list[Any]:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if "weights_only" in str(error).lower():
         try:
             with torch.serialization.safe_globals(_harmless()), path.open("rb") as file:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cbn_convert.deploy.graphs import _write_pt2
-from cbn_convert.errors import RunError
+from cbn_convert.errors import RunError, first_line
 from cbn_convert.files import new_directory, replaced_file
 
 
@@ -126,3 +126,8 @@ def test_a_full_disk_however_it_is_written(writer: str, old: Path) -> None:
             WRITERS[writer](folder / "model.pt2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_error_without_a_message_is_told_by_its_class() -> None:
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(RuntimeError("no memory.\nTraceback")) == "no memory"

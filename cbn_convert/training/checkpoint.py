@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..errors import CbnWarning, RunError
+from ..errors import CbnWarning, RunError, first_line
 from ..files import new_directory, remove_directory, write_json, writing
 from .parallel import Ranks
 
@@ -131,7 +131,7 @@ def _damage(path: Path) -> str | None:
         except FileNotFoundError:
             return f"it has no {_MANIFEST}"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            return f"its {_MANIFEST} says {type(error).__name__}: {str(error).splitlines()[0]}"
+            return f"its {_MANIFEST} says {type(error).__name__}: {first_line(error)}"
         if sorted(files) != sorted([_SHARED, *map(_rank_file, range(max(1, len(files) - 1)))]):
             return f"its {_MANIFEST} names {', '.join(files)}"
         for name, (expected, digest) in files.items():

@@ -97,8 +97,8 @@ class FinetuneConfig(
         """Plain data for JSON."""
         return asdict(self)
 
-    def summary(self) -> dict[str, Any]:
-        """What a reader of the exported model wants to know, without the paths of this machine."""
+    def summary(self, ranks: int) -> dict[str, Any]:
+        """What a reader of the exported model wants to know of a run of so many processes, without paths."""
         names = ["epochs", "batch_size", "opt"]
         if self.norm == "cbn":
             window = self.normalization_window()
@@ -111,7 +111,7 @@ class FinetuneConfig(
         factors = {n: getattr(self, n) for n in ("layer_decay", "head_lr_scale") if getattr(self, n) not in (None, 1)}
         return {
             "data": Path(self.data).resolve().name, "norm": self.norm, **described,
-            **{name: getattr(self, name) for name in names}, "lr": self.peak_lr(), **factors,
+            **{name: getattr(self, name) for name in names}, "lr": self.peak_lr(ranks), **factors,
         }  # fmt: skip
 
     @classmethod

@@ -23,7 +23,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ..errors import CbnWarning, DataError, RunError, printable
+from ..errors import CbnWarning, DataError, RunError, first_line, printable
 from .channels import MODES, blank
 from .config import FinetuneConfig
 from .settings import DataSettings
@@ -304,7 +304,7 @@ def _joined(items: list[tuple[Tensor, int, list[str]]]) -> Batch:
             batch.images.share_memory_()
             batch.labels.share_memory_()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0].rstrip(". ")
+            reason = first_line(error)
             if "Too many open files" in reason:
                 raise _too_many_files() from error
             raise DataError(
@@ -331,7 +331,7 @@ def batches(loader: ImageLoader, interrupted: Callable[[], bool] = lambda: False
         last = str(error).strip().splitlines()[-1]
         raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")) from error
     except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two if it dies while it hands images over
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+        reason = first_line(error)
         if "Too many open files" in reason or "ancdata" in reason:  # which is how that arrives from a socket
             raise _too_many_files() from error
         if isinstance(error, RuntimeError) and "DataLoader worker" not in reason:

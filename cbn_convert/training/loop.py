@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..conversion import warm_up
 from ..deploy import export
-from ..errors import CbnWarning, DataError, DivergedError, RunError
+from ..errors import CbnWarning, DataError, DivergedError, RunError, first_line
 from ..files import write_json
 from . import checkpoint
 from .advice import advice, measure
@@ -162,8 +162,9 @@ class Trainer:
         due = self.step > 0 and (self.step % self.eval_every == 0 or self.step == self.steps)
         if due and self.state.evaluated != self.step:
             self._record()
-            if (result := self._evaluate()) is not None:
-                self._after_evaluation(result)
+            if (evaluated := self._evaluate()) is not None:
+                self._after_evaluation(*evaluated)
+                del evaluated  # with recalibration it holds a second model, for which training may have no memory
                 self._save()
         if number := int(self.ranks.largest(self.signals.received)):
             self._save()
@@ -219,21 +220,22 @@ class Trainer:
         """The epoch of the last update, from 1 on."""
         return math.ceil(self.step / self.sampler.updates)
 
-    def _evaluate(self) -> Evaluation | None:
-        """None if a signal came."""
-        self.candidate: Any = self.model
+    def _evaluate(self) -> tuple[Any, Evaluation] | None:
+        """The model that may be the best, and what it gives; None if a signal came."""
+        candidate: Any = self.model
         self.ranks.average_statistics(self.model)
         if self.learner.ema is not None:
-            self.candidate = self.learner.ema.module
-            self.ranks.average_statistics(self.candidate)
+            candidate = self.learner.ema.module
+            self.ranks.average_statistics(candidate)
         try:
             with self.accelerator.autocast():
                 if self.config.recalibration_batches:
-                    self.candidate = deepcopy(self.candidate)
-                    restore_norm(self.candidate)
-                    recalibrate(self.candidate, self._recalibration_images(), self.setup.frozen)
+                    candidate = deepcopy(candidate)
+                    restore_norm(candidate)
+                    recalibrate(candidate, self._recalibration_images(), self.setup.frozen)
                 images = batches(self.val_loader, self._interrupted)
-                return accuracy(self.candidate, images, self.device, self.ranks, self._interrupted)
+                result = accuracy(candidate, images, self.device, self.ranks, self._interrupted)
+                return None if result is None else (candidate, result)
         except DataError:
             if self._interrupted():  # the signal was for the processes that load images, too
                 return None
@@ -255,7 +257,7 @@ class Trainer:
             if len(read) >= min(size, 2):  # the rest could not be read, and one image is no batch
                 yield self.learner.on_device(read)
 
-    def _after_evaluation(self, result: Evaluation) -> None:
+    def _after_evaluation(self, candidate: Any, result: Evaluation) -> None:
         self.state.evaluated = self.step
         self.state.last_top1 = result.top1
         self.state.bad_images = self.ranks.union([*self.state.bad_images, *result.bad_images])
@@ -277,9 +279,10 @@ class Trainer:
         )
         if better:
             export(
-                self.candidate, self.folder / "best", class_names=self.setup.training.classes,
+                candidate, self.folder / "best", class_names=self.setup.training.classes,
                 data_config=self.setup.data_config,
-                metadata={**self.config.summary(), "top1": result.top1, "epoch": self._epoch}, overwrite=True,
+                metadata={**self.config.summary(self.ranks.count), "top1": result.top1, "epoch": self._epoch},
+                overwrite=True,
             )  # fmt: skip
             write_json(
                 self.folder / "results.json",
@@ -336,7 +339,7 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"the checkpoint in {self.folder} is damaged, or of another model or version "
-                f"({str(error).splitlines()[0]}); start again with --overwrite, or delete {self.folder} if a "
+                f"({first_line(error)}); start again with --overwrite, or delete {self.folder} if a "
                 "comparison is to train it again"
             ) from error
 

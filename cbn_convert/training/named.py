@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from . import shards
 from .images import open_image
 
@@ -54,7 +54,8 @@ def read(name: str, splits: tuple[str, ...]) -> tuple[str, Images]:
             if not (isinstance(error, ValueError) and "Unknown split" in str(error)):
                 absent = error
                 break
-    reason = str(absent).strip().splitlines()[0].rstrip(".") if str(absent).strip() else type(absent).__name__
+    assert absent is not None
+    reason = first_line(absent)
     raise DataError(
         f"the split {splits[0]} of {name} cannot be read ({reason}); check the name, or hold a part of the images out "
         "with --val-fraction 0.2"

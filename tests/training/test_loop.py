@@ -174,3 +174,4 @@ def test_automatic_rates_grow_with_the_root_of_the_images_per_update() -> None:
     assert cbn.FinetuneConfig(**settings, norm="frozen").peak_lr() == pytest.approx(3e-3 / 10**0.5)
     assert cbn.FinetuneConfig(**settings, norm="frozen", lr=1e-2).peak_lr() == 1e-2
     assert cbn.FinetuneConfig(**settings, opt="adamw", batch_size=8, lr=1e-2).peak_lr(ranks=4) == 1e-2
+    assert cbn.FinetuneConfig(**settings).summary(ranks=4)["lr"] == cbn.FinetuneConfig(**settings).peak_lr(ranks=4)
