@@ -11,7 +11,7 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import ConversionError
+from ..errors import ConversionError, first_line
 from ..modes import modes_kept
 from ..norm.producers import fan_in, is_conv, is_linear, is_transposed, per_axis
 
@@ -56,7 +56,7 @@ def on_example(
     failure, tried = first
     shapes = [[tuple(t.shape) for t in tree_leaves(arguments) if isinstance(t, Tensor)] for arguments in tried]
     text = ", ".join(" and ".join(map(str, these)) for these in shapes)
-    reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    reason = first_line(failure)
     what = "the example input" if example_input is not None else f"random {WORDS[len(shapes[0][0]) - 2]}"
     raise ConversionError(
         f"the model cannot run on {what} of shape {text} ({reason}); pass an example_input that it accepts, of the "

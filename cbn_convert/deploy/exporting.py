@@ -18,7 +18,7 @@ from torch import nn
 from .. import __version__
 from ..conversion import norm_layers
 from ..damage import damaged_value
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..files import new_directory, read_json, write_json
 from ..models import offline_if_unreachable, with_data_config
 from .card import write_card
@@ -163,7 +163,7 @@ def _eps_that_timm_changes(folder: Path, model: nn.Module) -> float | None:
         return None  # a few (vit_base_resnet50d_224) get weights of their backbone from the hub as well, whoever loads
     except Exception as error:  # whatever a constructor raises
         raise ExportError(
-            f"timm would not load the exported model ({str(error).splitlines()[0][:200] if str(error) else error!r}); "
+            f"timm would not load the exported model ({first_line(error)[:200]}); "
             "give the arguments that it was created with as model_args"
         ) from error
     modules = dict(plain.named_modules())
