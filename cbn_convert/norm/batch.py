@@ -33,6 +33,11 @@ class RunningStatistics:
     handed_out: bool
     tracks: bool
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the buffers have fewer digits than what is written to them."""
+        return self.mean.dtype != self.dtype
+
     def read(self) -> tuple[Tensor, Tensor]:
         """Copies in the dtype of statistics."""
         return self.mean.to(self.dtype, copy=True), self.var.to(self.dtype, copy=True)

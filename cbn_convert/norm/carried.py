@@ -245,12 +245,14 @@ class CarriedWindow:
     def _known(self, running: RunningStatistics, theta: Tensor | None, bias: Tensor | None) -> Carried:
         if self.state is not None and not self.state.fits(len(running.mean), theta):
             self.clear()
-        state = self.state
-        if state is None or (theta is None and running.changed):
+        state, changed = self.state, running.changed
+        if state is not None and changed and running.rounds and running.hold(state.mean, state.var):
+            changed = False  # a group has handed out what was left; read, they would be rounded in every step
+        if state is None or (theta is None and changed):
             return Carried(torch.stack(running.read()))
         if (state.table.dtype, state.table.device) != (running.dtype, running.mean.device):
             state = Carried(*[None if t is None else t.to(running.mean.device, running.dtype) for t in state])  # type: ignore[arg-type]
-        if theta is None or not running.changed:
+        if theta is None or not changed:
             return state
         # Somebody else wrote to the buffers, or to memory that they share with others. What DistributedDataParallel
         # hands out before every step are those of rank 0 at the weights of the step before; what others write goes

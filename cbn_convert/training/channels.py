@@ -62,7 +62,7 @@ def read_planes(path: str, image: Image.Image, channels: int) -> Tensor:
 
 def _scaled(values: np.ndarray) -> np.ndarray:
     """In [0, 1], as float32. Raises ValueError if the type does not say what 1 is."""
-    if values.dtype in (np.uint8, np.uint16):
+    if values.dtype.newbyteorder("=") in (np.uint8, np.uint16):  # ImageJ writes the other order
         return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
     if values.dtype == np.bool_:
         return values.astype(np.float32)

@@ -201,6 +201,26 @@ def test_statistics_in_memory_that_layers_share_follow_the_weights(folded: bool,
         others += 1
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_half_precision_buffers_that_a_process_group_hands_out_still_move(
+    monkeypatch: pytest.MonkeyPatch, learns: bool
+) -> None:
+    """A step moves them by less than bfloat16 can tell, so that statistics read from them would stay where they are."""
+    found = []
+    for processes in (1, 2):
+        monkeypatch.setattr("cbn_convert.norm.source.world_size", lambda n=processes: n)
+        conv, norm = bound_pair(Window(size=2000, every=1), folded=True, dtype=torch.bfloat16)
+        conv.requires_grad_(learns)
+        with torch.no_grad():
+            norm.running_var.fill_(1.5)
+            conv.bias.fill_(4.0)  # where a look moves the mean by 0.002 of itself
+        for i in range(200):
+            norm(conv(batch(i).bfloat16()))
+        found.append((norm.running_mean, norm.running_var))
+    assert all(map(torch.equal, *found))
+    assert not (found[1][1] == 1.5).any()
+
+
 def test_statistics_that_a_process_group_hands_out_follow_the_last_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """DistributedDataParallel writes the buffers of rank 0, of the step before, over those of all in every step."""
     monkeypatch.setattr("cbn_convert.norm.source.world_size", lambda: 2)

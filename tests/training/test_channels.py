@@ -77,6 +77,8 @@ def test_arrays(order: str, dtype: type, tmp_path: Path) -> None:
     stored = (values * most).round().astype(dtype) if most > 1 or dtype == np.bool_ else values.astype(dtype)
     np.save(tmp_path / "x.npy", stored if order == "C, H, W" else stored.transpose(1, 2, 0))
     np.testing.assert_allclose(read(tmp_path / "x.npy", 5), stored.astype(np.float64) / most, rtol=1e-6)
+    np.save(tmp_path / "swapped.npy", stored.astype(stored.dtype.newbyteorder(">")))  # as ImageJ writes
+    assert np.array_equal(read(tmp_path / "swapped.npy", 5), read(tmp_path / "x.npy", 5))
 
 
 def test_arrays_for_models_of_one_and_three_channels_are_images(tmp_path: Path) -> None:
