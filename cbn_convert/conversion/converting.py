@@ -46,6 +46,9 @@ from .policy import LayerFacts, decide
 from .report import ConversionReport, ReportRow
 from .trace import NormCall, Part, trace_norms
 
+# see `_is_hardly_measured`
+LEAST_LEFT, MOST_SPREAD = 0.05, 0.3  # of the ones that variances begin with; of their logarithms
+
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
@@ -145,7 +148,32 @@ def convert(
             CbnWarning,
             stacklevel=3,
         )
+    hardly = [name for name in todo if rows[name].statistics == "pretrained" and _is_hardly_measured(norms[name])]
+    if hardly:
+        warnings.warn(
+            f"the running statistics of {len(hardly)} layers ({hardly[0]}, ..) are of a few batches and mostly the "
+            "zeros and ones that a new BatchNorm has, as where a new network was tried in training mode; CBN would "
+            "carry them: where the layers are new, call their reset_running_stats() before training",
+            CbnWarning,
+            stacklevel=3,
+        )
     return ConversionReport(tuple(rows.values()))
+
+
+def _is_hardly_measured(norm: nn.Module) -> bool:
+    """Whether the variances are as a few steps from ones leave them: of those more than `LEAST_LEFT`, and much alike.
+
+    So are those of random networks, and of a few layers in pretrained ones whose steps a file has not counted.
+    """
+    steps, var = norm._buffers.get("num_batches_tracked"), norm._buffers.get("running_var")
+    momentum = getattr(norm, "momentum", None)
+    if not (type(steps) is type(var) is Tensor) or var.is_meta or not isinstance(momentum, float):
+        return False
+    left = (1 - momentum) ** int(steps)
+    if not LEAST_LEFT < left < 1:
+        return False
+    rounding = 16 * torch.finfo(var.dtype).eps
+    return bool((var >= left * (1 - rounding)).all() and var.float().log().std(correction=0) < MOST_SPREAD)
 
 
 def _facts(model: nn.Module, norm: nn.Module, call: NormCall, window: Window, feeds: Counter[str]) -> LayerFacts:

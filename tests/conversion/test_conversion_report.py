@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 from helpers.models import randomize_norms
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import cbn_convert as cbn
-from cbn_convert.conversion import ConversionReport, ReportRow
+from cbn_convert.conversion import ConversionReport, ReportRow, norm_layers
+from cbn_convert.errors import CbnWarning
 
 
 def fits(report: ConversionReport) -> str:
@@ -32,6 +34,28 @@ def test_new_layers_ask_for_weights() -> None:
     report = cbn.convert(timm.create_model("test_resnet", num_classes=2))
     assert "0 train folded" in report.summary()
     assert "Next: load pretrained weights, or train from scratch" in fits(report)
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_new_layers_that_were_tried_in_training_mode_are_told_of(steps: int) -> None:
+    """Their running statistics say as good as nothing, and are no zeros and ones any more."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet", num_classes=2).train()
+    for _ in range(steps):
+        net(torch.randn(2, 3, 64, 64))
+    with pytest.warns(CbnWarning, match=r"running statistics of 15 layers \(conv1\.1, \.\.\) are of a few batches"):
+        cbn.convert(net)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 200])
+def test_pretrained_layers_that_took_a_few_steps_are_not(steps: int, recwarn: pytest.WarningsRecorder) -> None:
+    net = randomize_norms(timm.create_model("test_resnet", num_classes=2)).train()
+    for norm in norm_layers(net).values():
+        norm.running_var.log_normal_()  # as far apart as those of trained networks
+    for _ in range(steps):
+        net(torch.randn(2, 3, 48, 48))
+    cbn.convert(net)
+    assert not [w for w in recwarn if issubclass(w.category, CbnWarning)]
 
 
 def test_layers_are_named_by_the_reason() -> None:
