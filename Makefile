@@ -140,9 +140,9 @@ dense: $(INTEGRATIONS)/.installed
 		"camvid-unet --treatments cbn@1,frozen+bn@1" \
 		"bccd-fcos-long --treatments frozen+gn,cbn+gn,frozen+gn@1,cbn+gn@1,frozen+gn@3,cbn+gn@10" \
 		"bccd-fcos-long --treatments frozen+gn@1,frozen+gn@3,cbn+gn@10 --batch-sizes 1" \
-		"bccd-fcos-long --treatments frozen+gn@3,cbn+gn@10 --batch-sizes 4" \
+		"bccd-fcos-long --treatments frozen+gn@3,cbn+gn@10,frozen+gn@1 --batch-sizes 4" \
 		"bccd-faster-rcnn-long --treatments frozen+gn@3,cbn+gn@10,frozen+gn,frozen+gn@1" \
-		"bccd-faster-rcnn --treatments frozen+gn@3,cbn+gn@10 --batch-sizes 4" \
+		"bccd-faster-rcnn --treatments frozen+gn@3,cbn+gn@10,frozen+gn@1,frozen+gn --batch-sizes 4" \
 		"camvid-deeplab --treatments bn,frozen+bn,cbn --batch-sizes 4" \
 		"neu-fcos --treatments frozen+gn@1,cbn+gn@10"; do \
 		OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m benchmarks.dense.run --data ../shared/data --task $$task || exit; done
